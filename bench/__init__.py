@@ -1,0 +1,1 @@
+"""Timings and bounds of every op in the registry."""

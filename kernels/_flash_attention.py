@@ -1,0 +1,424 @@
+"""Flash attention: multi-query, grouped-query and multi-head.
+
+Maths, for one query row q of head n, with the keys k_j and values v_j of the
+kv head n // (N / K), over the keys j that the masks leave visible:
+
+    s_j = scale * q . k_j,   then  cap * tanh(s_j / cap)  with a soft cap
+    lse = log(sum_j exp(s_j))
+    p_j = exp(s_j - lse)
+    o   = sum_j p_j v_j                        0 where no key is visible
+
+    di   = do . o - dlse                       backward (arXiv 2205.14135)
+    ds_j = p_j (do . v_j - di)                 times 1 - (s_j / cap)^2
+    dq   = scale * sum_j ds_j k_j
+    dk_j = scale * sum ds_j q,   dv_j = sum p_j do     over its group
+
+Visible, from query i to key j (positions in the arrays, not `rope`'s):
+
+    is_causal                        j <= i
+    local_window_size=(left, right)  i - left <= j <= i + right, both inclusive
+    segment_ids                      equal, and not 0 (padding)
+
+Traffic: q, k, v and o once; with T^2 / 2 visible pairs of H = 256 the causal
+forward at T = 8192 does 4,096 flops per byte and is bound by the MXU: 2 matmuls
+forward, 5 backward.
+
+Tiling: none yet; there is no Pallas kernel for this op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._op import (
+  Case,
+  Cost,
+  Implementation,
+  Integers,
+  Op,
+  check_float,
+  check_implementation,
+  check_shape,
+  nbytes,
+)
+from ._rope import apply_rope_reference, check_integers, check_rope
+
+Segments = jax.Array | tuple[jax.Array, jax.Array] | None
+Window = tuple[int, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary position embedding to be applied to q and k inside attention.
+
+  Attributes:
+    positions: [B, T] integers, of queries and keys alike.
+    base_frequency: the base of the geometric series of wavelengths.
+  """
+
+  positions: jax.Array
+  base_frequency: float = 10_000.0
+
+
+jax.tree_util.register_dataclass(
+  Rope, data_fields=["positions"], meta_fields=["base_frequency"]
+)
+
+# --- specification ------------------------------------------------------------
+
+
+def visible_pairs(
+  q_index: jax.Array,
+  k_index: jax.Array,
+  is_causal: bool,
+  local_window_size: Window,
+) -> jax.Array:
+  """Which keys each query sees by position: [..., T, S] booleans.
+
+  Six queries and keys, causal with a window of (2, 0); x marks the visible:
+
+        k 0 1 2 3 4 5
+    q 0   x
+      1   x x
+      2   x x x
+      3     x x x
+      4       x x x
+      5         x x x
+  """
+  q, k = q_index[..., :, None], k_index[..., None, :]
+  mask = jnp.broadcast_to(True, jnp.broadcast_shapes(q.shape, k.shape))
+  if is_causal:
+    mask &= k <= q
+  if local_window_size is not None:
+    left, right = local_window_size
+    mask &= (k >= q - left) & (k <= q + right)
+  return mask
+
+
+def masked_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  scale: float | None,
+  logits_soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention under mask [B, T, S]: out [B, T, N, H] and lse [B, N, T]."""
+  batch, t, n, h = q.shape
+  kv_heads = k.shape[2]
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  grouped = q.reshape(batch, t, kv_heads, n // kv_heads, h)
+  logits = jnp.einsum(
+    "btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide
+  )
+  logits *= h**-0.5 if scale is None else scale
+  if logits_soft_cap is not None:
+    logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+  logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
+  lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  # A row that sees nothing has lse = -inf; its weights are 0, not exp(nan), in
+  # the value and in the gradient.
+  seen = lse > -jnp.inf
+  weights = jnp.exp(logits - jnp.where(seen, lse, 0.0))
+  out = jnp.einsum(
+    "bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=wide
+  )
+  return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, n, t)
+
+
+def flash_attention_reference(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  scale: float | None = None,
+  is_causal: bool = False,
+  segment_ids: Segments = None,
+  local_window_size: Window = None,
+  logits_soft_cap: float | None = None,
+  rope: Rope | None = None,
+  return_lse: bool = False,
+) -> Any:
+  """The maths of the module docstring in plain jnp.  The specification."""
+  if rope is not None:
+    base = rope.base_frequency
+    q = apply_rope_reference(q, rope.positions, base_frequency=base)
+    k = apply_rope_reference(k, rope.positions, base_frequency=base)
+  mask = visible_pairs(
+    jnp.arange(q.shape[1]), jnp.arange(k.shape[1]), is_causal, local_window_size
+  )[None]
+  if segment_ids is not None:
+    q_ids, k_ids = _segment_pair(segment_ids)
+    same = q_ids[:, :, None] == k_ids[:, None, :]
+    mask = mask & same & (k_ids[:, None, :] != 0)
+  mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
+  out, lse = masked_attention(q, k, v, mask, scale, logits_soft_cap)
+  return (out, lse) if return_lse else out
+
+
+def _segment_pair(segment_ids: Any) -> tuple[jax.Array, jax.Array]:
+  if isinstance(segment_ids, tuple):
+    return segment_ids
+  return segment_ids, segment_ids
+
+
+# --- public -------------------------------------------------------------------
+
+
+def check_attention(op: str, q, k, v, window: Window, soft_cap) -> None:
+  """What training and decoding attention ask of their common arguments."""
+  for name, array in dict(q=q, k=k, v=v).items():
+    if array.ndim != 4:
+      letters = "[B, T, N, H]" if name == "q" else "[B, S, K, H]"
+      raise ValueError(
+        f"{op}: {name} must be {letters}, got shape {array.shape}"
+      )
+  check_float(op, q=q, k=k, v=v)
+  if not q.dtype == k.dtype == v.dtype:
+    raise ValueError(
+      f"{op}: q, k and v must have one dtype, "
+      f"got {q.dtype}, {k.dtype}, {v.dtype}"
+    )
+  check_shape(op, "v", v, k.shape, "the shape of k")
+  batch, _, n, h = q.shape
+  if (k.shape[0], k.shape[3]) != (batch, h):
+    raise ValueError(
+      f"{op}: k must be [B, S, K, H] with q's B = {batch} and H = {h}, "
+      f"got {k.shape}"
+    )
+  if k.shape[2] == 0 or n % k.shape[2]:
+    raise ValueError(
+      f"{op}: query heads N must be a multiple of kv heads K, "
+      f"got N = {n}, K = {k.shape[2]}"
+    )
+  if window is not None and (len(window) != 2 or min(window) < 0):
+    raise ValueError(
+      f"{op}: local_window_size must be (left, right), both >= 0, got {window}"
+    )
+  if soft_cap is not None and not soft_cap > 0:
+    raise ValueError(
+      f"{op}: logits_soft_cap must be positive or None, got {soft_cap}"
+    )
+
+
+def _check_segments(op: str, q, k, segment_ids: Segments) -> None:
+  if segment_ids is None:
+    return
+  if isinstance(segment_ids, tuple) and len(segment_ids) != 2:
+    raise ValueError(
+      f"{op}: segment_ids must be one array or a pair, got {len(segment_ids)}"
+    )
+  q_ids, k_ids = _segment_pair(segment_ids)
+  for name, ids, array in (("query", q_ids, q), ("key", k_ids, k)):
+    check_shape(
+      op, f"{name} segment_ids", ids, array.shape[:2], f"[B, length] of {name}s"
+    )
+    check_integers(op, f"{name} segment_ids", ids)
+
+
+def flash_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  scale: float | None = None,
+  is_causal: bool = False,
+  segment_ids: Segments = None,
+  local_window_size: Window = None,
+  logits_soft_cap: float | None = None,
+  rope: Rope | None = None,
+  return_lse: bool = False,
+  implementation: Implementation = None,
+  config: None = None,
+) -> Any:
+  """Softmax attention without the [T, S] matrix in memory.
+
+  The conventions are those of `jax.nn.dot_product_attention`.  FlashAttention:
+  Dao et al., arXiv 2205.14135; multi-query: Shazeer, arXiv 1911.02150.
+
+  Args:
+    q: [B, T, N, H] float32 or bfloat16.
+    k: [B, S, K, H] of q's dtype; N is a multiple of K, and query head n reads
+      kv head n // (N / K).  K = 1 is multi-query, K = N multi-head.
+    v: [B, S, K, H].
+    scale: multiplies the logits; None is 1 / sqrt(H).
+    is_causal: query i sees keys 0 to i: the first query is aligned with the
+      first key, also where T and S differ.
+    segment_ids: [B, T] integers, or a pair ([B, T], [B, S]) for queries and
+      keys.  A query sees keys of its own segment alone; 0 is padding, which
+      neither sees nor is seen.
+    local_window_size: (left, right), both inclusive: query i sees keys from
+      i - left to i + right.
+    logits_soft_cap: cap in cap * tanh(logits / cap), after the scale.
+    rope: rotates q and k by their positions first; needs T = S.
+    return_lse: also return the log of the sum of exponentials.
+    implementation: "pallas", "xla" (the reference), or None for the kernel
+      where the computation is lowered for TPU and the reference elsewhere.
+    config: reserved for the kernel's tile sizes.
+
+  Returns:
+    out [B, T, N, H] of q's dtype, or (out, lse [B, N, T] float32).  A query
+    that sees no key gives 0, zero gradient, and an lse of -inf.
+
+  Raises:
+    ValueError: on wrong shapes, dtypes or values.
+    NotImplementedError: for implementation="pallas".
+  """
+  op = "flash_attention"
+  check_implementation(op, implementation, pallas=OP.pallas)
+  check_attention(op, q, k, v, local_window_size, logits_soft_cap)
+  _check_segments(op, q, k, segment_ids)
+  if rope is not None:
+    if q.shape[1] != k.shape[1]:
+      raise ValueError(
+        f"{op}: rope needs as many keys as queries, "
+        f"got T = {q.shape[1]}, S = {k.shape[1]}"
+      )
+    check_shape(op, "rope.positions", rope.positions, q.shape[:2], "[B, T]")
+    check_integers(op, "rope.positions", rope.positions)
+    check_rope(op, q.shape[3], rope.base_frequency)
+  return flash_attention_reference(
+    q,
+    k,
+    v,
+    scale=scale,
+    is_causal=is_causal,
+    segment_ids=segment_ids,
+    local_window_size=local_window_size,
+    logits_soft_cap=logits_soft_cap,
+    rope=rope,
+    return_lse=return_lse,
+  )
+
+
+# --- registration -------------------------------------------------------------
+
+
+def _visible(t: int, s: int, is_causal: bool, window: Window) -> int:
+  """Visible pairs of one head; a full causal square counts as its half."""
+  if is_causal and window is None and t == s:
+    return t * s // 2
+  i = np.arange(t)
+  low, high = np.zeros(t, int), np.full(t, s)
+  if is_causal:
+    high = np.minimum(high, i + 1)
+  if window is not None:
+    low, high = (
+      np.maximum(low, i - window[0]),
+      np.minimum(high, i + window[1] + 1),
+    )
+  return int(np.maximum(high - low, 0).sum())
+
+
+def _cost(
+  q, k, v, *, is_causal=False, local_window_size=None, segment_ids=None, **_
+) -> tuple[Cost, Cost]:
+  batch, t, n, h = q.shape
+  pairs = _visible(t, k.shape[1], is_causal, local_window_size)
+  if isinstance(segment_ids, Integers):
+    ids = segment_ids.draw(np.random.default_rng(0))[0]
+    lengths = np.bincount(ids)[1:]
+    pairs = sum(
+      _visible(int(x), int(x), is_causal, local_window_size) for x in lengths
+    )
+  one = 2 * batch * n * h * pairs
+  forward = nbytes(q, q, k, v)
+  return Cost(2 * one, forward), Cost(5 * one, 2 * forward)
+
+
+def _packed(shape: tuple[int, int], segments: int) -> Integers:
+  """Segments 1, 2, ... of equal length."""
+  row = np.arange(shape[1], dtype=np.int32) * segments // shape[1] + 1
+  return Integers(shape, lambda _: np.broadcast_to(row, shape))
+
+
+def _case(name, b, t, n, k, h, dtype=jnp.bfloat16, s=None, **kwargs) -> Case:
+  q = jax.ShapeDtypeStruct((b, t, n, h), dtype)
+  kv = jax.ShapeDtypeStruct((b, s or t, k, h), dtype)
+  return Case(name, (q, kv, kv), kwargs)
+
+
+def _rope_at(shape: tuple[int, int]) -> Any:
+  arange = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+  return Rope(Integers(shape, lambda _: arange))  # type: ignore[arg-type]
+
+
+OP = Op(
+  name="flash_attention",
+  function=flash_attention,
+  reference=flash_attention_reference,
+  cost=_cost,
+  tests=(
+    _case("mqa_causal", 1, 128, 4, 1, 128, jnp.float32, is_causal=True),
+    _case("gqa_ragged", 2, 37, 4, 2, 64, jnp.float32, s=50),
+    _case(
+      "window_cap",
+      1,
+      96,
+      2,
+      2,
+      128,
+      jnp.float32,
+      is_causal=True,
+      local_window_size=(16, 0),
+      logits_soft_cap=20.0,
+    ),
+    _case(
+      "packed_rope",
+      2,
+      64,
+      2,
+      1,
+      128,
+      jnp.float32,
+      is_causal=True,
+      segment_ids=_packed((2, 64), 3),
+      rope=_rope_at((2, 64)),
+    ),
+    _case("bf16", 1, 128, 2, 1, 256, is_causal=True),
+  ),
+  benches=(
+    _case("gemma_2b_8k", 1, 8192, 8, 1, 256, is_causal=True),
+    _case("gemma_2b_4k", 1, 4096, 8, 1, 256, is_causal=True),
+    _case("gemma_2b_4x2k", 4, 2048, 8, 1, 256, is_causal=True),
+    _case("gemma_7b_8k", 1, 8192, 16, 16, 256, is_causal=True),
+    _case("gemma_2b_32k", 1, 32768, 8, 1, 256, is_causal=True),
+    _case("llama_gqa_8k", 1, 8192, 32, 8, 128, is_causal=True),
+    _case(
+      "window_1024",
+      1,
+      8192,
+      8,
+      1,
+      256,
+      is_causal=True,
+      local_window_size=(1024, 0),
+    ),
+    _case(
+      "packed_8x1024",
+      1,
+      8192,
+      8,
+      1,
+      256,
+      is_causal=True,
+      segment_ids=_packed((1, 8192), 8),
+    ),
+    _case(
+      "gemma_2b_8k_rope",
+      1,
+      8192,
+      8,
+      1,
+      256,
+      is_causal=True,
+      rope=_rope_at((1, 8192)),
+    ),
+  ),
+  pallas=False,
+)

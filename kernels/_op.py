@@ -1,0 +1,188 @@
+"""What every kernel shares: its registry record, and the choice of
+implementation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Implementation = Literal["pallas", "xla"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """The least work any implementation of one pass must do.
+
+  Attributes:
+    flops: floating-point operations of the matrix unit; a multiply-add counts
+      as two.
+    hbm_bytes: compulsory traffic: each input read once, each output written
+      once.
+  """
+
+  flops: int
+  hbm_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers:
+  """An int32 argument of a case.
+
+  Attributes:
+    shape: its shape.
+    draw: makes its values from a generator; returns an array of that shape.
+  """
+
+  shape: tuple[int, ...]
+  draw: Callable[[np.random.Generator], Any]
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Always int32."""
+    return np.dtype(np.int32)
+
+
+def _is_array(leaf: Any) -> bool:
+  return isinstance(leaf, jax.ShapeDtypeStruct | Integers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One problem: array arguments without values, and static keywords.
+
+  Attributes:
+    name: unique within its op.
+    args: positional arguments, each a ShapeDtypeStruct (floats) or Integers.
+    kwargs: keyword arguments: static values, or arrays described likewise,
+      also inside pytrees such as `Rope`.
+  """
+
+  name: str
+  args: tuple[Any, ...]
+  kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def _flatten(self):
+    return jax.tree.flatten((self.args, dict(self.kwargs)), is_leaf=_is_array)
+
+  @property
+  def specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shape and dtype of every array of the problem, in order."""
+    return tuple(
+      jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+      for leaf in self._flatten()[0]
+      if _is_array(leaf)
+    )
+
+  def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of this problem's arrays alone, the rest filled in."""
+    leaves, treedef = self._flatten()
+
+    def bound(*arrays: jax.Array) -> Any:
+      supply = iter(arrays)
+      filled = [next(supply) if _is_array(leaf) else leaf for leaf in leaves]
+      args, kwargs = jax.tree.unflatten(treedef, filled)
+      return function(*args, **kwargs)
+
+    return bound
+
+  def sample(self, seed: int = 0) -> list[jax.Array]:
+    """Values for every array: normal floats, integers as each one draws."""
+    rng = np.random.default_rng(seed)
+    return [
+      jnp.asarray(
+        leaf.draw(rng)
+        if isinstance(leaf, Integers)
+        else rng.standard_normal(leaf.shape, np.float32),
+        leaf.dtype,
+      )
+      for leaf in self._flatten()[0]
+      if _is_array(leaf)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """A kernel, its specification, and what it takes to test and time both.
+
+  Attributes:
+    name: prefix of the kernels' names in a trace, e.g. `rms_norm_fwd`.
+    function: the public function.
+    reference: the specification in plain jnp; `function` adds the keywords
+      `implementation` and `config` to its signature.
+    cost: maps a case's arguments to its (forward, backward) cost; the backward
+      is None where the op has no gradient.
+    tests: small problems; at least one ragged and one bfloat16.
+    benches: problems of real models.
+    pallas: whether a Pallas kernel stands behind `implementation="pallas"`.
+  """
+
+  name: str
+  function: Callable[..., Any]
+  reference: Callable[..., Any]
+  cost: Callable[..., tuple[Cost, Cost | None]]
+  tests: tuple[Case, ...]
+  benches: tuple[Case, ...]
+  pallas: bool = True
+
+
+def dispatch(
+  implementation: Implementation,
+  pallas: Callable[..., Any],
+  xla: Callable[..., Any],
+  *args: Any,
+) -> Any:
+  """Runs what the caller chose, else what suits the target platform.
+
+  The platform is the one that the computation is lowered for, not the one that
+  traces it: ahead-of-time compilation for TPU on a CPU host gets the kernel.
+  """
+  match implementation:
+    case "pallas":
+      return pallas(*args)
+    case "xla":
+      return xla(*args)
+    case _:
+      return jax.lax.platform_dependent(*args, tpu=pallas, default=xla)
+
+
+def check_implementation(
+  op: str, implementation: Implementation, *, pallas: bool = True
+) -> None:
+  """Refuses unknown implementations, and kernels that are not written yet."""
+  if implementation not in ("pallas", "xla", None):
+    raise ValueError(
+      f"{op}: implementation must be 'pallas', 'xla' or None, "
+      f"got {implementation!r}"
+    )
+  if implementation == "pallas" and not pallas:
+    raise NotImplementedError(
+      f"{op}: there is no Pallas kernel yet; pass implementation='xla' or None"
+    )
+
+
+def check_float(op: str, **arrays: jax.Array) -> None:
+  """Refuses arrays that are neither float32 nor bfloat16."""
+  for name, array in arrays.items():
+    if array.dtype not in (jnp.float32, jnp.bfloat16):
+      raise ValueError(
+        f"{op}: {name} must be float32 or bfloat16, got {array.dtype}"
+      )
+
+
+def check_shape(op: str, name: str, array: jax.Array, shape, why: str) -> None:
+  """Refuses an array whose shape is not `shape`; `why` explains the latter."""
+  if array.shape != tuple(shape):
+    raise ValueError(
+      f"{op}: {name} must be {tuple(shape)} ({why}), got {array.shape}"
+    )
+
+
+def nbytes(*arrays: Any) -> int:
+  """Total size in bytes of arrays or of their descriptions."""
+  return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in arrays)

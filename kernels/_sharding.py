@@ -1,0 +1,197 @@
+"""Kernels under a sharded jit.
+
+XLA cannot partition a Pallas kernel, so each op runs its kernel on every
+device's own block of the arrays, inside `jax.shard_map`.  Which dimension is
+split over which mesh axes comes from
+
+  * the arrays' types, on a mesh whose axes are Explicit: nothing to do;
+  * `with kernels.sharding(mesh, rules)`, on a mesh whose axes are Auto.
+
+Dimensions go by the letters of the package's legend.  An op lists the letters
+it can split: those over which its rows are independent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+Axes = tuple[str, ...]
+_Rules = tuple[Any, Mapping[str, Axes]]
+_RULES: contextvars.ContextVar[_Rules | None] = contextvars.ContextVar(
+  "pallas_gemma_sharding", default=None
+)
+
+
+def _as_axes(entry: Any) -> Axes:
+  if entry is None:
+    return ()
+  return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+@contextlib.contextmanager
+def sharding(
+  mesh: jax.sharding.Mesh, rules: Mapping[str, str | Sequence[str] | None]
+) -> Iterator[None]:
+  """Says how the kernels traced inside are split over a mesh of Auto axes.
+
+  Args:
+    mesh: the mesh of the surrounding `jit`.
+    rules: mesh axis or axes for each letter that is split, for example
+      `{"B": "data", "N": "model", "F": "model"}`.  Letters: B batch (the first
+      dimension of an activation), T query length (the second), N query heads,
+      K key/value heads, F feed-forward, V vocabulary.
+
+  Raises:
+    ValueError: if a rule names an axis that the mesh does not have.
+  """
+  clean = {letter: _as_axes(axes) for letter, axes in rules.items()}
+  for letter, axes in clean.items():
+    for axis in axes:
+      if axis not in mesh.axis_names:
+        raise ValueError(
+          f"sharding: rule {letter!r} wants a mesh axis among "
+          f"{mesh.axis_names}, got {axis!r}"
+        )
+  token = _RULES.set((mesh, clean))
+  try:
+    yield
+  finally:
+    _RULES.reset(token)
+
+
+def leading_dims(ndim: int) -> tuple[str, ...]:
+  """Letters for the leading dimensions of an activation: B, T, then others."""
+  return ("B", "T", *(f"T{i}" for i in range(2, ndim)))[:ndim]
+
+
+def split_axes(
+  op: str, args: Sequence[jax.Array], dims: Sequence[Sequence[str]]
+) -> tuple[Any, dict[str, Axes]]:
+  """The mesh and, for each letter, the mesh axes that split it.
+
+  Returns:
+    (None, {}) where nothing is split, as inside a shard_map.
+
+  Raises:
+    ValueError: if two arguments split the same letter differently.
+  """
+  found: dict[str, Axes] = {}
+  mesh = None
+  for array, letters in zip(args, dims, strict=True):
+    here = jax.typeof(array).sharding
+    explicit = {
+      name
+      for name, kind in zip(
+        here.mesh.axis_names, here.mesh.axis_types, strict=True
+      )
+      if kind == AxisType.Explicit
+    }
+    for letter, entry in zip(letters, here.spec, strict=True):
+      axes = tuple(axis for axis in _as_axes(entry) if axis in explicit)
+      if axes and found.setdefault(letter, axes) != axes:
+        raise ValueError(
+          f"{op}: dimension {letter} is split over {found[letter]} in one "
+          f"argument and over {axes} in another; use jax.sharding.reshard"
+        )
+    if explicit:
+      mesh = here.mesh
+  rules = _RULES.get()
+  if mesh is None and rules is not None and not _inside_shard_map(args):
+    mesh, by_letter = rules
+    letters = {letter for each in dims for letter in each}
+    found = {k: v for k, v in by_letter.items() if v and k in letters}
+  return (mesh, found) if found else (None, {})
+
+
+def _inside_shard_map(args: Sequence[jax.Array]) -> bool:
+  return any(
+    kind == AxisType.Manual
+    for a in args
+    for kind in jax.typeof(a).sharding.mesh.axis_types
+  )
+
+
+def per_device(
+  op: str,
+  function: Callable[..., Any],
+  args: Sequence[jax.Array],
+  dims: Sequence[Sequence[str]],
+  out_dims: Any,
+  *,
+  splits: str,
+) -> Any:
+  """Runs `function` on each device's block of `args`.
+
+  Args:
+    op: the op's name, for errors.
+    function: maps blocks of the arguments to blocks of the results.  What is
+      not split is replicated, and its cotangent is summed over the devices.
+    args: the arrays.
+    dims: letters of each argument's dimensions.
+    out_dims: letters of the result's dimensions, or a tuple of such.
+    splits: the letters over which the op may be split.
+
+  Raises:
+    ValueError: if another letter is split.
+  """
+  mesh, axes = split_axes(op, args, dims)
+  if mesh is None:
+    return function(*vary_alike(*args))
+  for letter in axes:
+    if letter[0] not in splits:
+      raise ValueError(
+        f"{op}: can be split over {', '.join(splits)} only, but dimension "
+        f"{letter} is split over {axes[letter]}; use jax.sharding.reshard"
+      )
+
+  def spec(letters: Sequence[str]) -> PartitionSpec:
+    return PartitionSpec(*(axes.get(letter) or None for letter in letters))
+
+  in_specs = tuple(spec(letters) for letters in dims)
+  several = isinstance(out_dims[0], tuple)
+  out_specs = tuple(map(spec, out_dims)) if several else spec(out_dims)
+  if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+    args = [
+      jax.sharding.reshard(a, s) for a, s in zip(args, in_specs, strict=True)
+    ]
+  # Without the check of varying axes, cotangents of replicated arguments are
+  # summed over the mesh, which is what a replicated scale or weight needs.
+  mapped = jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,
+  )
+  return mapped(*args)
+
+
+def vary_alike(*args: jax.Array) -> tuple[jax.Array, ...]:
+  """Inside a shard_map, makes all arguments vary over the same mesh axes.
+
+  A kernel reads them together, and a custom VJP must return each cotangent
+  with its argument's type; the cast's own transpose sums over the axes.
+  """
+  varying = [jax.typeof(a).manual_axis_type.varying for a in args]
+  union = frozenset().union(*varying)
+  return tuple(
+    jax.lax.pcast(a, tuple(sorted(union - have)), to="varying")
+    if union - have
+    else a
+    for a, have in zip(args, varying, strict=True)
+  )
+
+
+def like(shape: Sequence[int], dtype: Any, array: jax.Array):
+  """The type of a kernel's output that varies over the axes `array` does."""
+  return jax.ShapeDtypeStruct(
+    tuple(shape),
+    dtype,
+    manual_axis_type=jax.typeof(array).manual_axis_type,
+  )

@@ -1,0 +1,44 @@
+"""Where the tests run, and a guard on what they import."""
+
+import os
+
+# Before jax is imported: the tests want a CPU even where libtpu is installed,
+# eight of it for the meshes, and libtpu as a compiler without a TPU to query.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import pathlib  # noqa: E402
+import sys  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.pallas import tpu as pltpu  # noqa: E402
+
+# Two cores, so that a grid axis wrongly declared "parallel" gives wrong sums;
+# unwritten memory reads as NaN and out-of-bounds reads raise by default.
+INTERPRETER = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
+
+
+def pytest_configure():
+  """Takes the checkout off sys.path, where `python -m pytest` puts it.
+
+  There our folders would answer to `import kernels` and `import gemma` in
+  place of the PyPI packages of those names.
+  """
+  root = pathlib.Path(__file__).resolve().parents[1]
+  sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != root]
+
+
+@pytest.fixture(autouse=True)
+def tpu_or_interpreter(request):
+  """Kernels run on the TPU if there is one, else in JAX's TPU interpreter."""
+  on_tpu = jax.default_backend() == "tpu"
+  if on_tpu or request.node.get_closest_marker("no_interpreter"):
+    yield
+  else:
+    with pltpu.force_tpu_interpret_mode(INTERPRETER):
+      yield

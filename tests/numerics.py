@@ -1,0 +1,95 @@
+"""The numerics bar: how wrong a kernel may be.
+
+Relative, after flash-attention's tests: the reference in float64 is the truth,
+the reference in the working dtype is what plain jnp would have given, and the
+kernel may be at most so many times as wrong as plain jnp is.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_SLACK = 2.0
+RMS_SLACK = 1.5
+SOFTMAX_GRADIENT_SLACK = 3.0
+
+
+def is_float(array):
+  return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def value_and_gradients(function, arrays):
+  """Outputs, then the gradient of every float argument, as float64 numpy.
+
+  The cotangents are random, the same for every implementation.
+  """
+  floats = [i for i, a in enumerate(arrays) if is_float(a)]
+
+  def of_floats(*values):
+    filled = list(arrays)
+    for i, value in zip(floats, values, strict=True):
+      filled[i] = value
+    return tuple(jax.tree.leaves(function(*filled)))
+
+  outs, vjp = jax.vjp(of_floats, *(arrays[i] for i in floats))
+  rng = np.random.default_rng(1)
+  cotangents = tuple(
+    jnp.asarray(rng.standard_normal(out.shape, np.float32), out.dtype)
+    for out in outs
+  )
+  named = {f"output {i}": out for i, out in enumerate(outs)}
+  named |= {
+    f"gradient of argument {i}": g
+    for i, g in zip(floats, vjp(cotangents), strict=True)
+  }
+  return {name: np.asarray(a, np.float64) for name, a in named.items()}
+
+
+def values(function, arrays):
+  outs = jax.tree.leaves(function(*arrays))
+  return {f"output {i}": np.asarray(o, np.float64) for i, o in enumerate(outs)}
+
+
+def widened(arrays):
+  """The same numbers in float64; call under `jax.enable_x64`."""
+  return [a.astype(jnp.float64) if is_float(a) else a for a in arrays]
+
+
+def max_abs(error):
+  return np.abs(error).max(initial=0.0)
+
+
+def rms(error):
+  return np.sqrt(np.mean(error * error)) if error.size else 0.0
+
+
+def assert_within_bar(got, plain, truth, softmax=False):
+  """Every output and gradient of `got` meets the bar.
+
+  The floor of two float32 ulps of the value's own norm lets a result differ
+  where plain jnp happens to be exact.
+  """
+  assert got.keys() == plain.keys() == truth.keys()
+  for name, exact in truth.items():
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(got[name][~finite], exact[~finite], name)
+    e = np.where(finite, exact, 0)
+    g, p = (np.where(finite, a[name], 0) for a in (got, plain))
+    through_softmax = softmax and "gradient" in name
+    for norm, slack in ((max_abs, MAX_SLACK), (rms, RMS_SLACK)):
+      slack = SOFTMAX_GRADIENT_SLACK if through_softmax else slack
+      bar = slack * norm(p - e) + 2 * np.finfo(np.float32).eps * norm(e)
+      error = norm(g - e)
+      assert error <= bar, (
+        f"{name}: {norm.__name__} error {error:.3g} exceeds {bar:.3g} "
+        f"({slack} times plain jnp's, plus two float32 ulps)"
+      )
+
+
+def assert_agrees(function, reference, arrays, *, softmax=False, grad=True):
+  """`function` meets the bar set by `reference` on these arrays."""
+  run = value_and_gradients if grad else values
+  with jax.enable_x64(True):
+    truth = run(reference, widened(arrays))
+  plain = run(reference, arrays)
+  assert_within_bar(run(function, arrays), plain, truth, softmax)

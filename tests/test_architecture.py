@@ -1,0 +1,67 @@
+"""The walls of the house: who may import whom, and what each room must hold."""
+
+import ast
+import inspect
+import pathlib
+
+import jax
+import pytest
+from pallas_gemma import kernels
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+OPS = [pytest.param(op, id=op.name) for op in kernels.OPS]
+
+
+def imports(path: pathlib.Path) -> set[str]:
+  """Absolute names imported by a file; relative imports keep their dots."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      found |= {a.name for a in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      base = "." * node.level + (node.module or "")
+      found |= {base} | {f"{base}.{a.name}" for a in node.names}
+  return found
+
+
+def test_kernels_stand_alone():
+  for path in (ROOT / "kernels").glob("*.py"):
+    bad = {m for m in imports(path) if m.startswith(("pallas_gemma", ".."))}
+    assert not bad, f"{path.name} imports {bad}: kernels/ must be vendorable"
+
+
+def test_gemma_knows_no_pallas_and_has_one_door():
+  for path in (ROOT / "gemma").glob("*.py"):
+    names = imports(path)
+    assert not any("pallas" in m and "pallas_gemma" not in m for m in names)
+    if path.name != "ops.py":
+      assert not any("kernels" in m for m in names), path.name
+
+
+def test_exports_do_not_shadow_modules():
+  modules = {p.stem for p in (ROOT / "kernels").glob("*.py")}
+  assert not modules & {n for n in vars(kernels) if not n.startswith("_")}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_reference_is_pure_jnp(op):
+  for case in op.tests:
+    jaxpr = str(jax.make_jaxpr(case.bind(op.reference))(*case.specs))
+    assert "pallas_call" not in jaxpr and "custom_vjp" not in jaxpr
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_function_and_reference_share_a_signature(op):
+  function = dict(inspect.signature(op.function).parameters)
+  for added in ("config", "implementation"):
+    parameter = function.pop(added)
+    assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameter.default is None
+  assert function == dict(inspect.signature(op.reference).parameters)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernel_file_opens_with_its_maths(op):
+  doc = inspect.getmodule(op.function).__doc__
+  for heading in ("Maths", "Traffic", "Tiling"):
+    assert heading in doc, f"{op.name}: module docstring lacks {heading!r}"
