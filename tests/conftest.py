@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 import pathlib  # noqa: E402
 import sys  # noqa: E402
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
@@ -21,6 +22,17 @@ from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 # Two cores, so that a grid axis wrongly declared "parallel" gives wrong sums;
 # unwritten memory reads as NaN and out-of-bounds reads raise by default.
 INTERPRETER = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
+
+# The same examples on every run, and no shrinking: in the interpreter an
+# example takes seconds.
+hypothesis.settings.register_profile(
+  "interpreter",
+  derandomize=True,
+  deadline=None,
+  database=None,
+  phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
+hypothesis.settings.load_profile("interpreter")
 
 
 def pytest_configure():

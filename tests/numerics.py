@@ -18,36 +18,55 @@ def is_float(array):
   return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def value_and_gradients(function, arrays):
+def value_and_gradients(function, *draws):
   """Outputs, then the gradient of every float argument, as float64 numpy.
 
-  The cotangents are random, the same for every implementation.
+  The cotangents are random, the same for every implementation.  Each draw is a
+  list of arrays; the results of several are stacked.
+
+  Nothing is jitted here: a compiled reference may keep float32 where plain jnp
+  rounds to bfloat16 between operations, and would no longer be plain jnp.
   """
-  floats = [i for i, a in enumerate(arrays) if is_float(a)]
+  floats = [i for i, a in enumerate(draws[0]) if is_float(a)]
 
-  def of_floats(*values):
-    filled = list(arrays)
-    for i, value in zip(floats, values, strict=True):
-      filled[i] = value
-    return tuple(jax.tree.leaves(function(*filled)))
+  def run(arrays):
+    def of_floats(*values):
+      filled = list(arrays)
+      for i, value in zip(floats, values, strict=True):
+        filled[i] = value
+      return tuple(jax.tree.leaves(function(*filled)))
 
-  outs, vjp = jax.vjp(of_floats, *(arrays[i] for i in floats))
-  rng = np.random.default_rng(1)
-  cotangents = tuple(
-    jnp.asarray(rng.standard_normal(out.shape, np.float32), out.dtype)
-    for out in outs
-  )
-  named = {f"output {i}": out for i, out in enumerate(outs)}
-  named |= {
-    f"gradient of argument {i}": g
-    for i, g in zip(floats, vjp(cotangents), strict=True)
+    outs, vjp = jax.vjp(of_floats, *(arrays[i] for i in floats))
+    rng = np.random.default_rng(1)
+    cotangents = tuple(
+      jnp.asarray(rng.standard_normal(out.shape, np.float32), out.dtype)
+      for out in outs
+    )
+    named = {f"output {i}": out for i, out in enumerate(outs)}
+    return named | {
+      f"gradient of argument {i}": g
+      for i, g in zip(floats, vjp(cotangents), strict=True)
+    }
+
+  return _stacked(run, draws)
+
+
+def values(function, *draws):
+  """As `value_and_gradients`, without the gradients."""
+
+  def run(arrays):
+    outs = jax.tree.leaves(function(*arrays))
+    return {f"output {i}": out for i, out in enumerate(outs)}
+
+  return _stacked(run, draws)
+
+
+def _stacked(run, draws):
+  results = [run(list(arrays)) for arrays in draws]
+  return {
+    name: np.stack([np.asarray(r[name], np.float64) for r in results])
+    for name in results[0]
   }
-  return {name: np.asarray(a, np.float64) for name, a in named.items()}
-
-
-def values(function, arrays):
-  outs = jax.tree.leaves(function(*arrays))
-  return {f"output {i}": np.asarray(o, np.float64) for i, o in enumerate(outs)}
 
 
 def widened(arrays):
@@ -86,10 +105,14 @@ def assert_within_bar(got, plain, truth, softmax=False):
       )
 
 
-def assert_agrees(function, reference, arrays, *, softmax=False, grad=True):
-  """`function` meets the bar set by `reference` on these arrays."""
+def assert_agrees(function, reference, *draws, softmax=False, grad=True):
+  """`function` meets the bar set by `reference` on these arrays.
+
+  With several draws the norms are taken over all of them: the error of a few
+  numbers is a matter of luck, for the kernel and for plain jnp.
+  """
   run = value_and_gradients if grad else values
   with jax.enable_x64(True):
-    truth = run(reference, widened(arrays))
-  plain = run(reference, arrays)
-  assert_within_bar(run(function, arrays), plain, truth, softmax)
+    truth = run(reference, *map(widened, draws))
+  plain = run(reference, *draws)
+  assert_within_bar(run(jax.jit(function), *draws), plain, truth, softmax)

@@ -1,0 +1,279 @@
+"""What is particular to RMSNorm."""
+
+import functools
+import sys
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import mutation
+import numerics
+import numpy as np
+import pytest
+import v5e
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from pallas_gemma import kernels
+from pallas_gemma.kernels import RMSNormConfig, add_rms_norm, rms_norm
+
+MODULE = sys.modules[kernels.RMSNormConfig.__module__]
+KERNEL = functools.partial(rms_norm, implementation="pallas", scale_offset=1.0)
+ADD_KERNEL = functools.partial(
+  add_rms_norm, implementation="pallas", scale_offset=1.0
+)
+
+
+def draw(*shapes_and_dtypes, seed=0):
+  rng = np.random.default_rng(seed)
+  return [
+    jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+    for shape, dtype in shapes_and_dtypes
+  ]
+
+
+dtypes = st.sampled_from([jnp.float32, jnp.bfloat16])
+widths = st.one_of(
+  st.integers(1, 300), st.sampled_from([1, 100, 128, 2047, 2048, 3072])
+)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+  rows=st.integers(1, 70),
+  width=widths,
+  dtype=dtypes,
+  scale_dtype=dtypes,
+  offset=st.sampled_from([0.0, 1.0]),
+  epsilon=st.sampled_from([1e-6, 1e-5, 0.1]),
+  tile=st.sampled_from([16, 32, 64]),
+  add=st.booleans(),
+)
+def test_any_shape_meets_the_bar(
+  rows, width, dtype, scale_dtype, offset, epsilon, tile, add
+):
+  kwargs = {"epsilon": epsilon, "scale_offset": offset}
+  function = add_rms_norm if add else rms_norm
+  reference = getattr(kernels, f"{function.__name__}_reference")
+  x = ((rows, width), dtype)
+  seeds = range(-(-64 // width))  # enough sums in dscale for its statistics
+  numerics.assert_agrees(
+    functools.partial(
+      function,
+      implementation="pallas",
+      config=RMSNormConfig(rows=tile),
+      **kwargs,
+    ),
+    functools.partial(reference, **kwargs),
+    *(draw(x, *[x] * add, ((width,), scale_dtype), seed=i) for i in seeds),
+  )
+
+
+def agrees(function, shape=(50, 100), dtype=jnp.float32, magnitude=1.0):
+  """The bar on two tiles, the second one ragged."""
+  x, scale = draw((shape, dtype), (shape[-1:], jnp.float32))
+  numerics.assert_agrees(
+    functools.partial(
+      function,
+      implementation="pallas",
+      scale_offset=1.0,
+      config=RMSNormConfig(rows=32),
+    ),
+    functools.partial(kernels.rms_norm_reference, scale_offset=1.0),
+    [x * magnitude, scale],
+  )
+
+
+MUTANTS = {
+  "epsilon": ("keepdims=True) + epsilon\n\n\ndef", "keepdims=True)\n\n\ndef"),
+  "ragged rows reach dscale": ("if n % rows:", "if False:"),
+  "no projection": ("g - x * (mean_gx / mean_square)", "g"),
+  "r once too often": ("mean_gx / mean_square", "mean_gx / mean_square * r"),
+  "only the last tile": ("@pl.when(i == 0)", "@pl.when(i >= 0)"),
+  "parallel sum": (
+    "CompilerParams(vmem",
+    "CompilerParams(dimension_semantics=('parallel',), vmem",
+  ),
+  "offset dropped": ("dy * (static.scale_offset + ", "dy * (0.0 + "),
+  "dy for g": ("jnp.mean(g * x,", "jnp.mean(dy * x,"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_die(name):
+  copy = mutation.mutant(MODULE, *MUTANTS[name])
+  magnitude = 1e-2 if name == "epsilon" else 1.0  # where epsilon counts
+  agrees(rms_norm, magnitude=magnitude)
+  mutation.assert_killed(
+    functools.partial(agrees, magnitude=magnitude), copy.rms_norm
+  )
+
+
+def test_bfloat16_arithmetic_dies():
+  wide = ("x = x_ref[...].astype(jnp.float32)\n  r =", "x = x_ref[...]\n  r =")
+  copy = mutation.mutant(MODULE, *wide)
+  check = functools.partial(agrees, dtype=jnp.bfloat16)
+  check(rms_norm)
+  mutation.assert_killed(check, copy.rms_norm)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1e15])
+def test_extreme_magnitudes(magnitude):
+  """A mean square that underflows or nearly overflows."""
+  agrees(rms_norm, magnitude=magnitude)
+
+
+def test_zero_rows_stay_zero():
+  x = jnp.zeros((4, 128))
+  y, vjp = jax.vjp(KERNEL, x, jnp.zeros(128))
+  dx, dscale = vjp(jnp.ones_like(x))
+  assert not y.any() and not dscale.any() and jnp.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (3, 0), (0,)])
+def test_empty_arrays(shape):
+  y, vjp = jax.vjp(KERNEL, jnp.zeros(shape), jnp.zeros(shape[-1:]))
+  assert y.shape == shape and vjp(y)[0].shape == shape
+
+
+@pytest.mark.parametrize("scale_axis", [None, 0])
+def test_vmap(scale_axis):
+  """Mapped over x, with one scale for all or with one for each."""
+  scale_shape = (128,) if scale_axis is None else (2, 128)
+  arrays = draw(((2, 20, 128), jnp.float32), (scale_shape, jnp.float32))
+  mapped = [
+    jax.vmap(functools.partial(norm, scale_offset=1.0), (0, scale_axis))
+    for norm in (
+      functools.partial(rms_norm, implementation="pallas"),
+      kernels.rms_norm_reference,
+    )
+  ]
+  numerics.assert_agrees(*mapped, arrays)
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+def test_checkpoint_recomputes_the_kernel():
+  def loss(x, scale):
+    norm = functools.partial(rms_norm, scale_offset=1.0)
+    return jnp.tanh(jax.checkpoint(norm)(x, scale)).astype(jnp.float32).sum()
+
+  x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+  scale = jax.ShapeDtypeStruct((256,), jnp.float32)
+  text = v5e.compile(jax.grad(loss, (0, 1)), x, scale).as_text() or ""
+  assert "rms_norm_bwd" in text
+
+
+# --- meshes -------------------------------------------------------------------
+
+
+def mesh_of(kind):
+  return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def split_loss(x, residual, scale):
+  y, h = ADD_KERNEL(x, residual, scale)
+  return ((y + KERNEL(h, scale)) ** 2).sum()
+
+
+@pytest.mark.parametrize("how", ["explicit", "auto", "shard_map"])
+def test_split_over_a_mesh(how):
+  """Rows split over eight devices; dscale is summed over them."""
+  kind = AxisType.Explicit if how == "explicit" else AxisType.Auto
+  mesh = mesh_of(kind)
+  x, r, scale = draw(*[((8, 6, 128), jnp.float32)] * 2, ((128,), jnp.float32))
+  gradient = jax.grad(split_loss, (0, 1, 2))
+  want = gradient(x, r, scale)
+  spec = PartitionSpec("data", "model")
+  if how == "shard_map":
+    gradient = jax.grad(
+      lambda *args: jax.shard_map(
+        lambda *a: jax.lax.psum(split_loss(*a), ("data", "model")),
+        mesh=mesh,
+        in_specs=(spec, spec, PartitionSpec()),
+        out_specs=PartitionSpec(),
+      )(*args),
+      (0, 1, 2),
+    )
+  put = functools.partial(jax.device_put, device=NamedSharding(mesh, spec))
+  rules = {"B": "data", "T": "model"} if how == "auto" else {}
+  with jax.set_mesh(mesh), kernels.sharding(mesh, rules):
+    got = jax.jit(gradient)(put(x), put(r), scale)
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)
+  assert got[0].sharding.spec[:2] == ("data", "model")
+
+
+def test_split_width_is_refused():
+  mesh = mesh_of(AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    sharding = NamedSharding(mesh, PartitionSpec(None, "model"))
+    x = jax.device_put(jnp.ones((8, 128)), sharding)
+    with pytest.raises(ValueError, match="rms_norm: can be split over B, T"):
+      jax.jit(KERNEL)(x, jnp.ones(128))
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+def test_compiles_for_eight_chips():
+  mesh = jax.sharding.Mesh(
+    np.reshape(v5e.devices("2x4", (2, 4, 1)), (4, 2)),
+    ("data", "model"),
+    axis_types=(AxisType.Explicit,) * 2,
+  )
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  whole = NamedSharding(mesh, PartitionSpec())
+  x = jax.ShapeDtypeStruct((8, 512, 2048), jnp.bfloat16, sharding=split)
+  scale = jax.ShapeDtypeStruct((2048,), jnp.float32, sharding=whole)
+  norm = functools.partial(rms_norm, scale_offset=1.0)
+
+  def gradient(x, scale):
+    return jax.grad(lambda *a: norm(*a).astype(jnp.float32).sum(), (0, 1))(
+      x, scale
+    )
+
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    text = jax.jit(gradient).lower(x, scale).compile().as_text() or ""
+  assert "rms_norm_bwd" in text and "all-gather" not in text
+
+
+# --- refusals -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "x, scale, kwargs, message",
+  [
+    ((8, 128), (64,), {}, r"scale must be \(128,\).*got \(64,\)"),
+    ((), (1,), {}, "at least one dimension, got a scalar"),
+    ((8, 128), (128,), {"epsilon": -1.0}, "epsilon must not be negative"),
+    (
+      (8, 128),
+      (128,),
+      {"implementation": "cuda"},
+      "'pallas', 'xla' or None, got 'cuda'",
+    ),
+  ],
+)
+def test_bad_input_is_refused(x, scale, kwargs, message):
+  with pytest.raises(ValueError, match=f"rms_norm: .*{message}"):
+    rms_norm(jnp.zeros(x), jnp.zeros(scale), **kwargs)
+
+
+def test_other_dtypes_are_refused():
+  with pytest.raises(ValueError, match="x must be float32 or bfloat16, got fl"):
+    rms_norm(jnp.zeros((8, 128), jnp.float16), jnp.zeros(128))
+  with pytest.raises(ValueError, match="scale must be float32 or bfloat16"):
+    rms_norm(jnp.zeros((8, 128)), jnp.zeros(128, jnp.int32))
+
+
+def test_residual_must_match():
+  x = jnp.zeros((8, 128))
+  with pytest.raises(ValueError, match=r"residual must be \(8, 128\)"):
+    add_rms_norm(x, jnp.zeros((4, 128)), jnp.zeros(128))
+  with pytest.raises(ValueError, match="residual must have x's dtype float32"):
+    add_rms_norm(x, x.astype(jnp.bfloat16), jnp.zeros(128))
+
+
+@pytest.mark.parametrize("rows", [0, -16, 12])
+def test_config_is_validated_at_birth(rows):
+  with pytest.raises(ValueError, match="positive multiple of 16"):
+    RMSNormConfig(rows=rows)
