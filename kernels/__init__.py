@@ -40,6 +40,7 @@ from ._rms_norm import add_rms_norm_reference as add_rms_norm_reference
 from ._rms_norm import rms_norm as rms_norm
 from ._rms_norm import rms_norm_reference as rms_norm_reference
 from ._rope import OP as _APPLY_ROPE
+from ._rope import RopeConfig as RopeConfig
 from ._rope import apply_rope as apply_rope
 from ._rope import apply_rope_reference as apply_rope_reference
 from ._sharding import sharding as sharding

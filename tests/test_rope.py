@@ -1,0 +1,169 @@
+"""What is particular to RoPE."""
+
+import functools
+import sys
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import mutation
+import numerics
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from pallas_gemma import kernels
+from pallas_gemma.kernels import RopeConfig, apply_rope, apply_rope_reference
+
+MODULE = sys.modules[RopeConfig.__module__]
+KERNEL = functools.partial(apply_rope, implementation="pallas")
+SMALL = RopeConfig(rows=128)
+
+
+def draw(shape, dtype=jnp.float32, top=1000, seed=0):
+  rng = np.random.default_rng(seed)
+  x = jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+  return [x, jnp.asarray(rng.integers(0, top, shape[:2], np.int32))]
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+  batch=st.integers(1, 3),
+  length=st.integers(1, 70),
+  heads=st.integers(1, 20),
+  half=st.one_of(st.integers(1, 80), st.sampled_from([32, 64, 128])),
+  dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  top=st.sampled_from([1, 8192, 1_000_000]),
+  base=st.sampled_from([10_000.0, 500_000.0]),
+  split_heads=st.booleans(),
+)
+def test_any_shape_meets_the_bar(
+  batch, length, heads, half, dtype, top, base, split_heads
+):
+  config = RopeConfig(rows=128, heads=16 if split_heads else None)
+  numerics.assert_agrees(
+    functools.partial(KERNEL, base_frequency=base, config=config),
+    functools.partial(apply_rope_reference, base_frequency=base),
+    draw((batch, length, heads, 2 * half), dtype, top),
+  )
+
+
+def agrees(rope, shape=(1, 150, 2, 256), dtype=jnp.float32, top=1_000_000):
+  """The bar on two tiles, the second one ragged."""
+  numerics.assert_agrees(
+    functools.partial(rope, implementation="pallas", config=SMALL),
+    apply_rope_reference,
+    draw(shape, dtype, top),
+  )
+
+
+MUTANTS = {
+  "backward turns forward": ("_rotate, static, -1)", "_rotate, static, 1)"),
+  "halves' signs": ("= (first * cos - second", "= (first * cos + second"),
+  "bfloat16 phases": (
+    "axis=0).astype(jnp.float32)",
+    "axis=0).astype(jnp.bfloat16).astype(jnp.float32)",
+  ),
+  "first tile's positions": ("lambda i, j: (0, i)", "lambda i, j: (0, 0)"),
+  "always 10,000": (
+    "_timescale(h // 2, static.base_frequency, jnp",
+    "_timescale(h // 2, 1e4 + 1, jnp",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_die(name):
+  copy = mutation.mutant(MODULE, *MUTANTS[name])
+  mutation.assert_killed(agrees, copy.apply_rope)
+
+
+def test_rotated_lanes_mutant_dies():
+  swap = ("concatenate([-sin, sin]", "concatenate([sin, -sin]")
+  shape = (1, 20, 2, 64)
+  agrees(apply_rope, shape)
+  copy = mutation.mutant(MODULE, *swap)
+  mutation.assert_killed(agrees, copy.apply_rope, shape)
+
+
+def test_the_mutants_original_lives():
+  agrees(apply_rope)
+
+
+def test_halves_rotate_against_each_other():
+  """Not neighbouring pairs: a quarter turn of the first frequency."""
+  x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
+  y = apply_rope_reference(x, jnp.array([[1]]))
+  cos, sin = np.cos(1.0), np.sin(1.0)
+  np.testing.assert_allclose(y[0, 0, 0, 0], 1 * cos - 5 * sin, rtol=1e-6)
+  np.testing.assert_allclose(y[0, 0, 0, 4], 5 * cos + 1 * sin, rtol=1e-6)
+
+
+def test_preserves_norms_and_relative_position():
+  with jax.enable_x64(True):
+    x, p = numerics.widened(draw((2, 6, 3, 64), top=50))
+    rotate = apply_rope_reference
+    np.testing.assert_allclose(
+      jnp.linalg.norm(rotate(x, p), axis=-1), jnp.linalg.norm(x, axis=-1)
+    )
+    scores = [
+      jnp.einsum("bqnh,bknh->bnqk", rotate(x, p + shift), rotate(x, p + shift))
+      for shift in (0, 1234)
+    ]
+    np.testing.assert_allclose(*scores, rtol=1e-9, atol=1e-9)
+
+
+def test_position_zero_is_the_identity():
+  x, _ = draw((1, 5, 2, 64))
+  np.testing.assert_array_equal(KERNEL(x, jnp.zeros((1, 5), jnp.int32)), x)
+
+
+def test_vmap():
+  numerics.assert_agrees(
+    jax.vmap(KERNEL), jax.vmap(apply_rope_reference), draw3((2, 1, 20, 2, 128))
+  )
+
+
+def draw3(shape):
+  x, _ = draw(shape)
+  return [x, jnp.asarray(np.arange(np.prod(shape[:3])).reshape(shape[:3]))]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_split_over_a_mesh(kind):
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+  x, positions = draw((4, 10, 2, 128))
+  gradient = jax.grad(lambda x, p: (KERNEL(x, p) ** 3).sum())
+  want = gradient(x, positions)
+  x = jax.device_put(
+    x, NamedSharding(mesh, PartitionSpec("data", None, "model"))
+  )
+  rules = {"B": "data", "N": "model"} if kind == AxisType.Auto else {}
+  with jax.set_mesh(mesh), kernels.sharding(mesh, rules):
+    got = jax.jit(gradient)(x, positions)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "x, positions, kwargs, message",
+  [
+    ((2, 8, 4, 63), (2, 8), {}, "even head size H, got 63"),
+    ((2, 8, 64), (2, 8), {}, r"x must be \[B, T, N, H\]"),
+    ((2, 8, 4, 64), (8,), {}, r"positions must be \(2, 8\)"),
+    ((2, 8, 4, 64), (2, 8), {"base_frequency": 0}, "must be positive, got 0"),
+  ],
+)
+def test_bad_input_is_refused(x, positions, kwargs, message):
+  with pytest.raises(ValueError, match=f"apply_rope: .*{message}"):
+    apply_rope(jnp.zeros(x), jnp.zeros(positions, jnp.int32), **kwargs)
+
+
+def test_float_positions_are_refused():
+  with pytest.raises(ValueError, match="positions must be integers, got float"):
+    apply_rope(jnp.zeros((2, 8, 4, 64)), jnp.zeros((2, 8)))
+
+
+@pytest.mark.parametrize("kwargs", [{"rows": 100}, {"rows": 0}, {"heads": 8}])
+def test_config_is_validated_at_birth(kwargs):
+  with pytest.raises(ValueError, match="RopeConfig: .* multiple of"):
+    RopeConfig(**kwargs)
