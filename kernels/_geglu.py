@@ -21,6 +21,7 @@ Tiling: none yet; there is no Pallas kernel for these ops.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -39,7 +40,7 @@ from ._op import (
 
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
 
-ACTIVATIONS = {
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "silu": jax.nn.silu,

@@ -104,8 +104,8 @@ def split_axes(
   rules = _RULES.get()
   if mesh is None and rules is not None and not _inside_shard_map(args):
     mesh, by_letter = rules
-    letters = {letter for each in dims for letter in each}
-    found = {k: v for k, v in by_letter.items() if v and k in letters}
+    known = {letter for letters in dims for letter in letters}
+    found = {k: v for k, v in by_letter.items() if v and k in known}
   return (mesh, found) if found else (None, {})
 
 

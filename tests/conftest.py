@@ -7,6 +7,10 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# In the interpreter the two cores of all eight devices wait for each
+# other, in threads of XLA's pool.  By default it has one for each device, and
+# they would wait for ever.
+os.environ.setdefault("NPROC", "64")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )

@@ -1,0 +1,206 @@
+"""The command `pallas-gemma`.
+
+What is heavy is imported inside the commands, when it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import pathlib
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from ._errors import UserError
+
+_USAGE = """\
+usage: pallas-gemma COMMAND [OPTIONS]
+
+A small Gemma, trained and sampled with hand-written Pallas kernels on a TPU
+and with plain JAX elsewhere.
+
+commands:
+  train    train on text files, or on Python's documentation; resumes by itself
+  sample   continue a prompt from a checkpoint
+
+`pallas-gemma COMMAND --help` lists the options of a command.
+"""
+
+_MISUSE = 2  # the exit code for what the user can mend
+
+_Config = TypeVar("_Config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """Continue prompts from a checkpoint, shown as the text grows.
+
+  Attributes:
+    checkpoint: work directory of `train`, or directory of `save_checkpoint`.
+    prompt: texts to continue, sampled together.  Default: one empty text, the
+      beginning of a document.
+    step: which of its checkpoints.  Default: the newest.
+    max_new_tokens: tokens to add at most.  Default: 200, or as many as the
+      model's context has room for.
+    temperature: 0 takes the likeliest token each time, 1 follows the model's
+      probabilities.
+    top_k: draw among that many likeliest tokens only.
+    top_p: draw among the likeliest tokens that together have this
+      probability.
+    seed: of the draws; the same seed gives the same text.
+  """
+
+  checkpoint: pathlib.Path
+  prompt: tuple[str, ...] = ("",)
+  step: int | None = None
+  max_new_tokens: int | None = None
+  temperature: float = 0.8
+  top_k: int | None = None
+  top_p: float | None = 0.95
+  seed: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+  """Runs a command and exits: 0 done, 2 misuse, 130 or 143 interrupted."""
+  name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
+  if name in ("", "-h", "--help"):
+    print(_USAGE, end="", file=sys.stdout if name else sys.stderr)
+    sys.exit(0 if name else _MISUSE)
+  if name not in _COMMANDS:
+    _fail(f"unknown command {name!r}; give one of {', '.join(_COMMANDS)}")
+  # Libraries log the traceback of what they raise: it would be told twice.
+  for library in ("absl", "asyncio"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
+  try:
+    sys.exit(_COMMANDS[name](rest))
+  except UserError as error:
+    _fail(str(error))
+  except ModuleNotFoundError as error:
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "pallas_gemma"):
+      raise
+    _fail(f"{package} is not installed; pip install 'pallas-gemma[gemma]'")
+  except KeyboardInterrupt:
+    print("\npallas-gemma: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+  print(f"pallas-gemma: {' '.join(message.split())}", file=sys.stderr)
+  sys.exit(_MISUSE)
+
+
+def _parse(config: type[_Config], name: str, arguments: list[str]) -> _Config:
+  import tyro
+
+  box = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(box):
+      return tyro.cli(config, prog=f"pallas-gemma {name}", args=arguments)
+  except SystemExit as end:
+    if not end.code:
+      raise  # --help
+    # tyro draws boxes; the message is in the first compartment.
+    lines = re.sub("[│╭╮╰╯]", " ", box.getvalue()).splitlines()[1:]
+    rule = next((i for i, line in enumerate(lines) if "───" in line), None)
+    message = " ".join(lines[:rule])
+  _fail(f"{message} (pallas-gemma {name} --help lists the options)")
+
+
+# --- the commands ---
+
+
+def _train(arguments: list[str]) -> int:
+  from ._train_config import TrainConfig
+
+  config = _parse(TrainConfig, "train", arguments)
+
+  from ._progress import perplexity
+  from ._train import train
+
+  _keep_compiled(config.directory)
+  result = train(config)
+  if result.held_out_loss is not None and result.unigram_loss is not None:
+    print(
+      f"held-out perplexity {perplexity(result.held_out_loss):,.1f}; guessing "
+      f"by frequency alone (unigram): {perplexity(result.unigram_loss):,.1f}"
+    )
+  if result.interrupted_by is not None:
+    print(
+      f"pallas-gemma: stopped after step {result.step}, which is saved; give "
+      "the same command to go on",
+      file=sys.stderr,
+    )
+    return 128 + result.interrupted_by
+  print(f"\na sample from {result.directory}:\n")
+  _print_samples(SampleConfig(checkpoint=result.directory))
+  print(
+    f"\nfor more: pallas-gemma sample --checkpoint {result.directory} "
+    "--prompt 'The'"
+  )
+  return 0
+
+
+def _sample(arguments: list[str]) -> int:
+  config = _parse(SampleConfig, "sample", arguments)
+  if os.access(config.checkpoint, os.W_OK):
+    _keep_compiled(config.checkpoint)
+  _print_samples(config)
+  return 0
+
+
+def _keep_compiled(directory: pathlib.Path) -> None:
+  """Compiled programs stay in `directory`, for the next start.
+
+  By machine: code for one processor may not run on another.  A cache chosen
+  by the user (JAX_COMPILATION_CACHE_DIR) goes first.
+  """
+  import jax
+
+  option = "jax_compilation_cache_dir"
+  if getattr(jax.config, option) is None:
+    path = directory.absolute() / "compiled" / platform.node()
+    jax.config.update(option, str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _print_samples(config: SampleConfig) -> None:
+  """Prints prompts and continuations, the first as it grows."""
+  from ._checkpoint import load_checkpoint
+  from ._sampler import Sampler
+
+  model, tokenizer = load_checkpoint(config.checkpoint, step=config.step)
+  longest = max(len(tokenizer.encode(p, add_bos=True)) for p in config.prompt)
+  room = model.config.context_length - longest
+
+  def stream(index: int, piece: str) -> None:
+    if index == 0:
+      print(piece, end="", flush=True)
+
+  print(config.prompt[0], end="", flush=True)
+  completions = Sampler(model, tokenizer)(
+    list(config.prompt),
+    max_new_tokens=config.max_new_tokens or max(min(200, room), 1),
+    temperature=config.temperature,
+    top_k=config.top_k,
+    top_p=config.top_p,
+    seed=config.seed,
+    stream=stream,
+  )
+  print()
+  for prompt, completion in zip(
+    config.prompt[1:], completions[1:], strict=True
+  ):
+    print(f"---\n{prompt}{completion.text}")
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+  "train": _train,
+  "sample": _sample,
+}

@@ -1,0 +1,186 @@
+"""Text to token ids and back: SentencePiece byte-pair encoding.
+
+Reads any SentencePiece `.model`, Gemma's own among them, and trains small
+ones with Gemma's settings: the same special ids, bytes for what the vocabulary
+lacks, digits one by one, and no change whatever to the text, so that
+`decode(encode(text)) == text` for every text.
+"""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import sentencepiece
+
+from ._errors import UserError
+
+START_OF_TURN = "<start_of_turn>"
+END_OF_TURN = "<end_of_turn>"
+
+# SentencePiece writes a space as this character inside its pieces, and would
+# read one in the text as a space: the text's own are spelled in bytes instead.
+_SPACE_MARK = "\u2581"
+
+# The trainer leaves out every text that holds one of these.
+_UNTRAINABLE = re.compile("[\0\u2585]")
+
+_GEMMA_SETTINGS: dict[str, Any] = dict(
+  model_type="bpe",
+  pad_id=0,
+  eos_id=1,
+  bos_id=2,
+  unk_id=3,
+  pad_piece="<pad>",
+  eos_piece="<eos>",
+  bos_piece="<bos>",
+  unk_piece="<unk>",
+  user_defined_symbols=[START_OF_TURN, END_OF_TURN],
+  byte_fallback=True,
+  split_digits=True,
+  normalization_rule_name="identity",
+  add_dummy_prefix=False,
+  remove_extra_whitespaces=False,
+  max_sentencepiece_length=16,
+  # Gemma lists runs of spaces among its symbols; this learns them instead.
+  allow_whitespace_only_pieces=True,
+  # In bytes.  The default drops longer texts in silence.
+  max_sentence_length=1 << 30,
+  minloglevel=2,
+)
+
+
+class Tokenizer:
+  """A SentencePiece model.
+
+  Args:
+    model: the bytes of a `.model` file; see `load` and `train`.
+    source: what to call it in an error message.
+
+  Raises:
+    UserError: if the bytes are no SentencePiece model.
+  """
+
+  def __init__(self, model: bytes, *, source: str = "tokenizer"):
+    self.model = model
+    self._processor = sentencepiece.SentencePieceProcessor()
+    # An empty string is a valid model of no pieces, and using one crashes.
+    if not model or not _parses(self._processor, model):
+      raise UserError(
+        f"{source}: not a SentencePiece model; give a tokenizer.model file"
+      )
+    self.vocab_size: int = self._processor.get_piece_size()
+    self.eos_id: int = self._processor.eos_id()
+    self.bos_id: int = self._processor.bos_id()
+    self.unk_id: int = self._processor.unk_id()
+    # Some models have none.  Padding is masked everywhere, so any id does.
+    self.pad_id: int = max(self._processor.pad_id(), 0)
+    self._space_mark_ids = [
+      self._processor.piece_to_id(f"<0x{byte:02X}>")
+      for byte in _SPACE_MARK.encode()
+    ]
+
+  @classmethod
+  def load(cls, path: str | pathlib.Path) -> Tokenizer:
+    """Reads a `.model` file, for example Gemma's tokenizer.model."""
+    try:
+      model = pathlib.Path(path).read_bytes()
+    except OSError as error:
+      raise UserError(
+        f"tokenizer {path}: {error.strerror}; give a tokenizer.model file"
+      ) from error
+    return cls(model, source=f"tokenizer {path}")
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learns a vocabulary of `vocab_size` pieces from `texts`.
+
+    The pieces include 4 special ids, 2 turn marks and 256 bytes.
+
+    Raises:
+      UserError: if there is no text, or `vocab_size` is too small or too
+        large for it; the message names the nearest size that works.
+    """
+    model = io.BytesIO()
+    try:
+      sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_trainable(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        **_GEMMA_SETTINGS,
+      )
+    except RuntimeError as error:  # SentencePiece has no other
+      if explained := _training_error(str(error), vocab_size):
+        raise explained from error
+      raise
+    return cls(model.getvalue())
+
+  def save(self, path: str | pathlib.Path) -> None:
+    """Writes a `.model` file that `load` and any SentencePiece reads."""
+    pathlib.Path(path).write_bytes(self.model)
+
+  def encode(
+    self, text: str, *, add_bos: bool = False, add_eos: bool = False
+  ) -> list[int]:
+    """The ids of `text`.
+
+    Turn marks in the text become their ids; `<bos>`, `<eos>` and `<pad>` in
+    the text remain text, so BOS is there once if asked for, and never else.
+    """
+    ids: list[int] = []
+    for i, part in enumerate(text.split(_SPACE_MARK)):
+      ids += self._space_mark_ids if i else []
+      ids += self._processor.encode(part)
+    ids = self.with_bos(ids) if add_bos else ids
+    return ids + [self.eos_id] if add_eos else ids
+
+  def with_bos(self, ids: Sequence[int]) -> list[int]:
+    """`ids` with one BOS in front, also if it was there already."""
+    if self.bos_id < 0:
+      raise UserError("tokenizer: has no BOS piece, which Gemma needs")
+    return [self.bos_id, *ids[1 if ids and ids[0] == self.bos_id else 0 :]]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of `ids`; special ids have none, broken bytes give U+FFFD."""
+    ids = [int(i) for i in ids]
+    wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+    if wrong:
+      raise ValueError(
+        f"decode: wanted ids in [0, {self.vocab_size}), got {wrong[0]}"
+      )
+    return self._processor.decode(ids)
+
+
+def _parses(
+  processor: sentencepiece.SentencePieceProcessor, model: bytes
+) -> bool:
+  try:
+    processor.LoadFromSerializedProto(model)
+  except RuntimeError:
+    return False
+  return processor.get_piece_size() > 0
+
+
+def _trainable(texts: Iterable[str]) -> Iterator[str]:
+  for text in texts:
+    yield from filter(None, _UNTRAINABLE.split(text))
+
+
+def _training_error(message: str, vocab_size: int) -> UserError | None:
+  """Our words for the complaints of SentencePiece that a user can cause."""
+  if "!sentences_.empty()" in message:
+    return UserError("tokenizer: no text to learn from; give more text")
+  if most := re.search(r"too high .* a value <= (\d+)", message):
+    return UserError(
+      f"vocab_size {vocab_size}: too large for this text, which supports at "
+      f"most {most[1]}; give {most[1]} or less, or more text"
+    )
+  if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+    return UserError(
+      f"vocab_size {vocab_size}: too small for this text; give {least[1]} or "
+      "more (its characters, 256 bytes and 6 special pieces)"
+    )
+  return None

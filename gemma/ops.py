@@ -1,0 +1,81 @@
+"""The array functions Gemma calls, and the two ways to get them.
+
+The one module of `gemma` that knows of kernels and of platforms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from pallas_gemma import kernels
+from pallas_gemma.kernels import Rope as Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+  """What the model calls, with the signatures of `pallas_gemma.kernels`.
+
+  Frozen, hence hashable, hence a static part of a model.  To try a kernel of
+  your own: `dataclasses.replace(KERNELS, rms_norm=mine)`.
+  """
+
+  rms_norm: Callable[..., Any]
+  add_rms_norm: Callable[..., Any]
+  apply_rope: Callable[..., Any]
+  geglu: Callable[..., Any]
+  feed_forward: Callable[..., Any]
+  flash_attention: Callable[..., Any]
+  decode_attention: Callable[..., Any]
+  linear_cross_entropy: Callable[..., Any]
+
+
+def _all(implementation: str | None) -> Ops:
+  return Ops(
+    **{
+      op.name: functools.partial(op.function, implementation=implementation)
+      for op in kernels.OPS
+    }
+  )
+
+
+KERNELS = _all(None)
+"""Each op's kernel where the computation is lowered for TPU, else its
+reference."""
+
+REFERENCE = _all("xla")
+"""Each op's reference in plain jnp, on every platform."""
+
+
+def describe_ops(ops: Ops, platform: str) -> list[str]:
+  """One line for each op: which implementation runs, and why.
+
+  Args:
+    ops: the functions of a model.
+    platform: what the computation is lowered for, such as
+      `jax.default_backend()`.
+
+  Returns:
+    Lines such as "rms_norm: reference (XLA), platform is cpu".
+  """
+  return [
+    f"{op.name}: {_which(op, getattr(ops, op.name), platform)}"
+    for op in kernels.OPS
+  ]
+
+
+def _which(op: kernels.Op, function: Callable[..., Any], platform: str) -> str:
+  if getattr(function, "func", function) is not op.function:
+    return f"own function, {getattr(function, '__qualname__', function)!s}"
+  match getattr(function, "keywords", {}).get("implementation"):
+    case "pallas":
+      return "Pallas kernel, by choice"
+    case "xla":
+      return "reference (XLA), by choice"
+  if not op.pallas:
+    return "reference (XLA), no Pallas kernel yet"
+  if platform == "tpu":
+    return "Pallas kernel, lowered for tpu"
+  return f"reference (XLA), platform is {platform}"

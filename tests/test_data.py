@@ -1,0 +1,256 @@
+"""The way from files to batches: nothing lost, nothing leaked."""
+
+import itertools
+import pathlib
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from pallas_gemma.gemma import (
+  Document,
+  Rows,
+  Tokenizer,
+  UserError,
+  evaluation_batches,
+  pack,
+  read_corpus,
+  split_documents,
+  tokenize,
+  training_batches,
+  unigram_loss,
+)
+
+# --- packing ---
+
+DOCUMENTS = st.lists(st.integers(1, 20), min_size=1, max_size=12)
+
+
+def numbered(lengths) -> list[np.ndarray]:
+  """Documents in which no token occurs twice; 0 is left for padding."""
+  ends = np.cumsum([0, *lengths]) + 1
+  return [np.arange(a, b, dtype=np.int32) for a, b in itertools.pairwise(ends)]
+
+
+@hypothesis.given(DOCUMENTS, st.integers(1, 17))
+def test_every_token_is_packed_once_and_labels_stay_inside(lengths, length):
+  documents = numbered(lengths)
+  rows = pack(documents, length)
+  assert rows.tokens.shape == (-(-sum(lengths) // length), length)
+
+  real = rows.segment_ids > 0
+  np.testing.assert_array_equal(rows.tokens[real], np.concatenate(documents))
+  assert (rows.tokens[~real] == 0).all() and (rows.weights[~real] == 0).all()
+
+  # Every token but the first of its document is a label, once, of the token
+  # before it.
+  counted = rows.weights > 0
+  pairs = zip(rows.tokens[counted], rows.labels[counted], strict=True)
+  wanted = [pair for d in documents for pair in itertools.pairwise(d)]
+  assert list(pairs) == wanted
+  assert rows.num_labels == sum(lengths) - len(lengths)
+
+
+@hypothesis.given(DOCUMENTS, st.integers(1, 17))
+def test_segments_are_the_documents_of_a_row(lengths, length):
+  documents = numbered(lengths)
+  owner = np.repeat(np.arange(len(documents)), lengths)  # of token i + 1
+  rows = pack(documents, length)
+  for tokens, segments in zip(rows.tokens, rows.segment_ids, strict=True):
+    real = segments > 0
+    assert segments[0] == 1 and not real[np.argmin(real) :].any() or real.all()
+    same = segments[real][:, None] == segments[real][None]
+    owners = owner[tokens[real] - 1]
+    np.testing.assert_array_equal(same, owners[:, None] == owners[None])
+    assert (np.diff(segments[real]) >= 0).all()
+
+
+def test_the_picture_in_the_module():
+  a, b, c = numbered([6, 4, 6])
+  rows = pack([a, b, c], 8)
+  np.testing.assert_array_equal(
+    rows.segment_ids,
+    [[1] * 6 + [2] * 2] * 2 * 1
+    if False
+    else [[1, 1, 1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 2, 2, 2, 2]],
+  )
+  np.testing.assert_array_equal(
+    rows.weights, [[1, 1, 1, 1, 1, 0, 1, 1], [1, 0, 1, 1, 1, 1, 1, 0]]
+  )
+
+
+def test_documents_are_framed_by_bos_and_eos():
+  tokenizer = Tokenizer.train(["one two three " * 9], 280)
+  (ids,) = tokenize([Document("x", "one two")], tokenizer)
+  assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+  assert tokenizer.decode(ids.tolist()) == "one two"
+
+
+# --- batching ---
+
+
+def rows_of(count: int) -> Rows:
+  return pack(numbered([4] * count), 4)
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+  rows = rows_of(10)
+  one, two = (training_batches(rows, 3, seed=7) for _ in range(2))
+  for step in (0, 5, 1000, 5):
+    for name, array in one(step).items():
+      np.testing.assert_array_equal(array, two(step)[name])
+  other = training_batches(rows, 3, seed=8)
+  assert any((one(i)["tokens"] != other(i)["tokens"]).any() for i in range(3))
+
+
+def test_each_pass_has_every_row_once_in_another_order():
+  rows = rows_of(12)
+  batches = training_batches(rows, 4, seed=0)
+  passes = [
+    np.concatenate([batches(3 * p + i)["tokens"] for i in range(3)])
+    for p in range(3)
+  ]
+  for each in passes:
+    np.testing.assert_array_equal(np.sort(each, axis=0), rows.tokens)
+  assert (passes[0] != passes[1]).any() and (passes[1] != passes[2]).any()
+
+
+@pytest.mark.parametrize("count, size", [(7, 3), (6, 3), (2, 5), (1, 1)])
+def test_evaluation_counts_every_row_once(count, size):
+  rows = rows_of(count)
+  batches = list(evaluation_batches(rows, size))
+  assert all(b["tokens"].shape == (size, 4) for b in batches)
+  tokens = np.concatenate([b["tokens"][b["weights"] > 0] for b in batches])
+  np.testing.assert_array_equal(tokens, rows.tokens[rows.weights > 0])
+
+
+def test_unigram_loss_by_hand():
+  train = pack([np.array([2, 5, 5, 6])], 4)
+  held_out = pack([np.array([2, 5, 7])], 3)
+  # Labels 5, 5, 6; one added to each of 8 counts makes 11.
+  wanted = -(np.log(3 / 11) + np.log(1 / 11)) / 2
+  assert unigram_loss(train, held_out, 8) == pytest.approx(wanted, rel=1e-12)
+
+
+# --- reading ---
+
+
+def test_folders_are_read_whole_and_what_is_skipped_is_said(tmp_path):
+  files = {
+    "b.txt": b"second",
+    "a/deep/x.md": "f\u00fcrst\r\n".encode(),
+    "a/.hidden.txt": b"no",
+    ".git/x.txt": b"no",
+    "picture.png": b"\x89PNG",
+    "blob.txt": b"a\0b",
+    "latin.txt": b"caf\xe9",
+    "blank.txt": b" \n",
+  }
+  for name, content in files.items():
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+  corpus = read_corpus([tmp_path])
+  texts = {pathlib.Path(d.name).name: d.text for d in corpus.documents}
+  assert texts == {"b.txt": "second", "x.md": "f\u00fcrst\r\n"}
+  skipped = {
+    reason: [pathlib.Path(name).name for name in names]
+    for reason, names in corpus.skipped.items()
+  }
+  assert skipped == {
+    "no text suffix": ["picture.png"],
+    "binary, not text": ["blob.txt"],
+    "not UTF-8 text (byte 3)": ["latin.txt"],
+    "empty": ["blank.txt"],
+  }
+
+
+def test_without_paths_it_is_pythons_documentation():
+  corpus = read_corpus([])
+  assert len(corpus.documents) > 50
+  assert sum(len(d.text) for d in corpus.documents) > 400_000
+
+
+@pytest.mark.parametrize(
+  "content, problem",
+  [
+    (None, "no such file or folder; check --data"),
+    (b"a\0b", "binary, not text; give UTF-8 text files"),
+    (b"caf\xe9", "not UTF-8 text"),
+    (b" \n", "no text in it; empty"),
+  ],
+)
+def test_a_named_file_must_be_text(content, problem, tmp_path):
+  path = tmp_path / "file.any"
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(UserError, match=problem) as error:
+    read_corpus([path])
+  assert str(path) in str(error.value)
+
+
+def test_the_fingerprint_is_of_the_texts(tmp_path):
+  (tmp_path / "a.txt").write_text("one")
+  before = read_corpus([tmp_path]).fingerprint
+  (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+  assert read_corpus([tmp_path]).fingerprint == before
+  (tmp_path / "b.txt").write_text("two")
+  assert read_corpus([tmp_path]).fingerprint != before
+
+
+# --- splitting ---
+
+
+def paragraph(i: int) -> str:
+  return f"This is paragraph {i} of a text, {'long enough to be told ' * 3}."
+
+
+def test_documents_are_held_out_whole_and_by_content():
+  documents = [Document(str(i), paragraph(i) * 3) for i in range(40)]
+  split = split_documents(documents, 0.2, seed=0)
+  assert len(split.held_out) == 8 and not split.copied
+  assert {*split.train, *split.held_out} == {*documents}
+  backwards = split_documents(documents[::-1], 0.2, seed=0)
+  assert {*backwards.held_out} == {*split.held_out}
+  other = split_documents(documents, 0.2, seed=1)
+  assert {*other.held_out} != {*split.held_out}
+
+
+def test_paragraphs_of_held_out_text_are_not_trained_on():
+  documents = [
+    Document(str(i), f"{paragraph(i)}\n\n{paragraph(i + 1)}") for i in range(20)
+  ]
+  split = split_documents(documents, 0.2, seed=0)
+  seen = {p for d in split.held_out for p in d.text.split("\n\n")}
+  assert split.copied
+  for document in split.train:
+    assert not seen & {*document.text.split("\n\n")}
+
+
+def test_indentation_does_not_hide_a_copy():
+  copy = Document("copy", "    " + paragraph(1).replace(" of ", "\n  of "))
+  rest = [Document(str(i), paragraph(i) * 2) for i in range(2, 9)]
+  original = Document("original", paragraph(1))
+  for seed in range(20):
+    split = split_documents([original, copy, *rest], 0.1, seed)
+    names = {d.name for d in split.held_out}
+    if len(names & {"original", "copy"}) == 1:
+      assert not {d.name for d in split.train} & {"original", "copy"}
+      return
+  raise AssertionError("no seed held out just one of the two")
+
+
+def test_one_document_is_cut_at_the_end_of_a_line():
+  text = "".join(f"line {i}\n" for i in range(100))
+  split = split_documents([Document("x", text)], 0.1, seed=0)
+  (head,), (tail,) = split.train, split.held_out
+  assert head.text + tail.text == text.strip()
+  assert head.text.endswith("\n") and 0.05 < len(tail.text) / len(text) < 0.15
+
+
+def test_text_that_cannot_be_split_is_refused():
+  with pytest.raises(UserError, match="one character cannot be split"):
+    split_documents([Document("x", "a")], 0.1, seed=0)
+  with pytest.raises(UserError, match="nothing but copies"):
+    twice = [Document("x", paragraph(1)), Document("y", paragraph(1))]
+    split_documents(twice, 0.5, seed=0)
