@@ -11,8 +11,14 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # other, in threads of XLA's pool.  By default it has one for each device, and
 # they would wait for ever.
 os.environ.setdefault("NPROC", "64")
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# XLA may drop a rounding to bfloat16 between two fused operations; here it must
+# not, or a compiled reference would not be the plain jnp that it specifies.
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_allow_excess_precision=false",
+  ]
 )
 
 import pathlib  # noqa: E402
