@@ -25,13 +25,10 @@ import pathlib  # noqa: E402
 import sys  # noqa: E402
 
 import hypothesis  # noqa: E402
+import interpreter  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
-
-# Two cores, so that a grid axis wrongly declared "parallel" gives wrong sums;
-# unwritten memory reads as NaN and out-of-bounds reads raise by default.
-INTERPRETER = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
 
 # The same examples on every run, and no shrinking: in the interpreter an
 # example takes seconds.
@@ -43,6 +40,9 @@ hypothesis.settings.register_profile(
   phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
 )
 hypothesis.settings.load_profile("interpreter")
+
+
+interpreter.compile_kernels_once()
 
 
 def pytest_configure():
@@ -62,5 +62,5 @@ def tpu_or_interpreter(request):
   if on_tpu or request.node.get_closest_marker("no_interpreter"):
     yield
   else:
-    with pltpu.force_tpu_interpret_mode(INTERPRETER):
+    with pltpu.force_tpu_interpret_mode(interpreter.PARAMS):
       yield

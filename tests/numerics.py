@@ -18,14 +18,13 @@ def is_float(array):
   return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def value_and_gradients(function, *draws):
+def value_and_gradients(function, *draws, jit=False):
   """Outputs, then the gradient of every float argument, as float64 numpy.
 
   The cotangents are random, the same for every implementation.  Each draw is a
   list of arrays; the results of several are stacked.
 
-  Nothing is jitted here: a compiled reference may keep float32 where plain jnp
-  rounds to bfloat16 between operations, and would no longer be plain jnp.
+  With `jit`, the whole is compiled once for all draws.  Plain jnp is not.
   """
   floats = [i for i, a in enumerate(draws[0]) if is_float(a)]
 
@@ -48,17 +47,17 @@ def value_and_gradients(function, *draws):
       for i, g in zip(floats, vjp(cotangents), strict=True)
     }
 
-  return _stacked(run, draws)
+  return _stacked(jax.jit(run) if jit else run, draws)
 
 
-def values(function, *draws):
+def values(function, *draws, jit=False):
   """As `value_and_gradients`, without the gradients."""
 
   def run(arrays):
     outs = jax.tree.leaves(function(*arrays))
     return {f"output {i}": out for i, out in enumerate(outs)}
 
-  return _stacked(run, draws)
+  return _stacked(jax.jit(run) if jit else run, draws)
 
 
 def _stacked(run, draws):
@@ -115,4 +114,4 @@ def assert_agrees(function, reference, *draws, softmax=False, grad=True):
   with jax.enable_x64(True):
     truth = run(reference, *map(widened, draws))
   plain = run(reference, *draws)
-  assert_within_bar(run(jax.jit(function), *draws), plain, truth, softmax)
+  assert_within_bar(run(function, *draws, jit=True), plain, truth, softmax)

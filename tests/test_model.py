@@ -9,6 +9,7 @@ import functools
 import json
 
 import gemma_oracle
+import interpreter
 import jax
 import jax.numpy as jnp
 import numerics
@@ -37,7 +38,6 @@ TINY = dataclasses.replace(
 # The interpreter has its own test: in a scan, what it is not asked to run in
 # place of (`platform_dependent`) fails to lower with race detection on.
 pytestmark = pytest.mark.no_interpreter
-INTERPRETER = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
 HEADS = {
   "mqa": TINY,
   "gqa": dataclasses.replace(TINY, num_kv_heads=2),
@@ -210,7 +210,7 @@ def test_pallas_kernels_agree_with_the_float64_twin():
   tokens = random_tokens()
   model = make(ops=dataclasses.replace(REFERENCE, **written))
   plain = with_remat("none")
-  with pltpu.force_tpu_interpret_mode(INTERPRETER):
+  with pltpu.force_tpu_interpret_mode(interpreter.PARAMS):
     logits, got = forward(model, tokens), gradients(model, tokens)
   assert_as_good(logits, forward(plain, tokens), truth(plain, tokens))
   assert_equal_gradients(got, gradients(plain, tokens))
