@@ -1,0 +1,57 @@
+"""What a chip can do, in the units of the timing model: cycles and bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One TPU core and its memory.
+
+  Attributes:
+    name: as topologies and tuned tables spell it.
+    clock_hz: bundles issued per second.
+    mxus: matrix units.
+    mxu_size: rows and columns of one matrix unit.
+    hbm_bytes_per_second: bandwidth of the memory, from the specification.
+    dma_latency: cycles from the issue of a copy to its first byte.
+    peer_bytes_per_second: bandwidth of the links to other chips, both ways of
+      all of them together.
+  """
+
+  name: str
+  clock_hz: float
+  mxus: int
+  mxu_size: int
+  hbm_bytes_per_second: float
+  dma_latency: int
+  peer_bytes_per_second: float
+
+  @property
+  def flops_per_cycle(self) -> int:
+    """bfloat16 operations of all matrix units; a multiply-add is 2."""
+    return 2 * self.mxus * self.mxu_size**2
+
+  @property
+  def hbm_bytes_per_cycle(self) -> float:
+    """Bytes per cycle between HBM and the core."""
+    return self.hbm_bytes_per_second / self.clock_hz
+
+  def seconds(self, cycles: float) -> float:
+    """Time of so many cycles."""
+    return cycles / self.clock_hz
+
+
+# Bandwidths: cloud.google.com/tpu/docs/v5e.  The clock follows from 197 TFLOP/s
+# and four 128 x 128 units; the latency from hardware that waits 0.45 us for
+# small copies.
+V5E = Chip(
+  name="v5e",
+  clock_hz=1.5e9,
+  mxus=4,
+  mxu_size=128,
+  hbm_bytes_per_second=819e9,
+  dma_latency=700,
+  peer_bytes_per_second=200e9,
+)

@@ -1,0 +1,174 @@
+"""The command `pallas-gemma-bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import rich.console
+import rich.progress
+import tyro
+
+from . import _program, _sweep, _table
+from ._job import Job
+from ._row import Row
+
+SUITES = ("registry",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+  """Times every op of the registry, and what it is compared with, on TPU v5e.
+
+  Without a TPU the programs are compiled for one and their time is estimated
+  from the compiler's own output.
+  """
+
+  filter: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-k"])] = ()
+  """Programs to run, such as 'rms_norm' or '*/gemma_2b_8k/*/pallas': parts of
+  op/case/pass/implementation, or patterns of the whole."""
+
+  all: bool = False
+  """Run every case, not the default table alone."""
+
+  jobs: Annotated[int, tyro.conf.arg(aliases=["-j"])] = os.cpu_count() or 1
+  """Compilations at a time."""
+
+  json: pathlib.Path | None = None
+  """Also write one JSON line per program to this file."""
+
+  list: bool = False
+  """Show the programs' names and run nothing."""
+
+  cache: pathlib.Path | None = None
+  """Folder of earlier results; default ~/.cache/pallas-gemma/bench."""
+
+  fresh: bool = False
+  """Neither read nor write earlier results."""
+
+  timeout: float = 900.0
+  """Seconds after which a compilation is given up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+  """A program and the suite that lists it."""
+
+  suite: str
+  program: _program.Program
+
+
+def choose(arguments: Arguments) -> list[_Choice]:
+  """The programs that the arguments ask for, one op and case after another."""
+  choices = [
+    _Choice(suite, program)
+    for suite in SUITES
+    for program in _program.suite(suite)
+    if _wanted(program, arguments)
+  ]
+  # A baseline belongs beside the op that it is compared with.
+  order: dict[tuple[str, str, str], int] = {}
+  for choice in choices:
+    order.setdefault(_problem(choice.program), len(order))
+  return sorted(choices, key=lambda c: order[_problem(c.program)])
+
+
+def _problem(program: _program.Program) -> tuple[str, str, str]:
+  return program.op, program.case, program.which
+
+
+def _wanted(program: _program.Program, arguments: Arguments) -> bool:
+  if not arguments.filter:
+    return program.default or arguments.all
+  return any(
+    fnmatch.fnmatchcase(program.key, pattern)
+    or pattern in program.key.split("/")
+    for pattern in arguments.filter
+  )
+
+
+def estimate(
+  arguments: Arguments,
+  choices: Sequence[_Choice],
+  console: rich.console.Console,
+) -> list[Row]:
+  """Compiles the programs and estimates their time."""
+  cache = arguments.cache or _sweep.cache_directory()
+  with rich.progress.Progress(
+    rich.progress.TextColumn("{task.completed}/{task.total}"),
+    rich.progress.BarColumn(bar_width=24),
+    rich.progress.TimeElapsedColumn(),
+    rich.progress.TextColumn("{task.description}"),
+    console=console,
+    disable=not console.is_terminal,
+    transient=True,
+  ) as progress:
+    task = progress.add_task("compiling", total=len(choices))
+
+    def done(job: Job, result: dict[str, Any]) -> None:
+      progress.update(task, advance=1, description=job.key)
+      if not console.is_terminal:
+        state = result["error"] or f"{result['cycles']:,} cycles"
+        console.print(f"{job.key}: {state}", soft_wrap=True)
+
+    results = _sweep.run_jobs(
+      [Job(c.suite, c.program.key) for c in choices],
+      workers=arguments.jobs,
+      timeout=arguments.timeout,
+      cache=None if arguments.fresh else cache,
+      done=done,
+    )
+  for result in results:
+    result.pop("transient", None)
+  return [Row.from_json(result) for result in results]
+
+
+def write(path: pathlib.Path, rows: Sequence[Row], command: str) -> None:
+  """Writes rows as JSON lines, each with the command that made it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(
+    "".join(
+      json.dumps(row.to_json() | {"command": command}) + "\n" for row in rows
+    )
+  )
+
+
+def main() -> None:
+  """Entry point of `pallas-gemma-bench`."""
+  arguments = tyro.cli(Arguments, prog="pallas-gemma-bench")
+  # Progress goes where it does not disturb a pipe.
+  progress = rich.console.Console(stderr=True)
+  console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+  choices = choose(arguments)
+  if not choices:
+    sys.exit(
+      f"pallas-gemma-bench: no program matches {' '.join(arguments.filter)}; "
+      "--list shows them"
+    )
+  if arguments.list:
+    for choice in choices:
+      console.print(choice.program.key, highlight=False)
+    return
+  try:
+    rows = estimate(arguments, choices, progress)
+  except KeyboardInterrupt:
+    sys.exit("pallas-gemma-bench: stopped; finished programs are kept")
+  _table.show(console, rows)
+  console.print(_table.versions(rows), highlight=False)
+  if arguments.json:
+    write(
+      arguments.json, rows, shlex.join(["pallas-gemma-bench", *sys.argv[1:]])
+    )
+  if any(row.error for row in rows):
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,182 @@
+"""Reads the text of an optimised, scheduled HLO module."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_DEFINITION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_METADATA = re.compile(r",? metadata=\{[^}]*\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CALLS = re.compile(
+  r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+COLLECTIVES = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+  "send",
+  "recv",
+)
+FREE = frozenset(
+  "parameter constant tuple get-tuple-element bitcast after-all partition-id "
+  "replica-id opt-barrier optimization-barrier add-dependency".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One HLO instruction.
+
+  Attributes:
+    name: unique within its module.
+    opcode: such as `fusion`, `while`, `copy-start`.
+    type: the text of its result's shape and layout.
+    operands: names of the instructions it reads.
+    text: its whole definition.
+  """
+
+  name: str
+  opcode: str
+  type: str
+  operands: tuple[str, ...]
+  text: str
+
+  @property
+  def trip_count(self) -> int | None:
+    """How often a `while` runs, where the compiler knows."""
+    match = _TRIPS.search(self.text)
+    return int(match[1]) if match else None
+
+  @property
+  def calls(self) -> list[str]:
+    """Computations that it runs: the body of a loop, the branches of a case."""
+    branches = _BRANCHES.search(self.text)
+    if branches:
+      return [name.strip(" %") for name in branches[1].split(",")]
+    return _CALLS.findall(self.text)
+
+  @property
+  def arrays(self) -> list[Array]:
+    """The arrays of its result."""
+    return [Array(*match) for match in _ARRAY.findall(self.type)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+  """One array of a type: `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`."""
+
+  dtype: str
+  dims: str
+  layout: str
+
+  @property
+  def nbytes(self) -> int:
+    """Its size, without padding."""
+    size = 1
+    for dim in filter(None, self.dims.split(",")):
+      size *= int(dim)
+    bits = re.search(r"\d+", self.dtype)
+    return size * (int(bits[0]) if bits else 8) // 8
+
+  @property
+  def in_hbm(self) -> bool:
+    """Whether it lives in HBM, not in a memory of the core."""
+    return "S(" not in self.layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """A program.
+
+  Attributes:
+    computations: the instructions of each computation, in the order in which
+      they run.
+    entry: name of the computation that runs first.
+  """
+
+  computations: Mapping[str, tuple[Instruction, ...]]
+  entry: str
+
+  @functools.cached_property
+  def instructions(self) -> Mapping[str, Instruction]:
+    """Every instruction by name."""
+    return {i.name: i for body in self.computations.values() for i in body}
+
+  def signature(self, instruction: Instruction) -> str:
+    """What an instruction computes, whatever it and its operands are called.
+
+    The compiler prints one listing for instructions that agree in it.
+    """
+    text = _METADATA.sub("", instruction.text)
+    for operand in instruction.operands:
+      known = self.instructions.get(operand)
+      text = text.replace(f"%{operand}", known.type if known else "?", 1)
+    names: dict[str, str] = {}
+    parts = [text] + list(self._bodies(instruction))
+    return _NAME.sub(
+      lambda m: names.setdefault(m[1], f"#{len(names)}"), "\n".join(parts)
+    )
+
+  def _bodies(self, instruction: Instruction) -> Iterator[str]:
+    for name in instruction.calls:
+      for inner in self.computations.get(name, ()):
+        yield _METADATA.sub("", f"%{inner.name} = {inner.text}")
+        yield from self._bodies(inner)
+
+
+def parse(text: str) -> Module:
+  """The module in an HLO text.
+
+  Raises:
+    ValueError: if it has no entry computation.
+  """
+  computations: dict[str, tuple[Instruction, ...]] = {}
+  entry, name = "", ""
+  body: list[Instruction] = []
+  for line in text.splitlines():
+    head = _COMPUTATION.match(line)
+    if head:
+      name, body = head[2], []
+      entry = name if head[1] else entry
+    elif line.rstrip() == "}":
+      computations[name] = tuple(body)
+    elif definition := _DEFINITION.match(line):
+      body.append(_instruction(*definition.groups()))
+  if not entry:
+    raise ValueError("HLO text without an entry computation")
+  return Module(computations, entry)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+  end = _balanced(text) if text.startswith("(") else text.find(" ")
+  opcode = _OPCODE.match(text, end)
+  if opcode is None:
+    raise ValueError(f"HLO instruction {name} without an opcode: {text[:200]}")
+  start = opcode.end() - 1
+  inside = text[start : start + _balanced(text[start:])]
+  return Instruction(
+    name, opcode[1], text[:end], tuple(_NAME.findall(inside)), text
+  )
+
+
+def _balanced(text: str) -> int:
+  """Length of the bracketed group that `text` starts with."""
+  depth = 0
+  for i, char in enumerate(text):
+    depth += (char == "(") - (char == ")")
+    if depth == 0:
+      return i + 1
+  return len(text)

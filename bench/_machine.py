@@ -1,0 +1,234 @@
+"""Counts the cycles of a listing by executing its scalar side.
+
+A program's time is the bundles that it issues, one per cycle, and its stalls:
+
+    delays   `vdelay n` is n idle cycles
+    copies   `dma.done.wait` blocks until the bytes have arrived (_units.py)
+    matmuls  a bundle waits while the queue of its matrix unit is full
+
+A branch takes effect four bundles after it was issued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ._chip import V5E, Chip
+from ._listing import Instruction, Listing, ListingError
+from ._scalar import Scalars
+from ._units import Copies, MatrixUnits, matmul_cycles, unit_of
+
+BRANCH_DELAY = 4
+GRANULE_BYTES = 32  # unit of the listing's `size_in_granules`
+_MAX_BUNDLES = 400_000_000
+
+
+class Undecidable(Exception):
+  """Control flow that depends on a value which is not known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycles:
+  """What one run of a program costs.
+
+  Attributes:
+    total: cycles.
+    bundles: issued bundles, delays included.
+    copy_stall: cycles in which it waited for copies.
+    matmul_stall: cycles in which it waited for a matrix unit.
+    copied: bytes by kind of copy.
+    notes: what the model did not know; the total may then be too low.
+  """
+
+  total: int
+  bundles: int
+  copy_stall: int
+  matmul_stall: int
+  copied: Mapping[str, int]
+  notes: tuple[str, ...]
+
+  @property
+  def hbm_bytes(self) -> int:
+    """Bytes that crossed the HBM interface."""
+    return sum(
+      size
+      for kind, size in self.copied.items()
+      if "hbm" in kind or kind == "general"
+    )
+
+
+def count(
+  listing: Listing,
+  operands: Mapping[int, np.ndarray] | None = None,
+  chip: Chip = V5E,
+) -> Cycles:
+  """Executes a listing.
+
+  Args:
+    listing: the program.
+    operands: values of its integer operands, by index, where they are known.
+    chip: whose bandwidth and latencies to assume.
+
+  Raises:
+    Undecidable: if a branch depends on a value that is not known.
+  """
+  return _Machine(listing, operands, chip).run()
+
+
+class _Machine:
+  def __init__(
+    self,
+    listing: Listing,
+    operands: Mapping[int, np.ndarray] | None,
+    chip: Chip,
+  ):
+    self._scalars = Scalars(operands)
+    self._copies = Copies(chip)
+    self._matrix = MatrixUnits()
+    self._regions = listing.regions
+    self._now = 0
+    self._branch: int | None = None  # where the bundle that issues jumps to
+    self._code = [self._bundle(bundle) for bundle in listing.bundles]
+    self._idle_ahead = _runs_of_idle(self._code)
+
+  def run(self) -> Cycles:
+    pc = bundles = 0
+    countdown, target, jumped = 0, 0, False
+    while pc < len(self._code):
+      step = self._idle_ahead[pc]
+      if step:
+        step = min(step, countdown) if countdown else step
+      else:
+        step = 1
+        self._issue(self._code[pc], jumped)
+      jumped = False
+      self._now += step
+      bundles += step
+      pc += step
+      if countdown:
+        countdown -= step
+        if not countdown:
+          pc, jumped = target, True
+      if self._branch is not None:
+        countdown, target, self._branch = BRANCH_DELAY, self._branch, None
+      if bundles > _MAX_BUNDLES:
+        raise Undecidable(f"more than {_MAX_BUNDLES:,} bundles")
+    notes = set(self._scalars.unknown)
+    if self._copies.unmatched:
+      notes.add("waits without a copy")
+    return Cycles(
+      total=self._now,
+      bundles=bundles,
+      copy_stall=self._copies.stall,
+      matmul_stall=self._matrix.stall,
+      copied=dict(self._copies.bytes),
+      notes=tuple(sorted(notes)),
+    )
+
+  def _issue(self, bundle: _Bundle, jumped: bool) -> None:
+    if bundle.phis:
+      self._scalars.assign_phis(bundle.phis, jumped)
+    for step in bundle.steps:
+      step()
+
+  # --- what a bundle has to execute, found once -------------------------------
+
+  def _bundle(self, instructions: tuple[Instruction, ...]) -> _Bundle:
+    phis = [i for i in instructions if i.opcode in ("sphi", "pphi")]
+    rest = [i for i in instructions if i.opcode not in ("sphi", "pphi")]
+    return _Bundle(phis, [step for i in rest if (step := self._step(i))])
+
+  def _step(self, instruction: Instruction) -> Callable[[], None] | None:
+    opcode = instruction.opcode
+    if opcode == "vdelay":
+      return functools.partial(self._delay, int(instruction.operands[0]))
+    unit, cycles = unit_of(opcode), matmul_cycles(opcode)
+    if unit and cycles:
+      return functools.partial(self._matmul, unit, cycles)
+    if opcode == "sbr.rel":
+      return functools.partial(
+        self._jump, instruction, self._target(instruction)
+      )
+    if opcode == "dma.done.wait":
+      return functools.partial(self._wait, instruction)
+    if opcode.startswith("dma."):
+      return functools.partial(self._copy, instruction)
+    if opcode.startswith("v"):
+      if instruction.dest and instruction.dest.startswith(("%s", "%p")):
+        return functools.partial(self._scalars.forget, instruction.dest)
+      return None
+    if opcode in ("sfence", "shalt.err"):
+      return None
+    return functools.partial(self._scalars.execute, instruction)
+
+  def _target(self, branch: Instruction) -> int:
+    region = branch.keywords.get("target", "").removeprefix("$region")
+    if not region.isdigit() or int(region) not in self._regions:
+      raise ListingError(f"a branch to no known region: {branch}")
+    return self._regions[int(region)]
+
+  def _delay(self, cycles: int) -> None:
+    self._now += cycles
+
+  def _matmul(self, unit: str, cycles: int) -> None:
+    self._now = self._matrix.issue(unit, cycles, self._now)
+
+  def _jump(self, instruction: Instruction, target: int) -> None:
+    taken = self._scalars.holds(instruction)
+    if taken is None:
+      raise Undecidable(f"a branch depends on {instruction.predicate}")
+    if taken:
+      self._branch = target
+
+  def _copy(self, instruction: Instruction) -> None:
+    scalars, keywords = self._scalars, instruction.keywords
+    holds = scalars.holds(instruction)
+    kind = instruction.opcode.removeprefix("dma.")
+    if holds is None:
+      scalars.unknown.add(f"whether a {kind} copy happens")
+    if not holds:
+      return
+    granules = scalars.value(keywords["size_in_granules"])
+    if granules is None:
+      scalars.unknown.add(f"the size of a {kind} copy")
+      return
+    if kind.endswith("_to_smem"):
+      source = keywords.get("hbm", keywords.get("vmem", ""))
+      scalars.load_smem(scalars.value(source), scalars.value(keywords["smem"]))
+    flag = keywords.get("dst_syncflagno")
+    self._copies.issue(
+      kind,
+      granules * GRANULE_BYTES,
+      granules,
+      scalars.value(flag) if flag else None,
+      self._now,
+    )
+
+  def _wait(self, instruction: Instruction) -> None:
+    if not self._scalars.holds(instruction):
+      return
+    flag, granules = (self._scalars.value(x) for x in instruction.operands[:2])
+    if granules is None:
+      self._scalars.unknown.add("the size of a wait")
+      return
+    self._now = self._copies.wait(flag, granules, self._now)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bundle:
+  """What of a bundle has to be executed."""
+
+  phis: list[Instruction]
+  steps: list[Callable[[], None]]
+
+
+def _runs_of_idle(code: list[_Bundle]) -> list[int]:
+  """For each bundle, how many from it on have nothing to execute here."""
+  ahead = [0]
+  for bundle in reversed(code):
+    ahead.append(0 if bundle.phis or bundle.steps else ahead[-1] + 1)
+  return ahead[::-1]

@@ -1,0 +1,120 @@
+"""A subprocess that compiles one program and prints its row as JSON.
+
+One process per compile: the compiler reads its flags once, and ends the process
+on some errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from . import _compiler, _estimate, _listing, _prefetch, _program
+from ._chip import V5E
+from ._job import MARK, Job
+from ._row import Row, bound
+
+ESTIMATED = "estimated from the compiled program"
+_STEPS_KEPT = 12
+
+
+def find(job: Job) -> _program.Program:
+  """The program that a job names."""
+  candidates = (
+    _program.suite(job.suite) if job.config is None else _with_config(job)
+  )
+  found = [p for p in candidates if p.key == job.key]
+  if not found:
+    raise ValueError(f"{job.suite}: no program is called {job.key}")
+  return found[0]
+
+
+def _with_config(job: Job) -> Sequence[_program.Program]:
+  from pallas_gemma.kernels import OPS
+
+  name, case_name, *_ = job.key.split("/")
+  return [
+    program
+    for op in OPS
+    for case in op.benches + op.tests
+    if (op.name, case.name) == (name, case_name)
+    for program in _program.of_case(op, case, "pallas", job.config)
+  ]
+
+
+def measure(program: _program.Program, dump: pathlib.Path) -> Row:
+  """Compiles a program and estimates its time.
+
+  Args:
+    program: what to compile.
+    dump: where this process's compiler prints.
+  """
+  compiled = _compiler.compile_program(program.function, program.specs)
+  operands = _prefetch.kernel_operands(
+    program.function, program.specs, program.values
+  )
+  result = _estimate.estimate(
+    compiled.text, _listing.find_listings(dump), operands
+  )
+  vmem = _compiler.vmem(dump)
+  bound_cycles, bound_by = bound(program.costs)
+  steps = sorted(result.steps, key=lambda s: -s.cycles * s.times)
+  return Row(
+    op=program.op,
+    case=program.case,
+    which=program.which,
+    implementation=program.implementation,
+    method=ESTIMATED,
+    seconds=V5E.seconds(result.cycles),
+    cycles=result.cycles,
+    lower_bound=result.lower_bound,
+    bound_cycles=bound_cycles,
+    bound_by=bound_by,
+    hbm_bytes=result.hbm_bytes,
+    temp_bytes=compiled.temp_bytes,
+    vmem_bytes=vmem.total if vmem else None,
+    spill_bytes=vmem.spilled if vmem else None,
+    compile_seconds=round(compiled.seconds, 2),
+    steps=[dataclasses.asdict(step) for step in steps[:_STEPS_KEPT]],
+    collectives=[dataclasses.asdict(c) for c in result.collectives],
+    notes=result.notes,
+  )
+
+
+def static_cycles(dump: pathlib.Path) -> int | None:
+  """The compiler's own estimate, from its static profile."""
+  total = None
+  for path in (dump / "static").rglob("*"):
+    if path.is_file():
+      text = path.read_text(errors="replace")
+      for cycles in re.findall(r"estimated_cycles\D+(\d+)", text):
+        total = (total or 0) + int(cycles)
+  return total
+
+
+def versions() -> Mapping[str, str]:
+  """Of what a number depends on."""
+  return {name: metadata.version(name) for name in ("jax", "libtpu")}
+
+
+def main() -> None:
+  """Reads a job from the command line; prints a marked line of JSON."""
+  job = Job.from_json(json.loads(sys.argv[1]))
+  dump = pathlib.Path(sys.argv[2])
+  row = measure(find(job), dump)
+  result: dict[str, Any] = dataclasses.replace(
+    row, config=job.config, versions=versions()
+  ).to_json()
+  if job.static:
+    result["static_cycles"] = static_cycles(dump)
+  print(MARK + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+  main()
