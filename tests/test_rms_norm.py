@@ -1,6 +1,7 @@
 """What is particular to RMSNorm."""
 
 import functools
+import re
 import sys
 
 import hypothesis
@@ -161,6 +162,27 @@ def test_checkpoint_recomputes_the_kernel():
   scale = jax.ShapeDtypeStruct((256,), jnp.float32)
   text = v5e.compile(jax.grad(loss, (0, 1)), x, scale).as_text() or ""
   assert "rms_norm_bwd" in text
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("width", [64, 100, 128, 256, 2048, 3072, 8192])
+def test_any_width_compiles_for_v5e(width):
+  """All four kernels, with a ragged last tile."""
+
+  def run(x, residual, scale):
+    def norms(x, residual, scale):
+      y, h = add_rms_norm(x, residual, scale)
+      return y, rms_norm(h, scale)
+
+    y, vjp = jax.vjp(norms, x, residual, scale)
+    return y, vjp(y)
+
+  x = jax.ShapeDtypeStruct((1000, width), jnp.bfloat16)
+  scale = jax.ShapeDtypeStruct((width,), jnp.float32)
+  text = v5e.compile(run, x, x, scale).as_text() or ""
+  kernels_in_it = set(re.findall("(?:add_)?rms_norm_(?:fwd|bwd)", text))
+  assert len(kernels_in_it) == 4
 
 
 # --- meshes -------------------------------------------------------------------

@@ -10,6 +10,7 @@ import mutation
 import numerics
 import numpy as np
 import pytest
+import v5e
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_gemma import kernels
@@ -127,6 +128,21 @@ def test_vmap():
 def draw3(shape):
   x, _ = draw(shape)
   return [x, jnp.asarray(np.arange(np.prod(shape[:3])).reshape(shape[:3]))]
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("heads", [1, 3, 8])
+def test_any_head_size_compiles_for_v5e(heads, head_size):
+  def run(x, positions):
+    y, vjp = jax.vjp(lambda x: apply_rope(x, positions), x)
+    return y, vjp(y)
+
+  x = jax.ShapeDtypeStruct((2, 500, heads, head_size), jnp.bfloat16)
+  positions = jax.ShapeDtypeStruct((2, 500), jnp.int32)
+  text = v5e.compile(run, x, positions).as_text() or ""
+  assert "apply_rope_fwd" in text and "apply_rope_bwd" in text
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
