@@ -32,20 +32,25 @@ class Ops:
   linear_cross_entropy: Callable[..., Any]
 
 
-def _all(implementation: str | None) -> Ops:
+def _ops(default: str | None, **implementations: str) -> Ops:
   return Ops(
     **{
-      op.name: functools.partial(op.function, implementation=implementation)
+      op.name: functools.partial(
+        op.function, implementation=implementations.get(op.name, default)
+      )
       for op in kernels.OPS
     }
   )
 
 
-KERNELS = _all(None)
+KERNELS = _ops(None, rms_norm="xla", add_rms_norm="xla")
 """Each op's kernel where the computation is lowered for TPU, else its
-reference."""
+reference; of the norms always the reference.  Between matrix products XLA does
+a norm's multiplication in the next product and the residual addition in the one
+before; a kernel of its own reads and writes the stream once more.  See
+bench/notes/rms_norm.md for the cycles of a block either way."""
 
-REFERENCE = _all("xla")
+REFERENCE = _ops("xla")
 """Each op's reference in plain jnp, on every platform."""
 
 

@@ -119,7 +119,8 @@ def test_both_losses_fall_and_all_is_recorded(finished):
 def test_the_start_says_on_what_with_what_and_how_much(finished, model):
   _, printed = finished
   assert f"JAX {jax.__version__}" in printed
-  assert "rms_norm: reference (XLA), platform is cpu" in printed
+  assert "op        rms_norm: reference (XLA), by choice" in printed
+  assert "apply_rope: reference (XLA), platform is cpu" in printed
   count = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
   assert f"{count:,} parameters in float32" in printed
   assert f"{STEPS} of 64 tokens, 0 done" in printed
