@@ -11,18 +11,20 @@ from ._decode_attention import decode_attention as decode_attention
 from ._decode_attention import (
   decode_attention_reference as decode_attention_reference,
 )
+from ._feed_forward import OP as _FEED_FORWARD
+from ._feed_forward import feed_forward as feed_forward
+from ._feed_forward import feed_forward_reference as feed_forward_reference
 from ._flash_attention import OP as _FLASH_ATTENTION
 from ._flash_attention import Rope as Rope
 from ._flash_attention import flash_attention as flash_attention
 from ._flash_attention import (
   flash_attention_reference as flash_attention_reference,
 )
-from ._geglu import FEED_FORWARD_OP as _FEED_FORWARD
 from ._geglu import OP as _GEGLU
-from ._geglu import feed_forward as feed_forward
-from ._geglu import feed_forward_reference as feed_forward_reference
 from ._geglu import geglu as geglu
 from ._geglu import geglu_reference as geglu_reference
+from ._geglu_tiles import FeedForwardConfig as FeedForwardConfig
+from ._geglu_tiles import Tiles as Tiles
 from ._linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
 from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from ._linear_cross_entropy import (

@@ -1,32 +1,52 @@
-"""Gated linear units (GeGLU, SwiGLU) and the feed-forward block on them.
+"""Gated linear units: GeGLU, SwiGLU, ReGLU.
 
-Maths, for rows x in R^D, weights Wg, Wu [D, F] and Wd [F, D], activation a:
+Maths, for rows x in R^D, weights Wg, Wu [D, F], activation a:
 
-    h = a(x Wg) * (x Wu)            geglu, Shazeer, arXiv 2002.05202
-    y = h Wd                        feed_forward
+    h = a(x Wg) * (x Wu)            Shazeer, arXiv 2002.05202
 
-    dh    = dy Wd^T                 backward
-    dgate = dh * up * a'(gate)
+    dgate = dh * up * a'(gate)      backward, from gate = x Wg and up = x Wu
     dup   = dh * a(gate)
     dx    = dgate Wg^T + dup Wu^T
-    dWg   = x^T dgate,   dWu = x^T dup,   dWd = h^T dy
+    dWg   = x^T dgate,   dWu = x^T dup
 
-Traffic: compulsory traffic is x, y and the weights; at 8192 rows the block does
-thousands of flops per byte and is bound by the MXU: 3 matmuls forward, 6
-backward from saved gate and up, 8 when they are recomputed.
+Traffic: bound by the MXU at thousands of rows: 2 matmuls forward, 4 backward
+from saved gate and up, 6 when they are computed again.  The kernel reads the
+weights once, x once for every F tile, and writes h once; gate and up exist in
+VMEM alone unless they are saved.
 
-Tiling: none yet; there is no Pallas kernel for these ops.
+Tiling: F tiles outside, row tiles inside; D is whole, so a tile of h is
+finished in the step that starts it.  `_geglu_bwd.py` has the backward kernel.
+
+             Wg Wu  +----+----+----+
+                    | j=0| j=1| j=2|        a tile of both stays for all rows
+      x  +---+      +----+----+----+
+     i=0 |   |   h  | 0  | 2  | 4  |        the numbers are the order of steps
+         +---+      +----+----+----+
+     i=1 |   |      | 1  | 3  | 5  |
+         +---+      +----+----+----+
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
 
+from ._activation import ACTIVATIONS, Activation, activate
+from ._geglu_bwd import backward
+from ._geglu_tiles import (
+  COMPILER_PARAMS,
+  FeedForwardConfig,
+  Problem,
+  backward_tiles,
+  dot,
+  forward_tiles,
+)
 from ._op import (
   Case,
   Cost,
@@ -35,17 +55,10 @@ from ._op import (
   check_float,
   check_implementation,
   check_shape,
+  dispatch,
   nbytes,
 )
-
-Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
-
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
-  "silu": jax.nn.silu,
-  "relu": jax.nn.relu,
-}
+from ._sharding import leading_dims, like, per_device
 
 # --- specification ------------------------------------------------------------
 
@@ -58,32 +71,172 @@ def geglu_reference(
   activation: Activation = "gelu_tanh",
 ) -> jax.Array:
   """Two matmuls, the activation of one times the other.  The specification."""
+  return gated(*gate_and_up(x, w_gate, w_up), activation, x.dtype)
+
+
+def gate_and_up(
+  x: jax.Array, w_gate: jax.Array, w_up: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The reference's two products, at least float32."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   matmul = functools.partial(jnp.matmul, preferred_element_type=wide)
-  gate, up = matmul(x, w_gate.astype(x.dtype)), matmul(x, w_up.astype(x.dtype))
-  return (ACTIVATIONS[activation](gate) * up).astype(x.dtype)
+  return matmul(x, w_gate.astype(x.dtype)), matmul(x, w_up.astype(x.dtype))
 
 
-def feed_forward_reference(
-  x: jax.Array,
-  w_gate: jax.Array,
-  w_up: jax.Array,
-  w_down: jax.Array,
-  *,
-  activation: Activation = "gelu_tanh",
-) -> jax.Array:
-  """The gated unit and the projection back to D.  The specification."""
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  h = geglu_reference(x, w_gate, w_up, activation=activation)
-  y = jnp.matmul(h, w_down.astype(x.dtype), preferred_element_type=wide)
-  return y.astype(x.dtype)
+def gated(gate: jax.Array, up: jax.Array, activation: Activation, dtype):
+  """The reference's rest."""
+  return (ACTIVATIONS[activation](gate) * up).astype(dtype)
 
+
+# --- forward ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """Everything that is not an array, in one hashable piece."""
+
+  activation: Activation
+  implementation: Implementation
+  config: FeedForwardConfig
+
+  @property
+  def saved(self) -> bool:
+    """Whether gate and up go from the forward to the backward pass."""
+    return self.config.residuals == "gate_up"
+
+
+def _fwd_kernel(
+  x_ref,  # [rows, D]
+  w_gate_ref,  # [D, cols]
+  w_up_ref,  # [D, cols]
+  h_ref,  # [rows, cols]
+  *saved_refs,  # gate and up [rows, cols], if they are saved
+  activation: Activation,
+):
+  x = x_ref[...]
+  products = [dot(x, w[...].astype(x.dtype)) for w in (w_gate_ref, w_up_ref)]
+  for ref, product in zip(saved_refs, products, strict=False):
+    ref[...] = product.astype(ref.dtype)
+  gate, up = products
+  h_ref[...] = (activate(activation, gate) * up).astype(h_ref.dtype)
+
+
+def _fwd(
+  static: _Static, x: jax.Array, w_gate: jax.Array, w_up: jax.Array, *, save
+) -> tuple[jax.Array, ...]:
+  """h, and gate and up if they are to be saved."""
+  n, d = x.shape
+  f = w_gate.shape[1]
+  problem = Problem.of(x, w_gate, w_up, saved=save)
+  tiles = forward_tiles("geglu", problem, static.config)
+  weights = pl.BlockSpec((d, tiles.cols), lambda j, i: (0, j))
+  outputs = 3 if save else 1
+  results = pl.pallas_call(
+    functools.partial(_fwd_kernel, activation=static.activation),
+    name="geglu_fwd",
+    grid=(pl.cdiv(f, tiles.cols), pl.cdiv(n, tiles.rows)),
+    in_specs=[
+      pl.BlockSpec((tiles.rows, d), lambda j, i: (i, 0)),
+      weights,
+      weights,
+    ],
+    out_specs=[pl.BlockSpec((tiles.rows, tiles.cols), lambda j, i: (i, j))]
+    * outputs,
+    out_shape=[like((n, f), x.dtype, x)] * outputs,
+    compiler_params=COMPILER_PARAMS,
+  )(x, w_gate, w_up)
+  return tuple(results)
+
+
+# --- differentiation ----------------------------------------------------------
+
+
+def _reference(static: _Static, *args: jax.Array) -> jax.Array:
+  return geglu_reference(*args, activation=static.activation)
+
+
+def _primal(static: _Static, *args: jax.Array) -> jax.Array:
+  return dispatch(
+    static.implementation,
+    lambda *args: _fwd(static, *args, save=False)[0],
+    functools.partial(_reference, static),
+    *args,
+  )
+
+
+def _save(static: _Static, *args: jax.Array):
+  """h, and what the backward pass needs."""
+  if not static.saved:
+    return _primal(static, *args), (args, ())
+
+  def reference(x, w_gate, w_up):
+    gate, up = gate_and_up(x, w_gate, w_up)
+    h = gated(gate, up, static.activation, x.dtype)
+    return h, gate.astype(x.dtype), up.astype(x.dtype)
+
+  h, *saved = dispatch(
+    static.implementation,
+    functools.partial(_fwd, static, save=True),
+    reference,
+    *args,
+  )
+  names = ("geglu_gate", "geglu_up")
+  return h, (args, named(names, saved))
+
+
+def named(names: tuple[str, ...], arrays: Sequence[jax.Array]):
+  """Residuals under the names by which a remat policy finds them."""
+  return tuple(
+    checkpoint_name(a, name) for a, name in zip(arrays, names, strict=True)
+  )
+
+
+def _backward(static: _Static, residuals, dh: jax.Array):
+  args, saved = residuals
+
+  def pallas(dh, args, saved):
+    problem = Problem.of(*args, saved=static.saved)
+    arrays = dict(zip(("x", "w_gate", "w_up"), args, strict=True))
+    arrays |= {"dh": dh} | dict(zip(("gate", "up"), saved, strict=False))
+    tiles = backward_tiles("geglu", problem, static.config)
+    return backward("geglu", problem, tiles, static.activation, arrays)
+
+  def reference(dh, args, saved):
+    return reference_gradients(
+      functools.partial(
+        gated, activation=static.activation, dtype=args[0].dtype
+      ),
+      args,
+      saved,
+      dh,
+    )
+
+  return dispatch(static.implementation, pallas, reference, dh, args, saved)
+
+
+def reference_gradients(finish, args, saved, cotangent, *more: jax.Array):
+  """Gradients of finish(gate, up, *more), by (x, w_gate, w_up) and `more`.
+
+  Saved products serve if they are the reference's own numbers; rounded to
+  bfloat16 they are not, and are computed again.
+  """
+  products, first = jax.vjp(gate_and_up, *args)
+  if saved and saved[0].dtype == products[0].dtype:
+    products = saved
+  _, second = jax.vjp(finish, *products, *more)
+  dgate, dup, *rest = second(cotangent)
+  return (*first((dgate, dup)), *rest)
+
+
+_geglu = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_geglu.defvjp(_save, _backward)
 
 # --- public -------------------------------------------------------------------
 
 
-def _check(op, x, w_gate, w_up, activation, implementation) -> None:
-  check_implementation(op, implementation, pallas=OP.pallas)
+def check(op, x, w_gate, w_up, activation, implementation) -> None:
+  """Refuses what neither gated op takes."""
+  check_implementation(op, implementation)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
   check_float(op, x=x, w_gate=w_gate, w_up=w_up)
@@ -100,6 +253,12 @@ def _check(op, x, w_gate, w_up, activation, implementation) -> None:
     )
 
 
+def by_rows(function, x: jax.Array, *weights: jax.Array) -> jax.Array:
+  """Applies `function` to x [..., D] seen as [N, D]."""
+  y = function(x.reshape(-1, x.shape[-1]), *weights)
+  return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 def geglu(
   x: jax.Array,
   w_gate: jax.Array,
@@ -107,7 +266,7 @@ def geglu(
   *,
   activation: Activation = "gelu_tanh",
   implementation: Implementation = None,
-  config: None = None,
+  config: FeedForwardConfig | None = None,
 ) -> jax.Array:
   """Gated linear unit, activation(x w_gate) * (x w_up).
 
@@ -117,77 +276,49 @@ def geglu(
   Args:
     x: [..., D] float32 or bfloat16.
     w_gate: [D, F] float32 or bfloat16, the activated branch; computed with in
-      x's dtype.
+      x's dtype, to which the kernel casts its tiles.
     w_up: [D, F], the linear branch.
     activation: "gelu_tanh", "gelu" (exact), "silu" (SwiGLU) or "relu".
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
-    config: reserved for the kernel's tile sizes.
+    config: what is kept for the backward pass, and tile sizes; None keeps gate
+      and up, under the names "geglu_gate" and "geglu_up" for remat policies.
 
   Returns:
     [..., F] of x's dtype; sums and activation in float32.
 
   Raises:
-    ValueError: on a wrong shape or dtype or an unknown activation.
-    NotImplementedError: for implementation="pallas".
+    ValueError: on a wrong shape or dtype, an unknown activation, or an x whose
+      last dimension is split over a mesh.
   """
-  _check("geglu", x, w_gate, w_up, activation, implementation)
-  return geglu_reference(x, w_gate, w_up, activation=activation)
-
-
-def feed_forward(
-  x: jax.Array,
-  w_gate: jax.Array,
-  w_up: jax.Array,
-  w_down: jax.Array,
-  *,
-  activation: Activation = "gelu_tanh",
-  implementation: Implementation = None,
-  config: None = None,
-) -> jax.Array:
-  """The gated feed-forward block, geglu(x, w_gate, w_up) w_down.
-
-  Args:
-    x: [..., D] float32 or bfloat16.
-    w_gate: [D, F], as in `geglu`.
-    w_up: [D, F], as in `geglu`.
-    w_down: [F, D] float32 or bfloat16.
-    activation: as in `geglu`.
-    implementation: as in `geglu`.
-    config: reserved for the kernel's tile sizes.
-
-  Returns:
-    [..., D] of x's dtype.
-
-  Raises:
-    ValueError: as `geglu`, and on a w_down of another shape than [F, D].
-    NotImplementedError: for implementation="pallas".
-  """
-  op = "feed_forward"
-  _check(op, x, w_gate, w_up, activation, implementation)
-  check_float(op, w_down=w_down)
-  check_shape(op, "w_down", w_down, w_gate.shape[::-1], "[F, D]")
-  return feed_forward_reference(x, w_gate, w_up, w_down, activation=activation)
+  check("geglu", x, w_gate, w_up, activation, implementation)
+  if implementation == "xla" or 0 in (x.size, w_gate.size):
+    return geglu_reference(x, w_gate, w_up, activation=activation)
+  static = _Static(activation, implementation, config or FeedForwardConfig())
+  rows = leading_dims(x.ndim - 1)
+  return per_device(
+    "geglu",
+    functools.partial(by_rows, functools.partial(_geglu, static)),
+    (x, w_gate, w_up),
+    ((*rows, "D"), ("D", "F"), ("D", "F")),
+    (*rows, "F"),
+    splits="BTF",
+  )
 
 
 # --- registration -------------------------------------------------------------
 
 
-def _matmul_flops(x, w) -> int:
+def matmul_flops(x, w) -> int:
+  """Of x [..., D] with a [D, F] matrix, or with its transpose."""
   return 2 * x.size // x.shape[-1] * w.shape[0] * w.shape[1]
 
 
 def _cost(x, w_gate, w_up, **_) -> tuple[Cost, Cost]:
-  one = _matmul_flops(x, w_gate)
+  one = matmul_flops(x, w_gate)
   h_bytes = nbytes(x) // x.shape[-1] * w_gate.shape[1]
   moved = nbytes(x, w_gate, w_up) + h_bytes
   return Cost(2 * one, moved), Cost(4 * one, 2 * moved)
-
-
-def _feed_forward_cost(x, w_gate, w_up, w_down, **_) -> tuple[Cost, Cost]:
-  one = _matmul_flops(x, w_gate)
-  moved = nbytes(x, x, w_gate, w_up, w_down)
-  return Cost(3 * one, moved), Cost(6 * one, 2 * moved)
 
 
 def _case(
@@ -199,7 +330,8 @@ def _case(
   return Case(name, (x, *weights), kwargs)
 
 
-def _tests(down: bool) -> tuple[Case, ...]:
+def small_cases(*, down: bool) -> tuple[Case, ...]:
+  """Small problems of either gated op."""
   f32, bf16 = jnp.float32, jnp.bfloat16
   return (
     _case("one_tile", (128,), 128, 128, f32, down),
@@ -211,7 +343,8 @@ def _tests(down: bool) -> tuple[Case, ...]:
   )
 
 
-def _benches(down: bool) -> tuple[Case, ...]:
+def model_cases(*, down: bool) -> tuple[Case, ...]:
+  """Gemma's own problems of either gated op."""
   return (
     _case("gemma_2b_8k", (8192,), 2048, 16384, jnp.bfloat16, down),
     _case("gemma_7b_4k", (4096,), 3072, 24576, jnp.bfloat16, down),
@@ -223,16 +356,6 @@ OP = Op(
   function=geglu,
   reference=geglu_reference,
   cost=_cost,
-  tests=_tests(down=False),
-  benches=_benches(down=False),
-  pallas=False,
-)
-FEED_FORWARD_OP = Op(
-  name="feed_forward",
-  function=feed_forward,
-  reference=feed_forward_reference,
-  cost=_feed_forward_cost,
-  tests=_tests(down=True),
-  benches=_benches(down=True),
-  pallas=False,
+  tests=small_cases(down=False),
+  benches=model_cases(down=False),
 )
