@@ -278,10 +278,17 @@ def feed_forward(
     op,
     functools.partial(by_rows, functools.partial(_feed_forward, static)),
     (x, w_gate, w_up, w_down),
-    (dims, ("D", "F"), ("D", "F"), ("F", "D")),
+    (dims, ("Dw", "F"), ("Dw", "F"), ("F", "Dw")),
     dims,
-    splits="BT",
+    splits="BTF",
+    gathers=("Dw",),
+    finish=_sum_over_f,
   )
+
+
+def _sum_over_f(y: jax.Array, axes) -> jax.Array:
+  """Each device of a split F has the part of y that its own columns give."""
+  return jax.lax.psum(y, axes["F"]) if axes.get("F") else y
 
 
 # --- registration -------------------------------------------------------------

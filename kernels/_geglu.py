@@ -300,9 +300,10 @@ def geglu(
     "geglu",
     functools.partial(by_rows, functools.partial(_geglu, static)),
     (x, w_gate, w_up),
-    ((*rows, "D"), ("D", "F"), ("D", "F")),
+    ((*rows, "D"), ("Dw", "F"), ("Dw", "F")),
     (*rows, "F"),
     splits="BTF",
+    gathers=("Dw",),
   )
 
 

@@ -294,7 +294,7 @@ def backward(
     outputs["dx_hbm"] = like((rows, problem.d), jnp.float32, x)
   scratch = _scratch(plan, outputs)
   names = (*arrays, *outputs, *scratch)
-  results = pl.pallas_call(
+  call = pl.pallas_call(
     functools.partial(_bwd_kernel, names=names, plan=plan),
     name=f"{op}_bwd",
     grid=plan.grid,
@@ -303,7 +303,11 @@ def backward(
     out_shape=list(outputs.values()),
     scratch_shapes=list(scratch.values()),
     compiler_params=COMPILER_PARAMS,
-  )(*arrays.values())
+  )
+  if plan.dx_travels:
+    # A batch of kernels that copy by hand has to run one after the other.
+    call = jax.custom_batching.sequential_vmap(call)
+  results = call(*arrays.values())
   return tuple(results[: 1 + problem.weights])
 
 

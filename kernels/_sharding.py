@@ -125,6 +125,8 @@ def per_device(
   out_dims: Any,
   *,
   splits: str,
+  gathers: Sequence[str] = (),
+  finish: Callable[[Any, Mapping[str, Axes]], Any] | None = None,
 ) -> Any:
   """Runs `function` on each device's block of `args`.
 
@@ -132,19 +134,30 @@ def per_device(
     op: the op's name, for errors.
     function: maps blocks of the arguments to blocks of the results.  What is
       not split is replicated, and its cotangent is summed over the devices.
+      Of two letters split over the same mesh axis, the first keeps it.
     args: the arrays.
     dims: letters of each argument's dimensions.
     out_dims: letters of the result's dimensions, or a tuple of such.
     splits: the letters over which the op may be split.
+    gathers: the letters over which arguments may come split, as weights that
+      are stored so, but which the op needs whole.
+    finish: maps the blocks of the results, and the mesh axes of each letter
+      that is split, to the final blocks; the place for a sum over a letter that
+      the results do not have, as `jax.lax.psum(y, axes["F"])`.
 
   Raises:
     ValueError: if another letter is split.
   """
-  mesh, axes = split_axes(op, args, dims)
+  mesh, found = split_axes(op, args, dims)
   if mesh is None:
     return function(*vary_alike(*args))
+  axes: dict[str, Axes] = {}
+  for letter, names in found.items():
+    taken = {axis for used in axes.values() for axis in used}
+    if letter not in gathers:
+      axes[letter] = tuple(axis for axis in names if axis not in taken)
   for letter in axes:
-    if letter[0] not in splits:
+    if axes[letter] and letter[0] not in splits:
       raise ValueError(
         f"{op}: can be split over {', '.join(splits)} only, but dimension "
         f"{letter} is split over {axes[letter]}; use jax.sharding.reshard"
@@ -160,14 +173,13 @@ def per_device(
     args = [
       jax.sharding.reshard(a, s) for a, s in zip(args, in_specs, strict=True)
     ]
-  # Without the check of varying axes, cotangents of replicated arguments are
-  # summed over the mesh, which is what a replicated scale or weight needs.
+
+  def block(*args):
+    results = function(*vary_alike(*args))
+    return finish(results, axes) if finish else results
+
   mapped = jax.shard_map(
-    function,
-    mesh=mesh,
-    in_specs=in_specs,
-    out_specs=out_specs,
-    check_vma=False,
+    block, mesh=mesh, in_specs=in_specs, out_specs=out_specs
   )
   return mapped(*args)
 
