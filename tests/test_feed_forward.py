@@ -1,0 +1,403 @@
+"""What is particular to the feed-forward block."""
+
+import functools
+import sys
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import mutation
+import numerics
+import numpy as np
+import pytest
+import v5e
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from pallas_gemma import kernels
+from pallas_gemma.kernels import (
+  FeedForwardConfig,
+  Tiles,
+  feed_forward,
+  feed_forward_reference,
+)
+
+PACKAGE = kernels.__name__
+MODULE = sys.modules[f"{PACKAGE}._feed_forward"]
+KERNEL = functools.partial(feed_forward, implementation="pallas")
+# Five row tiles and three F tiles, the last of each ragged: more row tiles than
+# the backward pass keeps sums of dx for, so that they travel to HBM and back.
+SIZES = (70, 72, 300)
+
+
+def small(residuals="gate_up", rows=16):
+  return FeedForwardConfig(
+    residuals=residuals, forward=Tiles(32, 128), backward=Tiles(rows, 128)
+  )
+
+
+def draw(n, d, f, dtype=jnp.float32, weight_dtype=None, leading=(), seed=0):
+  rng = np.random.default_rng(seed)
+  weight_dtype = weight_dtype or dtype
+
+  def normal(shape, dtype, scale=1.0):
+    return jnp.asarray(scale * rng.standard_normal(shape, np.float32), dtype)
+
+  # Gates of unit variance, as in a model: where the activation bends.
+  up = functools.partial(normal, (d, f), weight_dtype, d**-0.5)
+  return [normal((*leading, n, d), dtype), up(), up(), up().T]
+
+
+def agrees(function, residuals="gate_up", dtype=jnp.float32, sizes=SIZES):
+  numerics.assert_agrees(
+    functools.partial(
+      function, implementation="pallas", config=small(residuals)
+    ),
+    feed_forward_reference,
+    draw(*sizes, dtype),
+  )
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+  n=st.integers(1, 70),
+  d=st.one_of(st.integers(1, 150), st.just(128)),
+  f=st.one_of(st.integers(1, 300), st.just(256)),
+  dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  weight_dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  activation=st.sampled_from(["gelu_tanh", "gelu", "silu", "relu"]),
+  residuals=st.sampled_from(["gate_up", "none"]),
+  rows=st.sampled_from([16, 32]),
+)
+def test_any_shape_meets_the_bar(
+  n, d, f, dtype, weight_dtype, activation, residuals, rows
+):
+  config = small(residuals, rows)
+  # Enough numbers in every result for the statistics of its error.
+  seeds = range(-(-64 // (min(n, f) * d)))
+  numerics.assert_agrees(
+    functools.partial(KERNEL, activation=activation, config=config),
+    functools.partial(feed_forward_reference, activation=activation),
+    *(draw(n, d, f, dtype, weight_dtype, seed=seed) for seed in seeds),
+  )
+
+
+@pytest.mark.parametrize("residuals", ["gate_up", "none"])
+def test_dx_travels_in_bfloat16(residuals):
+  agrees(feed_forward, residuals, jnp.bfloat16)
+
+
+# --- mutants ------------------------------------------------------------------
+
+
+FORWARD_MUTANTS = {
+  "sum not cleared": ("jnp.where(j == 0, 0.0, sum_ref[...])", "sum_ref[...]"),
+  "only the last F tile": (
+    "sum_ref[...]) + dot(h",
+    "sum_ref[...]) * 0 + dot(h",
+  ),
+  "ragged F reaches y": ("if f % cols:", "if False:"),
+  "up is activated": ("activate(activation, gate) * up", "gate * up"),
+  "gate is not saved": ("gate, up = products", "gate, up = products[::-1]"),
+}
+BACKWARD_MUTANTS = {
+  "ragged rows reach the weights": (
+    "if n % rows else tile",
+    "if False else tile",
+  ),
+  "ragged F reaches dx": ("if f % cols else tile", "if False else tile"),
+  "sums not cleared": (
+    "is_first, 0.0, total[...]",
+    "is_first, total[...], 0.0",
+  ),
+  "only the last part of dx": ("r.dx_sum[slot] +=", "r.dx_sum[slot] ="),
+  "gate without the derivative": ("dh * up * da", "dh * up * a"),
+  "up with the derivative": ("_inside(dh * a,", "_inside(dh * da,"),
+  "dx of one product": (" + dot(r.dup[...], w_up, NT)", ""),
+  "dx is not awaited": ("self._copy_in(i, self.slot).wait()", "pass"),
+  "slots are not awaited": (
+    "self._copy_out(two_before, self.next).wait()",
+    "pass",
+  ),
+  "dx is fetched from the wrong place": (
+    "self._copy_in(after,",
+    "self._copy_in(i,",
+  ),
+}
+
+
+def backward_mutant(old, new):
+  """The op on a mutant of its backward kernel."""
+  copy = mutation.mutant(MODULE, "import dataclasses", "import dataclasses")
+  changed = mutation.mutant(sys.modules[f"{PACKAGE}._geglu_bwd"], old, new)
+  copy.backward = changed.backward
+  return copy.feed_forward
+
+
+def test_no_mutant_lives():
+  """What the mutants are measured against."""
+  agrees(backward_mutant("import functools", "import functools"))
+
+
+@pytest.mark.parametrize("name", FORWARD_MUTANTS)
+def test_forward_mutants_die(name):
+  copy = mutation.mutant(MODULE, *FORWARD_MUTANTS[name])
+  mutation.assert_killed(agrees, copy.feed_forward)
+
+
+@pytest.mark.parametrize("name", BACKWARD_MUTANTS)
+def test_backward_mutants_die(name):
+  function = backward_mutant(*BACKWARD_MUTANTS[name])
+  mutation.assert_killed(agrees, function)
+
+
+def test_f_tiles_do_not_run_in_parallel():
+  """Where dx stays in VMEM; else the cores would wait for each other."""
+  function = backward_mutant(
+    "compiler_params=COMPILER_PARAMS",
+    "compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', "
+    "'arbitrary'))",
+  )
+  check = functools.partial(agrees, sizes=(40, 72, 300))
+  check(feed_forward)
+  mutation.assert_killed(check, function)
+
+
+# --- transformations ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_axis", [None, 0])
+def test_vmap(weight_axis):
+  """Mapped over x, with the same weights for all or with some for each."""
+  axes = (0, *[weight_axis] * 3)
+  x, *weights = draw(*SIZES, leading=(2,))
+  if weight_axis == 0:
+    weights = [jnp.stack([w, -w]) for w in weights]
+  numerics.assert_agrees(
+    jax.vmap(functools.partial(KERNEL, config=small()), axes),
+    jax.vmap(feed_forward_reference, axes),
+    [x, *weights],
+  )
+
+
+def test_empty_arrays():
+  for n, d, f in [(0, 8, 16), (3, 0, 16), (3, 8, 0)]:
+    args = [jnp.zeros(s) for s in [(n, d), (d, f), (d, f), (f, d)]]
+    y, vjp = jax.vjp(KERNEL, *args)
+    assert y.shape == (n, d) and not y.any()
+    assert [g.shape for g in vjp(y)] == [a.shape for a in args]
+
+
+def described(n, d, f, dtype=jnp.bfloat16, weight_dtype=jnp.bfloat16):
+  up = jax.ShapeDtypeStruct((d, f), weight_dtype)
+  down = jax.ShapeDtypeStruct((f, d), weight_dtype)
+  return [jax.ShapeDtypeStruct((n, d), dtype), up, up, down]
+
+
+def value_and_gradients(function):
+  def both(*args):
+    y, vjp = jax.vjp(function, *args)
+    return y, vjp(y)
+
+  return both
+
+
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("saved", [False, True])
+def test_checkpoint_finds_gate_and_up_by_name(saved):
+  """A policy that saves them, and y where it is wanted, spares the rerun."""
+  names = ("feed_forward_gate", "feed_forward_up") if saved else ()
+  function = jax.checkpoint(
+    KERNEL, policy=jax.checkpoint_policies.save_only_these_names(*names)
+  )
+  args = draw(32, 128, 128)
+  jaxpr = str(jax.make_jaxpr(value_and_gradients(function))(*args))
+  assert jaxpr.count("name=feed_forward_fwd") == (1 if saved else 2)
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+def test_memory():
+  """Beside gate and up, if they are kept, only the float32 dx is in HBM."""
+  n, d, f = 2048, 256, 4096
+  for residuals, kept in (("gate_up", 2 * 2 * n * f), ("none", 0)):
+    config = FeedForwardConfig(residuals=residuals)
+    function = value_and_gradients(
+      functools.partial(feed_forward, config=config)
+    )
+    memory = v5e.compile(function, *described(n, d, f)).memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= kept + 4 * n * d + (1 << 20)
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+def test_float32_weights_are_cast_in_the_kernel():
+  args = described(256, 256, 1024, weight_dtype=jnp.float32)
+  compiled = v5e.compile(value_and_gradients(feed_forward), *args)
+  text = compiled.as_text() or ""
+  assert "feed_forward_bwd" in text and " convert(" not in text
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_wide_models_fit(dtype):
+  """Tiles shrink as D grows, by a model of VMEM; beyond it the op refuses."""
+  v5e.compile(
+    value_and_gradients(feed_forward), *described(512, 8192, 256, dtype, dtype)
+  )
+  with pytest.raises(ValueError, match="feed_forward: .* got D = 100000"):
+    jax.eval_shape(KERNEL, *described(512, 100_000, 256, dtype, dtype))
+
+
+# --- meshes -------------------------------------------------------------------
+
+
+UP, DOWN = P(None, "model"), P("model")
+FSDP_UP, FSDP_DOWN = P("data", "model"), P("model", "data")
+LAYOUTS = {
+  "tensor parallel": (AxisType.Explicit, UP, DOWN),
+  "D stored over data": (AxisType.Explicit, FSDP_UP, FSDP_DOWN),
+  "F stored over data": (
+    AxisType.Explicit,
+    P(None, ("model", "data")),
+    P(("model", "data")),
+  ),
+  "auto": (AxisType.Auto, FSDP_UP, FSDP_DOWN),
+  "by hand": (AxisType.Auto, UP, DOWN),
+}
+
+
+def loss(*args):
+  return (KERNEL(*args) ** 2).sum()
+
+
+def loss_by_hand(mesh):
+  """Megatron's split, written by the user around the op."""
+
+  def local(*args):
+    return (jax.lax.psum(KERNEL(*args), "model") ** 2).sum()
+
+  return jax.shard_map(
+    lambda *args: jax.lax.psum(local(*args), "data"),
+    mesh=mesh,
+    in_specs=(P("data"), UP, UP, DOWN),
+    out_specs=P(),
+  )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_split_over_a_mesh(layout):
+  """Rows over four devices and F over two; every gradient is whole."""
+  kind, up, down = LAYOUTS[layout]
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+  args = draw(6, 128, 256, leading=(8,))
+  gradient = jax.grad(loss, (0, 1, 2, 3))
+  want = gradient(*args)
+  if layout == "by hand":
+    gradient = jax.grad(loss_by_hand(mesh), (0, 1, 2, 3))
+  put = [
+    jax.device_put(a, NamedSharding(mesh, s))
+    for a, s in zip(args, (P("data"), up, up, down), strict=True)
+  ]
+  rules = {"B": "data", "F": "model"} if layout == "auto" else {}
+  with jax.set_mesh(mesh), kernels.sharding(mesh, rules):
+    got = jax.jit(gradient)(*put)
+  for g, w, a in zip(got, want, put, strict=True):
+    np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5 * np.abs(w).max())
+    if kind == AxisType.Explicit:
+      assert jax.typeof(g).sharding == jax.typeof(a).sharding
+
+
+def test_split_width_is_refused():
+  mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    x, *weights = draw(16, 128, 256)
+    x = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
+    with pytest.raises(ValueError, match="split over B, T, F only, but .* D"):
+      jax.jit(KERNEL)(x, *weights)
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+def test_collectives_on_eight_chips():
+  """One sum after down, one of dx, and those of the weights over the rows."""
+  mesh = jax.sharding.Mesh(
+    np.reshape(v5e.devices("2x4", (2, 4, 1)), (4, 2)),
+    ("data", "model"),
+    axis_types=(AxisType.Explicit,) * 2,
+  )
+  args = [
+    jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, s))
+    for a, s in zip(
+      described(2048, 512, 2048), (P("data"), UP, UP, DOWN), strict=True
+    )
+  ]
+
+  def text(function):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return jax.jit(function).lower(*args).compile().as_text() or ""
+
+  forward, both = text(feed_forward), text(value_and_gradients(feed_forward))
+  assert forward.count(" all-reduce(") == 1 and "all-gather" not in forward
+  assert "feed_forward_bwd" in both and "all-gather" not in both
+
+
+# --- refusals -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "change, kwargs, message",
+  [
+    (
+      {1: (64, 256)},
+      {},
+      r"w_gate must be \[D, F\] with D = 128.*got \(64, 256\)",
+    ),
+    ({2: (128, 64)}, {}, r"w_up must be \(128, 256\).*got \(128, 64\)"),
+    ({3: (128, 256)}, {}, r"w_down must be \(256, 128\).*got \(128, 256\)"),
+    ({0: ()}, {}, "x must have at least one dimension, got a scalar"),
+    ({}, {"activation": "tanh"}, "activation must be one of .* got 'tanh'"),
+    ({}, {"implementation": "cuda"}, "'pallas', 'xla' or None, got 'cuda'"),
+  ],
+)
+def test_bad_input_is_refused(change, kwargs, message):
+  shapes = [(8, 128), (128, 256), (128, 256), (256, 128)]
+  args = [jnp.zeros(change.get(i, s)) for i, s in enumerate(shapes)]
+  with pytest.raises(ValueError, match=f"feed_forward: .*{message}"):
+    feed_forward(*args, **kwargs)
+
+
+def test_other_dtypes_are_refused():
+  x, w_gate, w_up, w_down = draw(8, 16, 32)
+  with pytest.raises(ValueError, match="x must be float32 or bfloat16, got fl"):
+    feed_forward(x.astype(jnp.float16), w_gate, w_up, w_down)
+  with pytest.raises(ValueError, match="w_down must be float32 or bfloat16"):
+    feed_forward(x, w_gate, w_up, w_down.astype(jnp.int32))
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (
+      lambda: Tiles(rows=12, cols=128),
+      "rows must be a positive multiple of 16",
+    ),
+    (
+      lambda: Tiles(rows=16, cols=64),
+      "cols must be a positive multiple of 128",
+    ),
+    (
+      lambda: FeedForwardConfig(residuals="all"),
+      "'gate_up' or 'none', got 'all'",
+    ),
+    (
+      lambda: FeedForwardConfig(forward=(16, 128)),
+      "forward must be Tiles or None",
+    ),
+  ],
+)
+def test_config_is_validated_at_birth(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()

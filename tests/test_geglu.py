@@ -1,0 +1,197 @@
+"""What is particular to gated units; their backward kernel is that of the
+feed-forward block, and has its mutants there.
+"""
+
+import functools
+import sys
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import mutation
+import numerics
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from pallas_gemma import kernels
+from pallas_gemma.kernels import (
+  FeedForwardConfig,
+  Tiles,
+  geglu,
+  geglu_reference,
+)
+
+PACKAGE = kernels.__name__
+MODULE = sys.modules[f"{PACKAGE}._geglu"]
+ACTIVATION_MODULE = sys.modules[f"{PACKAGE}._activation"]
+KERNEL = functools.partial(geglu, implementation="pallas")
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
+
+
+def small(residuals="gate_up"):
+  tiles = Tiles(16, 128)
+  return FeedForwardConfig(residuals=residuals, forward=tiles, backward=tiles)
+
+
+def draw(n, d, f, dtype=jnp.float32, weight_dtype=None, scale=1.0, seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = ((n, d), 1.0, dtype), *[((d, f), d**-0.5, weight_dtype or dtype)] * 2
+  return [
+    jnp.asarray(scale * s * rng.standard_normal(shape, np.float32), t)
+    for shape, s, t in shapes
+  ]
+
+
+@hypothesis.settings(max_examples=6)
+@hypothesis.given(
+  n=st.integers(1, 70),
+  d=st.integers(1, 150),
+  f=st.one_of(st.integers(1, 300), st.just(256)),
+  dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  weight_dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  activation=st.sampled_from(ACTIVATIONS),
+  residuals=st.sampled_from(["gate_up", "none"]),
+)
+def test_any_shape_meets_the_bar(
+  n, d, f, dtype, weight_dtype, activation, residuals
+):
+  config = small(residuals)
+  # Enough numbers in every result for the statistics of its error.
+  seeds = range(-(-64 // (min(n, f) * d)))
+  numerics.assert_agrees(
+    functools.partial(KERNEL, activation=activation, config=config),
+    functools.partial(geglu_reference, activation=activation),
+    *(draw(n, d, f, dtype, weight_dtype, seed=seed) for seed in seeds),
+  )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_both_residuals_agree(activation):
+  """Gate and up, saved in float32, are what they are computed to again."""
+  args = draw(40, 64, 200)
+
+  def gradients(residuals):
+    function = functools.partial(
+      KERNEL, activation=activation, config=small(residuals)
+    )
+    h, vjp = jax.vjp(function, *args)
+    return h, *vjp(h)
+
+  for a, b in zip(gradients("gate_up"), gradients("none"), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+# --- activations --------------------------------------------------------------
+
+
+def activation_agrees(module, activation):
+  """Value and derivative over six decades of both signs, and at zero."""
+  half = jnp.geomspace(1e-4, 1e2, 500)
+  gate = jnp.concatenate([-half[::-1], jnp.zeros(1), half])
+
+  def both(function, gate):
+    value, derivative = jax.vjp(function, gate)
+    return value, derivative(jnp.ones_like(gate))[0]
+
+  with jax.enable_x64(True):
+    reference = kernels.geglu_reference.__globals__["ACTIVATIONS"][activation]
+    truth = both(reference, gate.astype(jnp.float64))
+  got = module.activate_and_derive(activation, gate)
+  for g, t in zip(got, truth, strict=True):
+    # An error of g * rounding is that of the argument, which no one can undo.
+    bar = 8 * np.finfo(np.float32).eps * np.maximum(np.abs(gate), 1)
+    assert (np.abs(g - np.asarray(t)) <= bar).all()
+
+
+ACTIVATION_MUTANTS = {
+  "gelu_tanh": ("half + slope", "half"),
+  "gelu": ("p + g * density", "p"),
+  "silu": ("s + a * (1 - s)", "s"),
+  "relu": ("jnp.where(g > 0, 1.0, 0.0)", "jnp.where(g >= 0, 1.0, 0.0)"),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_and_its_mutant(activation):
+  activation_agrees(ACTIVATION_MODULE, activation)
+  copy = mutation.mutant(ACTIVATION_MODULE, *ACTIVATION_MUTANTS[activation])
+  mutation.assert_killed(activation_agrees, copy, activation)
+
+
+# --- the kernel ---------------------------------------------------------------
+
+
+def agrees(function):
+  numerics.assert_agrees(
+    functools.partial(function, implementation="pallas", config=small()),
+    geglu_reference,
+    draw(40, 72, 200),
+  )
+
+
+MUTANTS = {
+  "gate and up swapped": ("gate, up = products", "up, gate = products"),
+  "up is not a factor": ("activate(activation, gate) * up", "(gate + 0 * up)"),
+  "dh is not given": ('"dh": dh}', '"dh": dh * 0}'),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_die(name):
+  copy = mutation.mutant(MODULE, *MUTANTS[name])
+  mutation.assert_killed(agrees, copy.geglu)
+
+
+@pytest.mark.parametrize("weight_axis", [None, 0])
+def test_vmap(weight_axis):
+  x, w_gate, w_up = draw(70, 72, 200)
+  x = jnp.stack([x, 2 * x])
+  weights = [w_gate, w_up]
+  if weight_axis == 0:
+    weights = [jnp.stack([w, -w]) for w in weights]
+  mapped = [
+    jax.vmap(f, (0, weight_axis, weight_axis))
+    for f in (functools.partial(KERNEL, config=small()), geglu_reference)
+  ]
+  numerics.assert_agrees(*mapped, [x, *weights])
+
+
+def test_split_over_a_mesh():
+  """Rows and F split; h comes out split over both, each gradient whole."""
+  mesh = jax.make_mesh(
+    (4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2
+  )
+  x, w_gate, w_up = draw(16, 128, 256)
+  gradient = jax.grad(lambda *args: (KERNEL(*args) ** 2).sum(), (0, 1, 2))
+  want = gradient(x, w_gate, w_up)
+  with jax.set_mesh(mesh):
+    put = [
+      jax.device_put(a, NamedSharding(mesh, s))
+      for a, s in zip(
+        (x, w_gate, w_up),
+        (P("data"), P(None, "model"), P(None, "model")),
+        strict=True,
+      )
+    ]
+    h = jax.jit(KERNEL)(*put)
+    got = jax.jit(gradient)(*put)
+  assert jax.typeof(h).sharding.spec == P("data", "model")
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5 * np.abs(w).max())
+
+
+@pytest.mark.parametrize(
+  "change, kwargs, message",
+  [
+    ({1: (64, 256)}, {}, r"w_gate must be \[D, F\] with D = 128.*\(64, 256\)"),
+    ({2: (128, 64)}, {}, r"w_up must be \(128, 256\).*got \(128, 64\)"),
+    ({}, {"activation": "tanh"}, "activation must be one of .* got 'tanh'"),
+  ],
+)
+def test_bad_input_is_refused(change, kwargs, message):
+  shapes = [(8, 128), (128, 256), (128, 256)]
+  args = [jnp.zeros(change.get(i, s)) for i, s in enumerate(shapes)]
+  with pytest.raises(ValueError, match=f"geglu: .*{message}"):
+    geglu(*args, **kwargs)
