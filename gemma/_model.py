@@ -45,7 +45,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ._config import GemmaConfig, Remat
-from .ops import KERNELS, Ops, Rope
+from .ops import KERNELS, FeedForwardConfig, Ops, Rope
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -147,8 +147,14 @@ class Block(nnx.Module):
 
     with jax.named_scope("feed_forward"):
       y, x = self.ops.add_rms_norm(y, x, self.feed_forward_norm[...], **norm)
+      # Not cast here: the op casts tiles, and XLA would move the cast of all
+      # layers' weights out of the scan and hold the copy.
       x += self.ops.feed_forward(
-        y, weight(self.gate), weight(self.up), weight(self.down)
+        y,
+        self.gate[...],
+        self.up[...],
+        self.down[...],
+        config=_feed_forward_config(self.config.remat),
       )
     return x, extra
 
@@ -399,6 +405,15 @@ class Gemma(nnx.Module):
         f"{name}: tokens must be at most the context length "
         f"{self.config.context_length}, got {tokens.shape[1]}"
       )
+
+
+def _feed_forward_config(remat: Remat) -> FeedForwardConfig:
+  """Keeps gate and up where no remat would have them computed twice.
+
+  Under remat the block's own recomputation, two matmuls, is cheaper than that
+  of its whole forward pass.
+  """
+  return FeedForwardConfig(residuals="gate_up" if remat == "none" else "none")
 
 
 def _rematerialised(layer: Callable[..., Any], remat: Remat):

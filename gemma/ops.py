@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pallas_gemma import kernels
+from pallas_gemma.kernels import FeedForwardConfig as FeedForwardConfig
 from pallas_gemma.kernels import Rope as Rope
 
 

@@ -4,6 +4,7 @@ feed-forward block, and has its mutants there.
 
 import functools
 import sys
+from typing import Any
 
 import hypothesis
 import jax
@@ -30,7 +31,7 @@ KERNEL = functools.partial(geglu, implementation="pallas")
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
 
 
-def small(residuals="gate_up"):
+def small(residuals: Any = "gate_up"):
   tiles = Tiles(16, 128)
   return FeedForwardConfig(residuals=residuals, forward=tiles, backward=tiles)
 
@@ -96,7 +97,7 @@ def activation_agrees(module, activation):
     return value, derivative(jnp.ones_like(gate))[0]
 
   with jax.enable_x64(True):
-    reference = kernels.geglu_reference.__globals__["ACTIVATIONS"][activation]
+    reference = ACTIVATION_MODULE.ACTIVATIONS[activation]
     truth = both(reference, gate.astype(jnp.float64))
   got = module.activate_and_derive(activation, gate)
   for g, t in zip(got, truth, strict=True):
