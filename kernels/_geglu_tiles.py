@@ -148,7 +148,14 @@ class Problem:
 
 # In falling order of speed; the first that fits is taken.
 _FORWARD = ((1024, 512), (512, 512), (512, 256), (256, 256), (256, 128))
-_BACKWARD = ((512, 1024), (512, 512), (256, 512), (256, 256), (128, 256))
+_BACKWARD = (
+  (512, 1024),
+  (512, 512),
+  (256, 512),
+  (512, 256),
+  (256, 256),
+  (128, 256),
+)
 _SMALL = ((128, 128), (64, 128), (32, 128), (16, 128))
 
 
@@ -170,7 +177,8 @@ def backward_bytes(p: Problem, tiles: Tiles) -> int:
   size, wsize = p.dtype.itemsize, p.weight_dtype.itemsize
   lanes = _round_up(p.d, _LANES)
   row_tiles = rows * lanes * (2 * size * (2 + p.down) + 4 * 4)
-  weights = p.weights * lanes * cols * (4 * wsize + 4)
+  # A weight and its gradient, and the gradient's sum or the weight's cast.
+  weights = p.weights * lanes * cols * (4 * wsize + (4 if wsize < 4 else size))
   inputs = 2 * rows * cols * size * (2 * p.saved + (not p.down))
   temporaries = rows * cols * (3 * size + 3 * 4) + lanes * cols * 4
   return row_tiles + weights + inputs + temporaries
