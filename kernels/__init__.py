@@ -12,6 +12,7 @@ from ._decode_attention import (
   decode_attention_reference as decode_attention_reference,
 )
 from ._flash_attention import OP as _FLASH_ATTENTION
+from ._flash_attention import FlashAttentionConfig as FlashAttentionConfig
 from ._flash_attention import Rope as Rope
 from ._flash_attention import flash_attention as flash_attention
 from ._flash_attention import (

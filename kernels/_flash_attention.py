@@ -29,12 +29,24 @@ Tiling: none yet; there is no Pallas kernel for this op.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from ._flash_attention_bwd import flash_bwd
+from ._flash_attention_fwd import (
+  LANES,
+  LOG2_E,
+  Ids,
+  Problem,
+  Window,
+  flash_fwd,
+)
 from ._op import (
   Case,
   Cost,
@@ -44,12 +56,14 @@ from ._op import (
   check_float,
   check_implementation,
   check_shape,
+  dispatch,
   nbytes,
 )
-from ._rope import apply_rope_reference, check_integers, check_rope
+from ._rope import apply_rope, apply_rope_reference, check_integers, check_rope
+from ._sharding import per_device
+from ._tuned import power_of_two, tuned_config
 
 Segments = jax.Array | tuple[jax.Array, jax.Array] | None
-Window = tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +181,219 @@ def _segment_pair(segment_ids: Any) -> tuple[jax.Array, jax.Array]:
   return segment_ids, segment_ids
 
 
+# --- configuration ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlashAttentionConfig:
+  """Tile sizes.  They change speed, never results beyond rounding.
+
+  Attributes:
+    block_q: queries per grid step of the forward, each with all heads of its
+      kv head; a multiple of 16.
+    block_kv: keys per step of its inner loop; a power of two, at least 128.
+    rows: queries times heads that go through the softmax together; those of
+      one grid step are interleaved.  A multiple of 128.
+    block_q_bwd: as block_q, of the backward.
+    block_kv_bwd: as block_kv, of the backward.
+  """
+
+  block_q: int = 128
+  block_kv: int = 256
+  rows: int = 256
+  block_q_bwd: int = 128
+  block_kv_bwd: int = 256
+
+  def __post_init__(self):
+    for name in ("block_q", "block_q_bwd"):
+      self._check(name, getattr(self, name) % 16 == 0, "a multiple of 16")
+    for name in ("block_kv", "block_kv_bwd"):
+      value = getattr(self, name)
+      power = value & (value - 1) == 0 and value >= LANES
+      self._check(name, power, f"a power of two, at least {LANES}")
+    self._check("rows", self.rows % LANES == 0, f"a multiple of {LANES}")
+
+  def _check(self, name: str, good: bool, wanted: str) -> None:
+    value = getattr(self, name)
+    if not good or value <= 0:
+      raise ValueError(
+        f"FlashAttentionConfig: {name} must be positive and {wanted}, "
+        f"got {value}"
+      )
+
+  @classmethod
+  def fitting(cls, group: int) -> FlashAttentionConfig:
+    """Tiles of 1024 rows, whatever the number of heads among them."""
+    block_q = min(max(1024 // group // 16 * 16, 16), 512)
+    return cls(block_q=block_q, block_q_bwd=block_q)
+
+  def clipped(self, t: int, s: int, group: int) -> FlashAttentionConfig:
+    """No larger than the problem, and with rows a multiple of LANES."""
+    unit = LANES // math.gcd(group, LANES)
+    unit = max(unit, 16)
+
+    def queries(block: int) -> int:
+      return min(-(-block // unit), -(-t // unit)) * unit
+
+    most_keys = max(power_of_two(s), LANES)
+    return dataclasses.replace(
+      self,
+      block_q=queries(self.block_q),
+      block_kv=min(self.block_kv, most_keys),
+      block_q_bwd=queries(self.block_q_bwd),
+      block_kv_bwd=min(self.block_kv_bwd, most_keys),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """The problem, how to solve it, and by what."""
+
+  problem: Problem
+  return_lse: bool
+  implementation: Implementation
+  config: FlashAttentionConfig
+
+
+# --- rows ---------------------------------------------------------------------
+
+
+def _to_rows(x: jax.Array, kv_heads: int) -> jax.Array:
+  """[B, T, N, H] to [B K, T G, H]; for one kv head and G = 8 or more, free."""
+  b, t, n, h = x.shape
+  x = x.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)
+  return x.reshape(b * kv_heads, t * (n // kv_heads), h)
+
+
+def _from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[B K, T G, H] to shape [B, T, N, H]."""
+  b, t, n, h = shape
+  group = rows.shape[1] // t
+  return rows.reshape(b, n // group, t, group, h).swapaxes(1, 2).reshape(shape)
+
+
+def _keys(x: jax.Array, block: int) -> jax.Array:
+  """[B, S, K, H] to [B K, S', H], with zeros up to a whole block."""
+  b, s, kv_heads, h = x.shape
+  x = x.swapaxes(1, 2).reshape(b * kv_heads, s, h)
+  return jnp.pad(x, ((0, 0), (0, -s % block), (0, 0)))
+
+
+def _from_keys(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[B K, S', H] to shape [B, S, K, H]."""
+  b, s, kv_heads, h = shape
+  return keys[:, :s].reshape(b, kv_heads, s, h).swapaxes(1, 2)
+
+
+def _lse_to_rows(lse: jax.Array, kv_heads: int) -> jax.Array:
+  """[B, N, T] to [B K, 1, T G]."""
+  b, n, t = lse.shape
+  rows = lse.reshape(b * kv_heads, n // kv_heads, t).swapaxes(1, 2)
+  return rows.reshape(b * kv_heads, 1, t * (n // kv_heads))
+
+
+def _lse_from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[B K, 1, T G] to [B, N, T], given q's shape."""
+  b, t, n, _ = shape
+  return (
+    rows.reshape(b, -1, t, rows.shape[2] // t).swapaxes(2, 3).reshape(b, n, t)
+  )
+
+
+# --- both passes --------------------------------------------------------------
+
+
+def _fwd(static: _Static, q, k, v, ids: Ids) -> tuple[jax.Array, jax.Array]:
+  p, config = static.problem, static.config
+  block = config.block_kv
+  out, lse = flash_fwd(
+    p, config, _to_rows(q, k.shape[2]), _keys(k, block), _keys(v, block), ids
+  )
+  return _from_rows(out, q.shape), lse
+
+
+def _bwd(static: _Static, q, k, v, ids: Ids, out, lse, dout, dlse):
+  p, config = static.problem, static.config
+  block = config.block_kv_bwd
+  dq, dk, dv = flash_bwd(
+    p,
+    config,
+    _to_rows(q, k.shape[2]),
+    _keys(k, block),
+    _keys(v, block),
+    _to_rows(out, k.shape[2]),
+    _to_rows(dout, k.shape[2]),
+    lse,
+    dlse,
+    ids,
+  )
+  return (
+    _from_rows(dq, q.shape),
+    _from_keys(dk, k.shape),
+    _from_keys(dv, v.shape),
+  )
+
+
+# --- differentiation ----------------------------------------------------------
+# lse is [B K, 1, T G] and of base 2 between the passes, as the kernels have it.
+
+
+def _reference(static: _Static, q, k, v, ids: Ids):
+  p = static.problem
+  out, lse = flash_attention_reference(
+    q,
+    k,
+    v,
+    scale=p.scale,
+    is_causal=p.is_causal,
+    segment_ids=ids or None,
+    local_window_size=p.window,
+    logits_soft_cap=p.soft_cap,
+    return_lse=True,
+  )
+  return out, _lse_to_rows(lse * LOG2_E, k.shape[2])
+
+
+def _reference_bwd(static: _Static, q, k, v, ids: Ids, out, lse, dout, dlse):
+  del out, lse
+  _, vjp = jax.vjp(lambda *qkv: _reference(static, *qkv, ids), q, k, v)
+  return vjp((dout, dlse))
+
+
+def _primal(static: _Static, q, k, v, ids: Ids):
+  return dispatch(
+    static.implementation,
+    functools.partial(_fwd, static),
+    functools.partial(_reference, static),
+    q,
+    k,
+    v,
+    ids,
+  )
+
+
+def _vjp_fwd(static: _Static, q, k, v, ids: Ids):
+  out, lse = _primal(static, q, k, v, ids)
+  out = checkpoint_name(out, "flash_attention_out")
+  lse = checkpoint_name(lse, "flash_attention_lse")
+  return (out, lse), (q, k, v, ids, out, lse)
+
+
+def _vjp_bwd(static: _Static, saved, cotangents):
+  grads = dispatch(
+    static.implementation,
+    functools.partial(_bwd, static),
+    functools.partial(_reference_bwd, static),
+    *saved,
+    *cotangents,
+  )
+  return (*grads, jax.tree.map(lambda _: None, saved[3]))
+
+
+_attention = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_attention.defvjp(_vjp_fwd, _vjp_bwd)
+
+
 # --- public -------------------------------------------------------------------
 
 
@@ -234,7 +461,7 @@ def flash_attention(
   rope: Rope | None = None,
   return_lse: bool = False,
   implementation: Implementation = None,
-  config: None = None,
+  config: FlashAttentionConfig | None = None,
 ) -> Any:
   """Softmax attention without the [T, S] matrix in memory.
 
@@ -259,7 +486,7 @@ def flash_attention(
     return_lse: also return the log of the sum of exponentials.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
-    config: reserved for the kernel's tile sizes.
+    config: tile sizes; None picks them from the shape.
 
   Returns:
     out [B, T, N, H] of q's dtype, or (out, lse [B, N, T] float32).  A query
@@ -267,10 +494,9 @@ def flash_attention(
 
   Raises:
     ValueError: on wrong shapes, dtypes or values.
-    NotImplementedError: for implementation="pallas".
   """
   op = "flash_attention"
-  check_implementation(op, implementation, pallas=OP.pallas)
+  check_implementation(op, implementation)
   check_attention(op, q, k, v, local_window_size, logits_soft_cap)
   _check_segments(op, q, k, segment_ids)
   if rope is not None:
@@ -282,18 +508,99 @@ def flash_attention(
     check_shape(op, "rope.positions", rope.positions, q.shape[:2], "[B, T]")
     check_integers(op, "rope.positions", rope.positions)
     check_rope(op, q.shape[3], rope.base_frequency)
-  return flash_attention_reference(
-    q,
-    k,
-    v,
-    scale=scale,
+  if implementation == "xla" or q.size == 0 or k.size == 0:
+    return flash_attention_reference(
+      q,
+      k,
+      v,
+      scale=scale,
+      is_causal=is_causal,
+      segment_ids=segment_ids,
+      local_window_size=local_window_size,
+      logits_soft_cap=logits_soft_cap,
+      rope=rope,
+      return_lse=return_lse,
+    )
+  if rope is not None:
+    q, k = (
+      apply_rope(
+        x,
+        rope.positions,
+        base_frequency=rope.base_frequency,
+        implementation=implementation,
+      )
+      for x in (q, k)
+    )
+  ids = () if segment_ids is None else _segment_pair(segment_ids)
+  run = functools.partial(
+    _per_device,
+    scale=q.shape[3] ** -0.5 if scale is None else scale,
     is_causal=is_causal,
-    segment_ids=segment_ids,
-    local_window_size=local_window_size,
-    logits_soft_cap=logits_soft_cap,
-    rope=rope,
+    window=local_window_size,
+    soft_cap=logits_soft_cap,
     return_lse=return_lse,
+    implementation=implementation,
+    config=config,
   )
+  # Split over heads, the kv heads go with their query heads; one that serves
+  # them all is on every device.
+  kv = ("B", "S", "N" if k.shape[2] > 1 else "1", "H")
+  out = ("B", "T", "N", "H")
+  return per_device(
+    op,
+    run,
+    (q, k, v, *ids),
+    (out, kv, kv, *(("B", "T"), ("B", "S"))[: len(ids)]),
+    (out, ("B", "N", "T")) if return_lse else out,
+    splits="BN",
+  )
+
+
+def _per_device(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *ids: jax.Array,
+  scale: float,
+  is_causal: bool,
+  window: Window,
+  soft_cap: float | None,
+  return_lse: bool,
+  implementation: Implementation,
+  config: FlashAttentionConfig | None,
+) -> Any:
+  """One device's batch elements and heads."""
+  t, s, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+  if config is None:
+    config = _config(q, k, is_causal, window, bool(ids))
+  problem = Problem(
+    t, s, group, scale, is_causal, window, soft_cap, segmented=bool(ids)
+  )
+  static = _Static(
+    problem, return_lse, implementation, config.clipped(t, s, group)
+  )
+  ids = tuple(x.astype(jnp.int32) for x in ids)
+  out, lse = _attention(static, q, k, v, ids)
+  if not return_lse:
+    return out
+  return out, _lse_from_rows(lse, q.shape) / LOG2_E
+
+
+def _config(q, k, is_causal, window, segmented) -> FlashAttentionConfig:
+  """The tuned config of a problem, or one that fits it."""
+  kind = "causal" if is_causal else "full"
+  found = tuned_config(
+    "flash_attention",
+    heads=q.shape[2],
+    kv_heads=k.shape[2],
+    head_size=q.shape[3],
+    length=power_of_two(max(q.shape[1], k.shape[1])),
+    dtype=q.dtype.name,
+    mask=kind + "_window" * (window is not None) + "_segments" * segmented,
+  )
+  if found is not None:
+    return FlashAttentionConfig(**found)
+  return FlashAttentionConfig.fitting(q.shape[2] // k.shape[2])
 
 
 # --- registration -------------------------------------------------------------
@@ -420,5 +727,4 @@ OP = Op(
       rope=_rope_at((1, 8192)),
     ),
   ),
-  pallas=False,
 )

@@ -1,0 +1,169 @@
+"""Backward pass of flash attention: dq, dk and dv in one kernel."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ._flash_attention_fwd import (
+  LANES,
+  VMEM_BYTES,
+  Ids,
+  Problem,
+  as_column,
+  as_lanes,
+  base2_logits,
+  dot,
+  for_blocks,
+  segment_operands,
+  tiles,
+  visible,
+  wide,
+)
+from ._sharding import like
+
+
+def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
+  """Refs, in order:
+
+  bounds [2 B n_q] in SMEM                         with segment ids
+  q [R, H], k [S, H], v [S, H], o [R, H], do [R, H]
+  lse [1, R] of base 2, dlse [1, R]
+  q_ids [1, R], k_ids [S / block_kv, 1, block_kv]  with segment ids
+  dq [R, H], dk [S, H], dv [S, H]: outputs
+  lse, di [1, R] float32
+  dq^T [H, R], dk [S, H], dv [S, H]: float32 accumulators
+  q, do [R, H]: without the rows past the end      where the last tile is ragged
+  """
+  bounds_ref, q_ids_ref, k_ids_ref = [None] * 3
+  if p.segmented:
+    bounds_ref, *refs = refs
+  q_in_ref, k_ref, v_ref, o_ref, do_in_ref, lse_in_ref, dlse_ref, *refs = refs
+  if p.segmented:
+    q_ids_ref, k_ids_ref, *refs = refs
+  dq_ref, dk_ref, dv_ref, lse_ref, di_ref, *refs = refs
+  dq_acc_ref, dk_acc_ref, dv_acc_ref, *refs = refs
+  q_ref, do_ref = refs if ragged else (q_in_ref, do_in_ref)
+  rows = q_ref.shape[0]
+  block_q = rows // p.group
+  b, i = pl.program_id(0), pl.program_id(1)
+  q0 = i * block_q
+
+  @pl.when(i == 0)
+  def _():
+    dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
+    dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
+
+  dq_acc_ref[...] = jnp.zeros_like(dq_acc_ref)
+  for r in range(0, rows, LANES):
+    part = pl.ds(r, LANES)
+    o, do = (x[part, :].astype(jnp.float32) for x in (o_ref, do_in_ref))
+    di = jnp.sum(o * do, axis=1, keepdims=True)
+    di_ref[:, part] = as_lanes(jnp.broadcast_to(di, (LANES, LANES)))
+  # An infinite lse gives weights of 0: to a row that sees nothing, and below to
+  # those past the end.
+  lse = lse_in_ref[...]
+  lse_ref[...] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+  di_ref[...] -= dlse_ref[...]
+  if ragged:
+    left = p.t * p.group - i * rows
+    inside = jax.lax.broadcasted_iota(jnp.int32, lse.shape, 1) < left
+    lse_ref[...] = jnp.where(inside, lse_ref[...], jnp.inf)
+    di_ref[...] = jnp.where(inside, di_ref[...], 0.0)
+    inside = jax.lax.broadcasted_iota(jnp.int32, q_ref.shape, 0) < left
+    for ref, in_ref in ((q_ref, q_in_ref), (do_ref, do_in_ref)):
+      ref[...] = jnp.where(inside, in_ref[...], jnp.zeros_like(ref))
+  bounds = None
+  if p.segmented:
+    place = 2 * (jax.lax.div(b, kv_heads) * pl.num_programs(1) + i)
+    bounds = bounds_ref[place], bounds_ref[place + 1]
+
+  def attend(block: Any, masked: bool) -> None:
+    key0 = pl.multiple_of(block * block_kv, block_kv)
+    keys = pl.ds(key0, block_kv)
+    k, v, q, do = k_ref[keys, :], v_ref[keys, :], q_ref[...], do_ref[...]
+    s, tanh = base2_logits(p, dot(k, q, 1, 1))
+    weights = jnp.exp2(s - lse_ref[...])
+    if masked:
+      ids = None
+      if p.segmented:
+        ids = q_ids_ref[...], wide(as_column(k_ids_ref[block]), rows)
+      mask = visible(p, s.shape, 1, 0, key0, q0, ids)
+      weights = jnp.where(mask, weights, 0.0)
+    dv_acc_ref[keys, :] += dot(weights.astype(do.dtype), do, 1, 0)
+    ds = weights * (dot(v, do, 1, 1) - di_ref[...])
+    if tanh is not None:
+      ds *= 1.0 - tanh * tanh
+    ds = ds.astype(q.dtype)
+    dk_acc_ref[keys, :] += dot(ds, q, 1, 0)
+    dq_acc_ref[...] += dot(k, ds, 0, 0)
+
+  for_blocks(p, bounds, q0, block_q, block_kv, attend)
+
+  dq_ref[...] = (dq_acc_ref[...] * p.scale).astype(dq_ref.dtype).T
+
+  @pl.when(i == pl.num_programs(1) - 1)
+  def _():
+    dk_ref[...] = (dk_acc_ref[...] * p.scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
+
+
+def flash_bwd(
+  p: Problem,
+  config: Any,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  o: jax.Array,
+  do: jax.Array,
+  lse: jax.Array,
+  dlse: jax.Array,
+  ids: Ids,
+  dq_dtype: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """dq, dk and dv, each of its argument's shape."""
+  bk, tg, h = q.shape
+  s = k.shape[1]
+  block_q, block_kv = config.block_q_bwd, config.block_kv_bwd
+  rows = block_q * p.group
+  ragged = tg % rows != 0
+  tile, whole, lane = tiles(bk, rows, s, h)
+  scalars, id_args, id_specs = [], [], []
+  if p.segmented:
+    scalars, id_args, id_specs = segment_operands(p, block_q, block_kv, bk, ids)
+  kernel = functools.partial(
+    _kernel,
+    p=p,
+    block_kv=block_kv,
+    kv_heads=bk // ids[0].shape[0] if ids else 1,
+    ragged=ragged,
+  )
+  return pl.pallas_call(
+    kernel,
+    name="flash_attention_bwd",
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(scalars),
+      grid=(bk, pl.cdiv(tg, rows)),
+      in_specs=[tile, whole, whole, tile, tile, lane, lane, *id_specs],
+      out_specs=[tile, whole, whole],
+      scratch_shapes=[
+        pltpu.VMEM((1, rows), jnp.float32),
+        pltpu.VMEM((1, rows), jnp.float32),
+        pltpu.VMEM((h, rows), jnp.float32),
+        pltpu.VMEM((s, h), jnp.float32),
+        pltpu.VMEM((s, h), jnp.float32),
+        *[pltpu.VMEM((rows, h), q.dtype)] * (2 * ragged),
+      ],
+    ),
+    out_shape=[
+      like(q.shape, dq_dtype or q.dtype, q),
+      like(k.shape, k.dtype, q),
+      like(v.shape, v.dtype, q),
+    ],
+    compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
+  )(*scalars, q, k, v, o, do, lse, dlse, *id_args)

@@ -1,0 +1,400 @@
+"""Forward pass of flash attention, and what both passes share.
+
+The kernels see *rows*: the G = N / K query heads of a kv head lie side by side
+under their token, row r = t G + g, so that q is [B K, T G, H] and one matmul
+serves all heads.  For multi-query attention this is how [B, T, N, H] lies
+in memory already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ._sharding import like
+
+LANES = 128
+LOG2_E = math.log2(math.e)
+# Hides a key.  Finite, so that a row that has seen no key yet stays a number:
+# what it gathers is multiplied by exp2(MASKED - m) = 0 at its first key.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+# Of a v5e's 128 MiB; the compiler wants a little for itself.
+VMEM_BYTES = 120 << 20
+
+Window = tuple[int, int] | None
+# Segment ids of queries [B, T] and keys [B, S], or nothing.
+Ids = tuple[jax.Array, jax.Array] | tuple[()]
+
+# --- the problem --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Everything that is not an array, in one hashable piece.
+
+  Attributes:
+    t: number of queries T.
+    s: number of keys S; the arrays of keys may be padded beyond.
+    group: query heads per kv head, G.
+    scale: multiplies the logits.
+    is_causal: query i sees keys up to i.
+    window: (left, right), both inclusive, or None.
+    soft_cap: cap of the logits, or None.
+    segmented: whether segment ids come along.
+    shift: index of the first key minus index of the first query.
+  """
+
+  t: int
+  s: int
+  group: int
+  scale: float
+  is_causal: bool
+  window: Window
+  soft_cap: float | None
+  segmented: bool
+  shift: int = 0
+
+
+def dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
+  """Contracts dimension a_dim of a with b_dim of b, in float32."""
+  exact = a.dtype == jnp.float32
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((a_dim,), (b_dim,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _least(a: Any, b: Any) -> Any:
+  return (
+    min(a, b)
+    if isinstance(a, int) and isinstance(b, int)
+    else jnp.minimum(a, b)
+  )
+
+
+def _most(a: Any, b: Any) -> Any:
+  return (
+    max(a, b)
+    if isinstance(a, int) and isinstance(b, int)
+    else jnp.maximum(a, b)
+  )
+
+
+def kv_blocks(
+  p: Problem, q0: Any, block_q: int, block_kv: int
+) -> tuple[Any, ...]:
+  """Which kv blocks the queries q0 to q0 + block_q need, by position.
+
+      first      full_first      full_last      last
+        |  masked    |   all visible  |  masked   |
+
+  Returns:
+    Those four block indices; each region excludes its end.
+  """
+  low, high, full_low, full_high = 0, p.s, 0, p.s
+  first_q, last_q = q0 - p.shift, q0 - p.shift + block_q - 1
+  if p.is_causal:
+    high, full_high = _least(high, last_q + 1), _least(full_high, first_q + 1)
+  if p.window is not None:
+    left, right = p.window
+    low, full_low = _most(low, first_q - left), _most(full_low, last_q - left)
+    high = _least(high, last_q + right + 1)
+    full_high = _least(full_high, first_q + right + 1)
+  log2 = block_kv.bit_length() - 1  # a shift, where Mosaic divides at length
+  first = low >> log2
+  last = _most((high + block_kv - 1) >> log2, first)
+  full_first = _least((full_low + block_kv - 1) >> log2, last)
+  full_last = _most(_least(full_high >> log2, last), full_first)
+  return first, full_first, full_last, last
+
+
+def visible(
+  p: Problem,
+  shape: tuple[int, int],
+  row_axis: int,
+  row0: Any,
+  key0: Any,
+  q0: Any,
+  ids: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+  """The mask of rows row0, ... after query q0 against keys key0, ...
+
+  A row's query is its index over G; multiplying the key's index by G instead
+  spares a division.
+  """
+  row = row0 + jax.lax.broadcasted_iota(jnp.int32, shape, row_axis)
+  key = key0 + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - row_axis)
+  ahead = key + (p.shift - q0)  # of the block's first query
+  mask = key < p.s
+  if p.is_causal:
+    mask &= ahead * p.group <= row
+  if p.window is not None:
+    left, right = p.window
+    mask &= row < (ahead + (left + 1)) * p.group
+    mask &= (ahead - right) * p.group <= row
+  if ids is not None:
+    row_ids, key_ids = ids
+    mask &= (row_ids == key_ids) & (key_ids != 0)
+  return mask
+
+
+def base2_logits(
+  p: Problem, s: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+  """q . k to logits times log2(e), and the tanh of a soft cap."""
+  if p.soft_cap is None:
+    return s * (p.scale * LOG2_E), None
+  t = jnp.tanh(s * (p.scale / p.soft_cap))
+  return t * (p.soft_cap * LOG2_E), t
+
+
+def as_column(lanes: jax.Array) -> jax.Array:
+  """[1, R] to [R, LANES], equal in all lanes."""
+  return jnp.concatenate(
+    [
+      jnp.broadcast_to(lanes[:, r : r + LANES], (LANES, LANES)).T
+      for r in range(0, lanes.shape[1], LANES)
+    ]
+  )
+
+
+def as_lanes(column: jax.Array) -> jax.Array:
+  """[R, LANES], equal in all lanes, to [1, R]."""
+  return jnp.concatenate(
+    [column[r : r + LANES].T[:1] for r in range(0, column.shape[0], LANES)],
+    axis=1,
+  )
+
+
+def wide(x: jax.Array, width: int) -> jax.Array:
+  """[rows, LANES], equal in all lanes, at another width."""
+  if width % LANES == 0:
+    return jnp.tile(x, (1, width // LANES))
+  return jnp.broadcast_to(x[:, :1], (x.shape[0], width))
+
+
+def for_blocks(
+  p: Problem,
+  bounds: Any,
+  q0: Any,
+  block_q: int,
+  block_kv: int,
+  attend: Callable[[Any, bool], None],
+) -> None:
+  """Calls attend(block, masked) for every kv block that block q0 needs.
+
+  bounds: with segment ids, the first kv block and the end of those whose ids
+  meet this q block's; all of them are masked.
+  """
+  first, full_first, full_last, last = kv_blocks(p, q0, block_q, block_kv)
+
+  def loop(low: Any, high: Any, masked: bool) -> None:
+    jax.lax.fori_loop(low, high, lambda i, _: attend(i, masked), None)
+
+  if bounds is not None:
+    loop(_most(first, bounds[0]), _least(last, bounds[1]), True)
+    return
+  if p.window is not None:
+    loop(first, full_first, True)
+  loop(full_first, full_last, False)
+  loop(full_last, last, True)
+
+
+# --- forward ------------------------------------------------------------------
+
+
+def _kernel(
+  *refs,
+  p: Problem,
+  block_kv: int,
+  group_rows: int,
+  kv_heads: int,
+):
+  """Refs, in order:
+
+  bounds [2 B n_q] in SMEM: see `for_blocks`      with segment ids
+  q [R, H], k [S, H], v [S, H]
+  q_ids [1, R], k_ids [S / block_kv, 1, block_kv]  with segment ids
+  o [R, H], lse [1, R]: outputs
+  m [R, LANES]: running maximum of the base-2 logits
+  l [R, LANES]: running sum, by lane
+  acc [R, H] float32
+  ids [R, LANES]                                   with segment ids
+  """
+  bounds_ref, q_ids_ref, k_ids_ref, ids_ref = [None] * 4
+  if p.segmented:
+    bounds_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, *refs, ids_ref = refs
+  else:
+    q_ref, k_ref, v_ref, *refs = refs
+  o_ref, lse_ref, m_ref, l_ref, acc_ref = refs
+  rows = q_ref.shape[0]
+  block_q = rows // p.group
+  b, i = pl.program_id(0), pl.program_id(1)
+  q0 = i * block_q
+  groups = [pl.ds(r, group_rows) for r in range(0, rows, group_rows)]
+  m_ref[...] = jnp.full_like(m_ref, MASKED)
+  l_ref[...] = jnp.zeros_like(l_ref)
+  acc_ref[...] = jnp.zeros_like(acc_ref)
+  bounds = None
+  if p.segmented:
+    ids_ref[...] = as_column(q_ids_ref[...])
+    place = 2 * (jax.lax.div(b, kv_heads) * pl.num_programs(1) + i)
+    bounds = bounds_ref[place], bounds_ref[place + 1]
+
+  def attend(block: Any, masked: bool) -> None:
+    key0 = pl.multiple_of(block * block_kv, block_kv)
+    k = k_ref[pl.ds(key0, block_kv), :]
+    v = v_ref[pl.ds(key0, block_kv), :]
+    products = [dot(q_ref[g, :], k, 1, 1) for g in groups]
+    for g, s in zip(groups, products, strict=True):
+      s, _ = base2_logits(p, s)
+      if masked:
+        ids = None
+        if p.segmented:
+          ids = wide(ids_ref[g, :], block_kv), k_ids_ref[block]
+        mask = visible(p, s.shape, 0, g.start, key0, q0, ids)
+        s = jnp.where(mask, s, MASKED)
+      m_old = m_ref[g, :]
+      m = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
+      m_ref[g, :] = m
+      alpha = jnp.exp2(m_old - m)
+      weights = jnp.exp2(s - wide(m, block_kv))
+      l_ref[g, :] = alpha * l_ref[g, :] + sum(
+        weights[:, c : c + LANES] for c in range(0, block_kv, LANES)
+      )
+      acc_ref[g, :] = acc_ref[g, :] * wide(alpha, v.shape[1]) + dot(
+        weights.astype(v.dtype), v, 1, 0
+      )
+
+  for_blocks(p, bounds, q0, block_q, block_kv, attend)
+
+  for g in groups:
+    m = m_ref[g, :]
+    total = jnp.broadcast_to(
+      jnp.sum(l_ref[g, :], axis=1, keepdims=True), m.shape
+    )
+    seen = m > MASKED / 2
+    inverse = wide(jnp.where(seen, 1.0 / total, 0.0), acc_ref.shape[1])
+    o_ref[g, :] = (acc_ref[g, :] * inverse).astype(o_ref.dtype)
+    lse_ref[:, g] = as_lanes(jnp.where(seen, m + jnp.log2(total), -jnp.inf))
+
+
+def flash_fwd(
+  p: Problem,
+  config: Any,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  ids: Ids,
+  out_dtype: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+  """out [BK, T G, H] and the base-2 lse [BK, 1, T G] from rows and keys."""
+  bk, tg, h = q.shape
+  rows = config.block_q * p.group
+  tile, whole, lane = tiles(bk, rows, k.shape[1], h)
+  scalars, id_args, id_specs, id_scratch = [], [], [], []
+  if p.segmented:
+    scalars, id_args, id_specs = segment_operands(
+      p, config.block_q, config.block_kv, bk, ids
+    )
+    id_scratch = [pltpu.VMEM((rows, LANES), jnp.int32)]
+  kernel = functools.partial(
+    _kernel,
+    p=p,
+    block_kv=config.block_kv,
+    group_rows=math.gcd(rows, config.rows),
+    kv_heads=bk // ids[0].shape[0] if ids else 1,
+  )
+  return pl.pallas_call(
+    kernel,
+    name="flash_attention_fwd",
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(scalars),
+      grid=(bk, pl.cdiv(tg, rows)),
+      in_specs=[tile, whole, whole, *id_specs],
+      out_specs=[tile, lane],
+      scratch_shapes=[
+        pltpu.VMEM((rows, LANES), jnp.float32),
+        pltpu.VMEM((rows, LANES), jnp.float32),
+        pltpu.VMEM((rows, h), jnp.float32),
+        *id_scratch,
+      ],
+    ),
+    out_shape=[
+      like(q.shape, out_dtype or q.dtype, q),
+      like((bk, 1, tg), jnp.float32, q),
+    ],
+    compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
+  )(*scalars, q, k, v, *id_args)
+
+
+def tiles(bk: int, rows: int, keys: int, h: int) -> tuple[pl.BlockSpec, ...]:
+  """Specs of [BK, T G, H], of [BK, S, H] kept whole, and of [BK, 1, T G]."""
+  once = pl.Buffered(1) if bk == 1 else None  # nothing to load ahead
+  return (
+    pl.BlockSpec((None, rows, h), lambda b, i, *_: (b, i, 0)),
+    pl.BlockSpec(
+      (None, keys, h), lambda b, i, *_: (b, 0, 0), pipeline_mode=once
+    ),
+    pl.BlockSpec((None, 1, rows), lambda b, i, *_: (b, 0, i)),
+  )
+
+
+def segment_operands(
+  p: Problem, block_q: int, block_kv: int, bk: int, ids: Ids
+) -> tuple[list[jax.Array], list[jax.Array], list[pl.BlockSpec]]:
+  """What a kernel needs of segment ids [B, T] and [B, S].
+
+  Returns:
+    Scalars: for every batch element and q block, the first kv block whose ids
+    meet its own, and the end; then row ids and key ids with their specs.
+  """
+  q_ids, k_ids = ids
+  batch, s = k_ids.shape
+  heads = bk // batch
+  padded = pl.cdiv(s, block_kv) * block_kv
+  k_ids = jnp.pad(k_ids, ((0, 0), (0, padded - s)))
+  t_padded = pl.cdiv(p.t, block_q) * block_q
+  low_q, high_q = _id_range(
+    jnp.pad(q_ids, ((0, 0), (0, t_padded - p.t))), block_q
+  )
+  low_k, high_k = _id_range(k_ids, block_kv)
+  meet = (low_q[:, :, None] <= high_k[:, None, :]) & (
+    low_k[:, None, :] <= high_q[:, :, None]
+  )
+  first = jnp.argmax(meet, axis=2)
+  end = meet.shape[2] - jnp.argmax(meet[:, :, ::-1], axis=2)
+  end = jnp.where(meet.any(axis=2), end, 0)
+  bounds = jnp.stack([first, end], axis=-1).astype(jnp.int32).reshape(-1)
+  blocks = padded // block_kv
+  row_spec = pl.BlockSpec(
+    (None, 1, block_q * p.group), lambda b, i, *_: (jax.lax.div(b, heads), 0, i)
+  )
+  key_spec = pl.BlockSpec(
+    (None, blocks, 1, block_kv),
+    lambda b, i, *_: (jax.lax.div(b, heads), 0, 0, 0),
+  )
+  row_ids = jnp.repeat(q_ids, p.group, axis=1)[:, None, :]
+  key_ids = k_ids.reshape(batch, blocks, 1, block_kv)
+  return [bounds], [row_ids, key_ids], [row_spec, key_spec]
+
+
+def _id_range(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+  """Least and greatest id of every block, padding aside; an empty range if
+  there is nothing else."""
+  ids = ids.reshape(ids.shape[0], -1, block)
+  top = jnp.iinfo(jnp.int32).max
+  low = jnp.min(jnp.where(ids == 0, top, ids), axis=2)
+  return low, jnp.max(jnp.where(ids == 0, -top, ids), axis=2)
