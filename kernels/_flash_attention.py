@@ -42,10 +42,12 @@ from ._flash_attention_bwd import flash_bwd
 from ._flash_attention_fwd import (
   LANES,
   LOG2_E,
+  VMEM_BYTES,
   Ids,
   Problem,
   Window,
   flash_fwd,
+  key_unit,
 )
 from ._op import (
   Case,
@@ -223,9 +225,38 @@ class FlashAttentionConfig:
 
   @classmethod
   def fitting(cls, group: int) -> FlashAttentionConfig:
-    """Tiles of 1024 rows, whatever the number of heads among them."""
-    block_q = min(max(1024 // group // 16 * 16, 16), 512)
+    """Tiles of 2048 rows, whatever the number of heads among them."""
+    block_q = 1 << (2048 // min(group, 128)).bit_length() - 1
+    block_q = min(max(block_q, 16), 1024)
     return cls(block_q=block_q, block_q_bwd=block_q)
+
+  def _fwd_bytes(self, q: jax.Array, group: int) -> tuple[int, int]:
+    """VMEM of the forward: in all but its keys, and per key."""
+    width, size = _lanes(q.shape[2]), q.dtype.itemsize
+    rows = self.block_q * group
+    tiles = 4 * rows * width * size  # q and out, each in two buffers
+    state = rows * (2 * LANES + width) * 4
+    # The logits and weights of all rows, in float32.
+    return tiles + state + 2 * rows * self.block_kv * 4, (
+      2 * _buffers(q) * width * size
+    )
+
+  def _bwd_bytes(self, q: jax.Array, group: int) -> tuple[int, int]:
+    """VMEM of the backward: in all but its keys, and per key."""
+    width, size = _lanes(q.shape[2]), q.dtype.itemsize
+    rows = self.block_q_bwd * group
+    tiles = 10 * rows * width * size  # q, o, do, dq twice, and clean q and do
+    state = 2 * rows * width * 4
+    logits = 4 * rows * self.block_kv_bwd * 4
+    return tiles + state + logits, (4 * _buffers(q) * size + 2 * 4) * width
+
+  def keys_fwd(self, q: jax.Array, group: int, unit: int) -> int:
+    """How many keys one call of the forward holds, a multiple of unit."""
+    return _keys_that_fit("forward", *self._fwd_bytes(q, group), unit)
+
+  def keys_bwd(self, q: jax.Array, group: int, unit: int) -> int:
+    """How many keys one call of the backward holds, a multiple of unit."""
+    return _keys_that_fit("backward", *self._bwd_bytes(q, group), unit)
 
   def clipped(self, t: int, s: int, group: int) -> FlashAttentionConfig:
     """No larger than the problem, and with rows a multiple of LANES."""
@@ -243,6 +274,25 @@ class FlashAttentionConfig:
       block_q_bwd=queries(self.block_q_bwd),
       block_kv_bwd=min(self.block_kv_bwd, most_keys),
     )
+
+
+def _lanes(head_size: int) -> int:
+  return -(-head_size // LANES) * LANES
+
+
+def _buffers(rows: jax.Array) -> int:
+  """Of whole keys [BK, S, H]: the next are loaded ahead if there are any."""
+  return 1 if rows.shape[0] == 1 else 2
+
+
+def _keys_that_fit(name: str, fixed: int, per_key: int, unit: int) -> int:
+  keys = (VMEM_BYTES - fixed) // per_key // unit * unit
+  if keys <= 0:
+    raise ValueError(
+      f"flash_attention: the {name}'s tiles must fit {VMEM_BYTES} bytes of "
+      f"VMEM, got {fixed + unit * per_key} with {unit} keys; use smaller blocks"
+    )
+  return keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,17 +322,21 @@ def _from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return rows.reshape(b, n // group, t, group, h).swapaxes(1, 2).reshape(shape)
 
 
-def _keys(x: jax.Array, block: int) -> jax.Array:
-  """[B, S, K, H] to [B K, S', H], with zeros up to a whole block."""
+def _to_keys(x: jax.Array) -> jax.Array:
+  """[B, S, K, H] to [B K, S, H]; for one kv head, free."""
   b, s, kv_heads, h = x.shape
-  x = x.swapaxes(1, 2).reshape(b * kv_heads, s, h)
-  return jnp.pad(x, ((0, 0), (0, -s % block), (0, 0)))
+  return x.swapaxes(1, 2).reshape(b * kv_heads, s, h)
 
 
 def _from_keys(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, S', H] to shape [B, S, K, H]."""
+  """[B K, S, H] to shape [B, S, K, H]."""
   b, s, kv_heads, h = shape
-  return keys[:, :s].reshape(b, kv_heads, s, h).swapaxes(1, 2)
+  return keys.reshape(b, kv_heads, s, h).swapaxes(1, 2)
+
+
+def _pad(keys: jax.Array, unit: int) -> jax.Array:
+  """Zeros up to a whole number of blocks; masked, but they must be numbers."""
+  return jnp.pad(keys, ((0, 0), (0, -keys.shape[1] % unit), (0, 0)))
 
 
 def _lse_to_rows(lse: jax.Array, kv_heads: int) -> jax.Array:
@@ -301,37 +355,154 @@ def _lse_from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 # --- both passes --------------------------------------------------------------
+# A call holds all its keys in VMEM.  More than fit are taken in spans, each
+# with the queries that see it: the forward merges the spans' results by their
+# lse, the backward adds up dq.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Span:
+  """Keys that one call holds, the queries for them, and their problem."""
+
+  keys: slice
+  queries: slice
+  problem: Problem
+
+  @property
+  def rows(self) -> slice:
+    """Of the queries, in [B K, T G, H]."""
+    group = self.problem.group
+    return slice(self.queries.start * group, self.queries.stop * group)
+
+  def ids(self, ids: Ids) -> Ids:
+    """The segment ids of its queries and keys."""
+    return ids and (ids[0][:, self.queries], ids[1][:, self.keys])
+
+
+def _spans(p: Problem, keys: int) -> list[_Span]:
+  """All keys, `keys` at a time."""
+  spans = []
+  for k0 in range(0, p.s, keys):
+    k1, q0, q1 = min(k0 + keys, p.s), 0, p.t
+    if p.is_causal:
+      q0 = k0
+    if p.window is not None:
+      left, right = p.window
+      q0, q1 = max(q0, k0 - right), min(q1, k1 + left)
+    if q0 < q1:
+      problem = dataclasses.replace(p, t=q1 - q0, s=k1 - k0, shift=k0 - q0)
+      spans.append(_Span(slice(k0, k1), slice(q0, q1), problem))
+  return spans
+
+
+def _merge(out, lse, new_out, new_lse):
+  """Attention over two sets of keys, from that over each; base-2 lse."""
+  top = jnp.maximum(lse, new_lse)
+  top = jnp.where(top > -jnp.inf, top, 0.0)
+  a, b = jnp.exp2(lse - top), jnp.exp2(new_lse - top)
+  total = a + b
+  scale = jnp.where(total > 0, 1 / total, 0.0)
+  a, b = (jnp.swapaxes(x * scale, 1, 2) for x in (a, b))
+  return out * a + new_out * b, top + jnp.log2(total)
 
 
 def _fwd(static: _Static, q, k, v, ids: Ids) -> tuple[jax.Array, jax.Array]:
   p, config = static.problem, static.config
-  block = config.block_kv
-  out, lse = flash_fwd(
-    p, config, _to_rows(q, k.shape[2]), _keys(k, block), _keys(v, block), ids
-  )
-  return _from_rows(out, q.shape), lse
+  q, k, v = _to_rows(q, k.shape[2]), _to_keys(k), _to_keys(v)
+  unit = key_unit(p, config.block_q, config.block_kv)
+  spans = _spans(p, config.keys_fwd(q, p.group, unit))
+  if len(spans) == 1 and spans[0].problem == p:
+    out, lse = flash_fwd(p, config, q, _pad(k, unit), _pad(v, unit), ids)
+    return out, lse
+  out = jnp.zeros(q.shape, jnp.float32)
+  lse = jnp.full((q.shape[0], 1, q.shape[1]), -jnp.inf)
+  for span in spans:
+    rows, keys = span.rows, span.keys
+    new_out, new_lse = flash_fwd(
+      span.problem,
+      config,
+      q[:, rows],
+      _pad(k[:, keys], unit),
+      _pad(v[:, keys], unit),
+      span.ids(ids),
+      jnp.float32,
+    )
+    new_out, new_lse = _merge(out[:, rows], lse[:, :, rows], new_out, new_lse)
+    out, lse = out.at[:, rows].set(new_out), lse.at[:, :, rows].set(new_lse)
+  return out.astype(q.dtype), lse
 
 
 def _bwd(static: _Static, q, k, v, ids: Ids, out, lse, dout, dlse):
   p, config = static.problem, static.config
-  block = config.block_kv_bwd
-  dq, dk, dv = flash_bwd(
-    p,
-    config,
-    _to_rows(q, k.shape[2]),
-    _keys(k, block),
-    _keys(v, block),
-    _to_rows(out, k.shape[2]),
-    _to_rows(dout, k.shape[2]),
-    lse,
-    dlse,
-    ids,
-  )
-  return (
-    _from_rows(dq, q.shape),
-    _from_keys(dk, k.shape),
-    _from_keys(dv, v.shape),
-  )
+  kv_heads = k.shape[2]
+  q, out, dout = (_to_rows(x, kv_heads) for x in (q, out, dout))
+  k, v = _to_keys(k), _to_keys(v)
+  unit = key_unit(p, config.block_q_bwd, config.block_kv_bwd)
+  spans = _spans(p, config.keys_bwd(q, p.group, unit))
+  if len(spans) == 1 and spans[0].problem == p:
+    dq, dk, dv = flash_bwd(
+      p, config, q, _pad(k, unit), _pad(v, unit), out, dout, lse, dlse, ids
+    )
+    return dq, dk[:, : p.s], dv[:, : p.s]
+  dq = jnp.zeros(q.shape, jnp.float32)
+  dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
+  for span in spans:
+    rows, keys = span.rows, span.keys
+    new_dq, new_dk, new_dv = flash_bwd(
+      span.problem,
+      config,
+      q[:, rows],
+      _pad(k[:, keys], unit),
+      _pad(v[:, keys], unit),
+      out[:, rows],
+      dout[:, rows],
+      lse[:, :, rows],
+      dlse[:, :, rows],
+      span.ids(ids),
+      jnp.float32,
+    )
+    dq = dq.at[:, rows].add(new_dq)
+    dk = dk.at[:, keys].set(new_dk[:, : span.problem.s])
+    dv = dv.at[:, keys].set(new_dv[:, : span.problem.s])
+  return dq.astype(q.dtype), dk, dv
+
+
+def _over_batch(function):
+  """`function` of arrays [B, ...] that vmap maps by a larger B."""
+  function = jax.custom_batching.custom_vmap(function)
+
+  @function.def_vmap
+  def rule(axis_size, in_batched, *args):
+    def merged(x, batched):
+      if not batched:
+        x = jnp.broadcast_to(x, (axis_size, *x.shape))
+      return x.reshape(-1, *x.shape[2:])
+
+    outs = function(*jax.tree.map(merged, args, tuple(in_batched)))
+    split = [x.reshape(axis_size, -1, *x.shape[1:]) for x in outs]
+    return tuple(split), (True,) * len(split)
+
+  return function
+
+
+def _pallas_fwd(static: _Static, q, k, v, ids: Ids):
+  def run(q, k, v, ids):
+    out, lse = _fwd(static, q, k, v, ids)
+    return _from_rows(out, q.shape), lse
+
+  return _over_batch(run)(q, k, v, ids)
+
+
+def _pallas_bwd(static: _Static, *args):
+  def run(q, k, v, *rest):
+    dq, dk, dv = _bwd(static, q, k, v, *rest)
+    return (
+      _from_rows(dq, q.shape),
+      _from_keys(dk, k.shape),
+      _from_keys(dv, v.shape),
+    )
+
+  return _over_batch(run)(*args)
 
 
 # --- differentiation ----------------------------------------------------------
@@ -363,7 +534,7 @@ def _reference_bwd(static: _Static, q, k, v, ids: Ids, out, lse, dout, dlse):
 def _primal(static: _Static, q, k, v, ids: Ids):
   return dispatch(
     static.implementation,
-    functools.partial(_fwd, static),
+    functools.partial(_pallas_fwd, static),
     functools.partial(_reference, static),
     q,
     k,
@@ -382,7 +553,7 @@ def _vjp_fwd(static: _Static, q, k, v, ids: Ids):
 def _vjp_bwd(static: _Static, saved, cotangents):
   grads = dispatch(
     static.implementation,
-    functools.partial(_bwd, static),
+    functools.partial(_pallas_bwd, static),
     functools.partial(_reference_bwd, static),
     *saved,
     *cotangents,

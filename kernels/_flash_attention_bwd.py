@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ._flash_attention_fwd import (
   LANES,
+  LOG2_E,
   VMEM_BYTES,
   Ids,
   Problem,
@@ -20,6 +21,8 @@ from ._flash_attention_fwd import (
   base2_logits,
   dot,
   for_blocks,
+  has_diagonal,
+  key_ids,
   segment_operands,
   tiles,
   visible,
@@ -34,7 +37,7 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
   bounds [2 B n_q] in SMEM                         with segment ids
   q [R, H], k [S, H], v [S, H], o [R, H], do [R, H]
   lse [1, R] of base 2, dlse [1, R]
-  q_ids [1, R], k_ids [S / block_kv, 1, block_kv]  with segment ids
+  q_ids [1, R], k_ids [S / LANES, 1, LANES]       with segment ids
   dq [R, H], dk [S, H], dv [S, H]: outputs
   lse, di [1, R] float32
   dq^T [H, R], dk [S, H], dv [S, H]: float32 accumulators
@@ -54,12 +57,16 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
   b, i = pl.program_id(0), pl.program_id(1)
   q0 = i * block_q
 
-  @pl.when(i == 0)
-  def _():
-    dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
-    dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
+  diagonal = has_diagonal(p, block_q, block_kv)
+  # Where the diagonal comes by every key, it does so before any other row.
+  fresh = diagonal and p.t >= p.s
+  if not fresh:
 
-  dq_acc_ref[...] = jnp.zeros_like(dq_acc_ref)
+    @pl.when(i == 0)
+    def _():
+      dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
+      dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
+
   for r in range(0, rows, LANES):
     part = pl.ds(r, LANES)
     o, do = (x[part, :].astype(jnp.float32) for x in (o_ref, do_in_ref))
@@ -69,7 +76,7 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
   # those past the end.
   lse = lse_in_ref[...]
   lse_ref[...] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-  di_ref[...] -= dlse_ref[...]
+  di_ref[...] -= dlse_ref[...] * LOG2_E  # of the base-2 lse
   if ragged:
     left = p.t * p.group - i * rows
     inside = jax.lax.broadcasted_iota(jnp.int32, lse.shape, 1) < left
@@ -83,27 +90,64 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
     place = 2 * (jax.lax.div(b, kv_heads) * pl.num_programs(1) + i)
     bounds = bounds_ref[place], bounds_ref[place + 1]
 
-  def attend(block: Any, masked: bool) -> None:
-    key0 = pl.multiple_of(block * block_kv, block_kv)
-    keys = pl.ds(key0, block_kv)
-    k, v, q, do = k_ref[keys, :], v_ref[keys, :], q_ref[...], do_ref[...]
+  def attend(
+    key0: Any, width: int, row0: int, masked: bool, first: bool, fresh: bool
+  ) -> None:
+    """Rows from row0 on against `width` keys.
+
+    first: these rows' dq starts here.  fresh: so do these keys' dk and dv.
+    """
+    keys, here = pl.ds(key0, width), pl.ds(row0, rows - row0)
+    k, v, q, do = (
+      k_ref[keys, :],
+      v_ref[keys, :],
+      q_ref[here, :],
+      do_ref[here, :],
+    )
     s, tanh = base2_logits(p, dot(k, q, 1, 1))
-    weights = jnp.exp2(s - lse_ref[...])
+    weights = jnp.exp2(s - lse_ref[:, here])
     if masked:
       ids = None
       if p.segmented:
-        ids = q_ids_ref[...], wide(as_column(k_ids_ref[block]), rows)
-      mask = visible(p, s.shape, 1, 0, key0, q0, ids)
+        column = as_column(key_ids(k_ids_ref, key0, width))
+        ids = q_ids_ref[:, here], wide(column, s.shape[1])
+      mask = visible(p, s.shape, 1, row0, key0, q0, ids)
       weights = jnp.where(mask, weights, 0.0)
-    dv_acc_ref[keys, :] += dot(weights.astype(do.dtype), do, 1, 0)
-    ds = weights * (dot(v, do, 1, 1) - di_ref[...])
+    dv = dot(weights.astype(do.dtype), do, 1, 0)
+    ds = weights * (dot(v, do, 1, 1) - di_ref[:, here])
     if tanh is not None:
       ds *= 1.0 - tanh * tanh
     ds = ds.astype(q.dtype)
-    dk_acc_ref[keys, :] += dot(ds, q, 1, 0)
-    dq_acc_ref[...] += dot(k, ds, 0, 0)
+    dk = dot(ds, q, 1, 0)
+    dq = dot(k, ds, 0, 0)
+    for ref, at, new, assign in (
+      (dv_acc_ref, (keys, slice(None)), dv, fresh),
+      (dk_acc_ref, (keys, slice(None)), dk, fresh),
+      (dq_acc_ref, (slice(None), here), dq, first),
+    ):
+      ref[at] = new if assign else ref[at] + new
 
-  for_blocks(p, bounds, q0, block_q, block_kv, attend)
+  def start() -> None:
+    dq_acc_ref[...] = jnp.zeros_like(dq_acc_ref)
+
+  def start_on_diagonal() -> None:
+    for c in range(0, block_q, LANES):
+      key0 = pl.multiple_of(q0 + c, LANES)
+      attend(key0, LANES, c * p.group, True, c == 0, fresh)
+
+  if not diagonal:
+    start()
+  elif p.t <= p.s:
+    start_on_diagonal()
+  else:
+    pl.when(q0 < p.s)(start_on_diagonal)
+    pl.when(q0 >= p.s)(start)
+
+  def attend_block(block: Any, masked: bool) -> None:
+    key0 = pl.multiple_of(block * block_kv, block_kv)
+    attend(key0, block_kv, 0, masked, False, False)
+
+  for_blocks(p, bounds, q0, block_q, block_kv, attend_block)
 
   dq_ref[...] = (dq_acc_ref[...] * p.scale).astype(dq_ref.dtype).T
 

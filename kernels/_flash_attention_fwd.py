@@ -63,6 +63,11 @@ class Problem:
   segmented: bool
   shift: int = 0
 
+  @property
+  def sees_itself(self) -> bool:
+    """Whether every query sees the key of its own index at least."""
+    return self.shift == 0 and self.t <= self.s and not self.segmented
+
 
 def dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
   """Contracts dimension a_dim of a with b_dim of b, in float32."""
@@ -185,6 +190,20 @@ def wide(x: jax.Array, width: int) -> jax.Array:
   return jnp.broadcast_to(x[:, :1], (x.shape[0], width))
 
 
+def has_diagonal(p: Problem, block_q: int, block_kv: int) -> bool:
+  """Whether a q block's last keys are those of its own indices.
+
+  What a row sees of them does not depend on the block, and is cut out at
+  compile time.
+  """
+  return p.is_causal and block_q % block_kv == 0 and p.shift == 0
+
+
+def key_unit(p: Problem, block_q: int, block_kv: int) -> int:
+  """What the keys are padded to a multiple of."""
+  return block_q if has_diagonal(p, block_q, block_kv) else block_kv
+
+
 def for_blocks(
   p: Problem,
   bounds: Any,
@@ -195,10 +214,16 @@ def for_blocks(
 ) -> None:
   """Calls attend(block, masked) for every kv block that block q0 needs.
 
+  Those of the diagonal, if there is one, are left out.
+
   bounds: with segment ids, the first kv block and the end of those whose ids
   meet this q block's; all of them are masked.
   """
   first, full_first, full_last, last = kv_blocks(p, q0, block_q, block_kv)
+  if has_diagonal(p, block_q, block_kv):
+    last = _least(q0 >> (block_kv.bit_length() - 1), -(-p.s // block_kv))
+    full_last = _least(last, p.s // block_kv) if p.t > p.s else last
+    full_first = _least(full_first, full_last)
 
   def loop(low: Any, high: Any, masked: bool) -> None:
     jax.lax.fori_loop(low, high, lambda i, _: attend(i, masked), None)
@@ -209,7 +234,8 @@ def for_blocks(
   if p.window is not None:
     loop(first, full_first, True)
   loop(full_first, full_last, False)
-  loop(full_last, last, True)
+  if last is not full_last:
+    loop(full_last, last, True)
 
 
 # --- forward ------------------------------------------------------------------
@@ -226,7 +252,7 @@ def _kernel(
 
   bounds [2 B n_q] in SMEM: see `for_blocks`      with segment ids
   q [R, H], k [S, H], v [S, H]
-  q_ids [1, R], k_ids [S / block_kv, 1, block_kv]  with segment ids
+  q_ids [1, R], k_ids [S / LANES, 1, LANES]       with segment ids
   o [R, H], lse [1, R]: outputs
   m [R, LANES]: running maximum of the base-2 logits
   l [R, LANES]: running sum, by lane
@@ -244,51 +270,99 @@ def _kernel(
   b, i = pl.program_id(0), pl.program_id(1)
   q0 = i * block_q
   groups = [pl.ds(r, group_rows) for r in range(0, rows, group_rows)]
-  m_ref[...] = jnp.full_like(m_ref, MASKED)
-  l_ref[...] = jnp.zeros_like(l_ref)
-  acc_ref[...] = jnp.zeros_like(acc_ref)
   bounds = None
   if p.segmented:
     ids_ref[...] = as_column(q_ids_ref[...])
     place = 2 * (jax.lax.div(b, kv_heads) * pl.num_programs(1) + i)
     bounds = bounds_ref[place], bounds_ref[place + 1]
 
-  def attend(block: Any, masked: bool) -> None:
-    key0 = pl.multiple_of(block * block_kv, block_kv)
-    k = k_ref[pl.ds(key0, block_kv), :]
-    v = v_ref[pl.ds(key0, block_kv), :]
-    products = [dot(q_ref[g, :], k, 1, 1) for g in groups]
+  def attend(key0: Any, widths: list[int], masked: bool, first: bool) -> None:
+    """Each group of rows sees as many keys from key0 on as its width says."""
+    # All groups' products before any softmax: the matrix unit works on one
+    # group while the vector unit works on another.
+    products = [
+      dot(q_ref[g, :], k_ref[pl.ds(key0, width), :], 1, 1)
+      for g, width in zip(groups, widths, strict=True)
+    ]
     for g, s in zip(groups, products, strict=True):
+      width = s.shape[1]
+      v = v_ref[pl.ds(key0, width), :]
       s, _ = base2_logits(p, s)
       if masked:
         ids = None
         if p.segmented:
-          ids = wide(ids_ref[g, :], block_kv), k_ids_ref[block]
+          ids = wide(ids_ref[g, :], width), key_ids(k_ids_ref, key0, width)
         mask = visible(p, s.shape, 0, g.start, key0, q0, ids)
         s = jnp.where(mask, s, MASKED)
-      m_old = m_ref[g, :]
-      m = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
+      m = jnp.broadcast_to(
+        jnp.max(s, axis=1, keepdims=True), (s.shape[0], LANES)
+      )
+      if not first:
+        m_old = m_ref[g, :]
+        m = jnp.maximum(m_old, m)
       m_ref[g, :] = m
-      alpha = jnp.exp2(m_old - m)
-      weights = jnp.exp2(s - wide(m, block_kv))
-      l_ref[g, :] = alpha * l_ref[g, :] + sum(
-        weights[:, c : c + LANES] for c in range(0, block_kv, LANES)
-      )
-      acc_ref[g, :] = acc_ref[g, :] * wide(alpha, v.shape[1]) + dot(
-        weights.astype(v.dtype), v, 1, 0
-      )
+      weights = jnp.exp2(s - wide(m, width))
+      total = sum(weights[:, c : c + LANES] for c in range(0, width, LANES))
+      out = dot(weights.astype(v.dtype), v, 1, 0)
+      if not first:
+        alpha = jnp.exp2(m_old - m)
+        total += alpha * l_ref[g, :]
+        out += wide(alpha, out.shape[1]) * acc_ref[g, :]
+      l_ref[g, :] = total
+      acc_ref[g, :] = out
 
-  for_blocks(p, bounds, q0, block_q, block_kv, attend)
+  def start() -> None:
+    m_ref[...] = jnp.full_like(m_ref, MASKED)
+    l_ref[...] = jnp.zeros_like(l_ref)
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+
+  def start_on_diagonal() -> None:
+    # Up to each group's last query, in whole registers.
+    ends = [-(-(g.start + g.size) // p.group) for g in groups]
+    widths = [-(-end // LANES) * LANES for end in ends]
+    attend(pl.multiple_of(q0, block_q), widths, True, True)
+
+  if not has_diagonal(p, block_q, block_kv):
+    start()
+  elif p.t <= p.s:
+    start_on_diagonal()
+  else:
+    pl.when(q0 < p.s)(start_on_diagonal)
+    pl.when(q0 >= p.s)(start)
+
+  def attend_block(block: Any, masked: bool) -> None:
+    key0 = pl.multiple_of(block * block_kv, block_kv)
+    attend(key0, [block_kv] * len(groups), masked, False)
+
+  for_blocks(p, bounds, q0, block_q, block_kv, attend_block)
 
   for g in groups:
-    m = m_ref[g, :]
-    total = jnp.broadcast_to(
-      jnp.sum(l_ref[g, :], axis=1, keepdims=True), m.shape
-    )
-    seen = m > MASKED / 2
-    inverse = wide(jnp.where(seen, 1.0 / total, 0.0), acc_ref.shape[1])
+    m = as_lanes(m_ref[g, :])
+    total = jnp.sum(l_ref[g, :], axis=1, keepdims=True)
+    inverse = _reciprocal(total, o_ref.dtype)
+    lse = m + jnp.log2(as_lanes(jnp.broadcast_to(total, (g.size, LANES))))
+    if not p.sees_itself:
+      # A row that has seen nothing.
+      inverse = jnp.where(m_ref[g, :1] > MASKED / 2, inverse, 0.0)
+      lse = jnp.where(m > MASKED / 2, lse, -jnp.inf)
     o_ref[g, :] = (acc_ref[g, :] * inverse).astype(o_ref.dtype)
-    lse_ref[:, g] = as_lanes(jnp.where(seen, m + jnp.log2(total), -jnp.inf))
+    lse_ref[:, g] = lse
+
+
+def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
+  """1 / x, well within dtype's precision."""
+  if dtype == jnp.float32:
+    return 1.0 / x
+  guess = pltpu.reciprocal(x, approx=True)
+  return guess * (2.0 - x * guess)
+
+
+def key_ids(k_ids_ref: Any, key0: Any, width: int) -> jax.Array:
+  """[1, width] from ids [S / LANES, 1, LANES]."""
+  first = key0 >> (LANES.bit_length() - 1)
+  return jnp.concatenate(
+    [k_ids_ref[first + i] for i in range(width // LANES)], axis=1
+  )
 
 
 def flash_fwd(
@@ -363,8 +437,9 @@ def segment_operands(
   """
   q_ids, k_ids = ids
   batch, s = k_ids.shape
+  unit = key_unit(p, block_q, block_kv)
   heads = bk // batch
-  padded = pl.cdiv(s, block_kv) * block_kv
+  padded = pl.cdiv(s, unit) * unit
   k_ids = jnp.pad(k_ids, ((0, 0), (0, padded - s)))
   t_padded = pl.cdiv(p.t, block_q) * block_q
   low_q, high_q = _id_range(
@@ -378,7 +453,7 @@ def segment_operands(
   end = meet.shape[2] - jnp.argmax(meet[:, :, ::-1], axis=2)
   end = jnp.where(meet.any(axis=2), end, 0)
   bounds = jnp.stack([first, end], axis=-1).astype(jnp.int32).reshape(-1)
-  blocks = padded // block_kv
+  blocks = padded // LANES
   row_spec = pl.BlockSpec(
     (None, 1, block_q * p.group), lambda b, i, *_: (jax.lax.div(b, heads), 0, i)
   )
@@ -387,8 +462,8 @@ def segment_operands(
     lambda b, i, *_: (jax.lax.div(b, heads), 0, 0, 0),
   )
   row_ids = jnp.repeat(q_ids, p.group, axis=1)[:, None, :]
-  key_ids = k_ids.reshape(batch, blocks, 1, block_kv)
-  return [bounds], [row_ids, key_ids], [row_spec, key_spec]
+  ids_of_keys = k_ids.reshape(batch, blocks, 1, LANES)
+  return [bounds], [row_ids, ids_of_keys], [row_spec, key_spec]
 
 
 def _id_range(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
