@@ -45,8 +45,10 @@ from ._flash_attention_fwd import (
   VMEM_BYTES,
   Ids,
   Problem,
+  Turns,
   Window,
   flash_fwd,
+  has_diagonal,
   key_unit,
 )
 from ._op import (
@@ -61,10 +63,17 @@ from ._op import (
   dispatch,
   nbytes,
 )
-from ._rope import apply_rope, apply_rope_reference, check_integers, check_rope
+from ._rope import (
+  apply_rope,
+  apply_rope_reference,
+  check_integers,
+  check_rope,
+  rope_timescale,
+)
 from ._sharding import per_device
 from ._tuned import power_of_two, tuned_config
 
+Positions = tuple[jax.Array] | tuple[()]
 Segments = jax.Array | tuple[jax.Array, jax.Array] | None
 
 
@@ -250,13 +259,17 @@ class FlashAttentionConfig:
     logits = 4 * rows * self.block_kv_bwd * 4
     return tiles + state + logits, (4 * _buffers(q) * size + 2 * 4) * width
 
-  def keys_fwd(self, q: jax.Array, group: int, unit: int) -> int:
+  def keys_fwd(self, q, group: int, unit: int, rotated: bool = False) -> int:
     """How many keys one call of the forward holds, a multiple of unit."""
-    return _keys_that_fit("forward", *self._fwd_bytes(q, group), unit)
+    fixed, per_key = self._fwd_bytes(q, group)
+    turned = rotated * _lanes(q.shape[2]) * q.dtype.itemsize
+    return _keys_that_fit("forward", fixed, per_key + turned, unit)
 
-  def keys_bwd(self, q: jax.Array, group: int, unit: int) -> int:
+  def keys_bwd(self, q, group: int, unit: int, rotated: bool = False) -> int:
     """How many keys one call of the backward holds, a multiple of unit."""
-    return _keys_that_fit("backward", *self._bwd_bytes(q, group), unit)
+    fixed, per_key = self._bwd_bytes(q, group)
+    turned = rotated * _lanes(q.shape[2]) * (q.dtype.itemsize + 4)
+    return _keys_that_fit("backward", fixed, per_key + turned, unit)
 
   def clipped(self, t: int, s: int, group: int) -> FlashAttentionConfig:
     """No larger than the problem, and with rows a multiple of LANES."""
@@ -300,7 +313,7 @@ class _Static:
   """The problem, how to solve it, and by what."""
 
   problem: Problem
-  return_lse: bool
+  base_frequency: float
   implementation: Implementation
   config: FlashAttentionConfig
 
@@ -406,13 +419,15 @@ def _merge(out, lse, new_out, new_lse):
   return out * a + new_out * b, top + jnp.log2(total)
 
 
-def _fwd(static: _Static, q, k, v, ids: Ids) -> tuple[jax.Array, jax.Array]:
+def _fwd(
+  static: _Static, q, k, v, ids: Ids, turns: Turns
+) -> tuple[jax.Array, jax.Array]:
   p, config = static.problem, static.config
   q, k, v = _to_rows(q, k.shape[2]), _to_keys(k), _to_keys(v)
   unit = key_unit(p, config.block_q, config.block_kv)
   spans = _spans(p, config.keys_fwd(q, p.group, unit))
   if len(spans) == 1 and spans[0].problem == p:
-    out, lse = flash_fwd(p, config, q, _pad(k, unit), _pad(v, unit), ids)
+    out, lse = flash_fwd(p, config, q, _pad(k, unit), _pad(v, unit), ids, turns)
     return out, lse
   out = jnp.zeros(q.shape, jnp.float32)
   lse = jnp.full((q.shape[0], 1, q.shape[1]), -jnp.inf)
@@ -425,14 +440,16 @@ def _fwd(static: _Static, q, k, v, ids: Ids) -> tuple[jax.Array, jax.Array]:
       _pad(k[:, keys], unit),
       _pad(v[:, keys], unit),
       span.ids(ids),
-      jnp.float32,
+      out_dtype=jnp.float32,
     )
     new_out, new_lse = _merge(out[:, rows], lse[:, :, rows], new_out, new_lse)
     out, lse = out.at[:, rows].set(new_out), lse.at[:, :, rows].set(new_lse)
   return out.astype(q.dtype), lse
 
 
-def _bwd(static: _Static, q, k, v, ids: Ids, out, lse, dout, dlse):
+def _bwd(
+  static: _Static, q, k, v, ids: Ids, turns: Turns, out, lse, dout, dlse
+):
   p, config = static.problem, static.config
   kv_heads = k.shape[2]
   q, out, dout = (_to_rows(x, kv_heads) for x in (q, out, dout))
@@ -441,7 +458,17 @@ def _bwd(static: _Static, q, k, v, ids: Ids, out, lse, dout, dlse):
   spans = _spans(p, config.keys_bwd(q, p.group, unit))
   if len(spans) == 1 and spans[0].problem == p:
     dq, dk, dv = flash_bwd(
-      p, config, q, _pad(k, unit), _pad(v, unit), out, dout, lse, dlse, ids
+      p,
+      config,
+      q,
+      _pad(k, unit),
+      _pad(v, unit),
+      out,
+      dout,
+      lse,
+      dlse,
+      ids,
+      turns,
     )
     return dq, dk[:, : p.s], dv[:, : p.s]
   dq = jnp.zeros(q.shape, jnp.float32)
@@ -459,7 +486,7 @@ def _bwd(static: _Static, q, k, v, ids: Ids, out, lse, dout, dlse):
       lse[:, :, rows],
       dlse[:, :, rows],
       span.ids(ids),
-      jnp.float32,
+      dq_dtype=jnp.float32,
     )
     dq = dq.at[:, rows].add(new_dq)
     dk = dk.at[:, keys].set(new_dk[:, : span.problem.s])
@@ -485,17 +512,25 @@ def _over_batch(function):
   return function
 
 
-def _pallas_fwd(static: _Static, q, k, v, ids: Ids):
-  def run(q, k, v, ids):
-    out, lse = _fwd(static, q, k, v, ids)
+def _turns(static: _Static, q, positions: Positions) -> Turns:
+  if not positions:
+    return ()
+  half, base = q.shape[3] // 2, static.base_frequency
+  return positions[0], rope_timescale(half, base, jnp.float32)
+
+
+def _pallas_fwd(static: _Static, q, k, v, ids: Ids, positions: Positions):
+  def run(q, k, v, ids, positions):
+    out, lse = _fwd(static, q, k, v, ids, _turns(static, q, positions))
     return _from_rows(out, q.shape), lse
 
-  return _over_batch(run)(q, k, v, ids)
+  return _over_batch(run)(q, k, v, ids, positions)
 
 
 def _pallas_bwd(static: _Static, *args):
-  def run(q, k, v, *rest):
-    dq, dk, dv = _bwd(static, q, k, v, *rest)
+  def run(q, k, v, ids, positions, *rest):
+    turns = _turns(static, q, positions)
+    dq, dk, dv = _bwd(static, q, k, v, ids, turns, *rest)
     return (
       _from_rows(dq, q.shape),
       _from_keys(dk, k.shape),
@@ -509,7 +544,7 @@ def _pallas_bwd(static: _Static, *args):
 # lse is [B K, 1, T G] and of base 2 between the passes, as the kernels have it.
 
 
-def _reference(static: _Static, q, k, v, ids: Ids):
+def _reference(static: _Static, q, k, v, ids: Ids, positions: Positions):
   p = static.problem
   out, lse = flash_attention_reference(
     q,
@@ -520,18 +555,23 @@ def _reference(static: _Static, q, k, v, ids: Ids):
     segment_ids=ids or None,
     local_window_size=p.window,
     logits_soft_cap=p.soft_cap,
+    rope=Rope(*positions, static.base_frequency) if positions else None,
     return_lse=True,
   )
   return out, _lse_to_rows(lse * LOG2_E, k.shape[2])
 
 
-def _reference_bwd(static: _Static, q, k, v, ids: Ids, out, lse, dout, dlse):
+def _reference_bwd(
+  static: _Static, q, k, v, ids: Ids, positions: Positions, out, lse, dout, dlse
+):
   del out, lse
-  _, vjp = jax.vjp(lambda *qkv: _reference(static, *qkv, ids), q, k, v)
+  _, vjp = jax.vjp(
+    lambda *qkv: _reference(static, *qkv, ids, positions), q, k, v
+  )
   return vjp((dout, dlse))
 
 
-def _primal(static: _Static, q, k, v, ids: Ids):
+def _primal(static: _Static, q, k, v, ids: Ids, positions: Positions):
   return dispatch(
     static.implementation,
     functools.partial(_pallas_fwd, static),
@@ -540,14 +580,15 @@ def _primal(static: _Static, q, k, v, ids: Ids):
     k,
     v,
     ids,
+    positions,
   )
 
 
-def _vjp_fwd(static: _Static, q, k, v, ids: Ids):
-  out, lse = _primal(static, q, k, v, ids)
+def _vjp_fwd(static: _Static, q, k, v, ids: Ids, positions: Positions):
+  out, lse = _primal(static, q, k, v, ids, positions)
   out = checkpoint_name(out, "flash_attention_out")
   lse = checkpoint_name(lse, "flash_attention_lse")
-  return (out, lse), (q, k, v, ids, out, lse)
+  return (out, lse), (q, k, v, ids, positions, out, lse)
 
 
 def _vjp_bwd(static: _Static, saved, cotangents):
@@ -558,7 +599,7 @@ def _vjp_bwd(static: _Static, saved, cotangents):
     *saved,
     *cotangents,
   )
-  return (*grads, jax.tree.map(lambda _: None, saved[3]))
+  return (*grads, *jax.tree.map(lambda _: None, saved[3:5]))
 
 
 _attention = jax.custom_vjp(_primal, nondiff_argnums=(0,))
@@ -692,16 +733,6 @@ def flash_attention(
       rope=rope,
       return_lse=return_lse,
     )
-  if rope is not None:
-    q, k = (
-      apply_rope(
-        x,
-        rope.positions,
-        base_frequency=rope.base_frequency,
-        implementation=implementation,
-      )
-      for x in (q, k)
-    )
   ids = () if segment_ids is None else _segment_pair(segment_ids)
   run = functools.partial(
     _per_device,
@@ -712,16 +743,19 @@ def flash_attention(
     return_lse=return_lse,
     implementation=implementation,
     config=config,
+    segmented=bool(ids),
+    base_frequency=rope.base_frequency if rope else None,
   )
+  positions = (rope.positions,) if rope else ()
   # Split over heads, the kv heads go with their query heads; one that serves
   # them all is on every device.
   kv = ("B", "S", "N" if k.shape[2] > 1 else "1", "H")
-  out = ("B", "T", "N", "H")
+  out, bt = ("B", "T", "N", "H"), ("B", "T")
   return per_device(
     op,
     run,
-    (q, k, v, *ids),
-    (out, kv, kv, *(("B", "T"), ("B", "S"))[: len(ids)]),
+    (q, k, v, *ids, *positions),
+    (out, kv, kv, *(bt, ("B", "S"))[: len(ids)], *(bt,) * len(positions)),
     (out, ("B", "N", "T")) if return_lse else out,
     splits="BN",
   )
@@ -731,7 +765,7 @@ def _per_device(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  *ids: jax.Array,
+  *integers: jax.Array,
   scale: float,
   is_causal: bool,
   window: Window,
@@ -739,22 +773,55 @@ def _per_device(
   return_lse: bool,
   implementation: Implementation,
   config: FlashAttentionConfig | None,
+  segmented: bool,
+  base_frequency: float | None,
 ) -> Any:
   """One device's batch elements and heads."""
   t, s, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-  if config is None:
-    config = _config(q, k, is_causal, window, bool(ids))
+  integers = tuple(x.astype(jnp.int32) for x in integers)
+  ids, positions = integers[: 2 * segmented], integers[2 * segmented :]
+  config = config or _config(q, k, is_causal, window, segmented)
+  config = config.clipped(t, s, group)
   problem = Problem(
-    t, s, group, scale, is_causal, window, soft_cap, segmented=bool(ids)
+    t, s, group, scale, is_causal, window, soft_cap, segmented, bool(positions)
   )
-  static = _Static(
-    problem, return_lse, implementation, config.clipped(t, s, group)
-  )
-  ids = tuple(x.astype(jnp.int32) for x in ids)
-  out, lse = _attention(static, q, k, v, ids)
+  if positions and not _turns_inside(problem, config, q, k):
+    q, k = (
+      apply_rope(
+        x,
+        *positions,
+        base_frequency=base_frequency,
+        implementation=implementation,
+      )
+      for x in (q, k)
+    )
+    problem, positions = dataclasses.replace(problem, rotated=False), ()
+  static = _Static(problem, base_frequency or 0.0, implementation, config)
+  out, lse = _attention(static, q, k, v, ids, positions)
   if not return_lse:
     return out
   return out, _lse_from_rows(lse, q.shape) / LOG2_E
+
+
+def _turns_inside(p: Problem, config: FlashAttentionConfig, q, k) -> bool:
+  """Whether the attention kernels do the rotation, not `apply_rope` before.
+
+  They rotate a key with the query of its position: on a diagonal, with all the
+  keys in one call, and halves and heads that are whole registers.
+  """
+  whole = q.shape[3] // 2 % LANES == 0 and (p.group == 1 or p.group % 8 == 0)
+  diagonals = (
+    has_diagonal(p, config.block_q, config.block_kv),
+    has_diagonal(p, config.block_q_bwd, config.block_kv_bwd),
+  )
+  if not (whole and all(diagonals)):
+    return False
+  rows = jax.eval_shape(lambda q: _to_rows(q, k.shape[2]), q)
+  fit = (
+    config.keys_fwd(rows, p.group, config.block_q, rotated=True),
+    config.keys_bwd(rows, p.group, config.block_q_bwd, rotated=True),
+  )
+  return min(fit) >= p.s
 
 
 def _config(q, k, is_causal, window, segmented) -> FlashAttentionConfig:

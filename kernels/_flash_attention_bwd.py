@@ -16,6 +16,7 @@ from ._flash_attention_fwd import (
   VMEM_BYTES,
   Ids,
   Problem,
+  Turns,
   as_column,
   as_lanes,
   base2_logits,
@@ -23,8 +24,12 @@ from ._flash_attention_fwd import (
   for_blocks,
   has_diagonal,
   key_ids,
+  phases,
+  rope_operands,
   segment_operands,
+  taker,
   tiles,
+  turned,
   visible,
   wide,
 )
@@ -38,20 +43,24 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
   q [R, H], k [S, H], v [S, H], o [R, H], do [R, H]
   lse [1, R] of base 2, dlse [1, R]
   q_ids [1, R], k_ids [S / LANES, 1, LANES]       with segment ids
+  positions [1, block_q], timescale [1, H / 2]    with RoPE
   dq [R, H], dk [S, H], dv [S, H]: outputs
   lse, di [1, R] float32
   dq^T [H, R], dk [S, H], dv [S, H]: float32 accumulators
-  q, do [R, H]: without the rows past the end      where the last tile is ragged
+  q [R, H]: rotated, no rows past the end     with RoPE, or where T is ragged
+  do [R, H]: no rows past the end             where T is ragged
+  k [S, H]: rotated; sin, cos [S, H / 2]      with RoPE
   """
-  bounds_ref, q_ids_ref, k_ids_ref = [None] * 3
-  if p.segmented:
-    bounds_ref, *refs = refs
-  q_in_ref, k_ref, v_ref, o_ref, do_in_ref, lse_in_ref, dlse_ref, *refs = refs
-  if p.segmented:
-    q_ids_ref, k_ids_ref, *refs = refs
-  dq_ref, dk_ref, dv_ref, lse_ref, di_ref, *refs = refs
-  dq_acc_ref, dk_acc_ref, dv_acc_ref, *refs = refs
-  q_ref, do_ref = refs if ragged else (q_in_ref, do_in_ref)
+  take = taker(refs)
+  (bounds_ref,) = take(1, p.segmented)
+  q_ref, k_ref, v_ref, o_ref, do_ref, lse_in_ref, dlse_ref = take(7)
+  q_ids_ref, k_ids_ref = take(2, p.segmented)
+  positions_ref, timescale_ref = take(2, p.rotated)
+  dq_ref, dk_ref, dv_ref, lse_ref, di_ref = take(5)
+  dq_acc_ref, dk_acc_ref, dv_acc_ref = take(3)
+  (q_own_ref,) = take(1, ragged or p.rotated)
+  (do_own_ref,) = take(1, ragged)
+  k_own_ref, sin_ref, cos_ref = take(3, p.rotated)
   rows = q_ref.shape[0]
   block_q = rows // p.group
   b, i = pl.program_id(0), pl.program_id(1)
@@ -69,7 +78,7 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
 
   for r in range(0, rows, LANES):
     part = pl.ds(r, LANES)
-    o, do = (x[part, :].astype(jnp.float32) for x in (o_ref, do_in_ref))
+    o, do = (x[part, :].astype(jnp.float32) for x in (o_ref, do_ref))
     di = jnp.sum(o * do, axis=1, keepdims=True)
     di_ref[:, part] = as_lanes(jnp.broadcast_to(di, (LANES, LANES)))
   # An infinite lse gives weights of 0: to a row that sees nothing, and below to
@@ -83,8 +92,16 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
     lse_ref[...] = jnp.where(inside, lse_ref[...], jnp.inf)
     di_ref[...] = jnp.where(inside, di_ref[...], 0.0)
     inside = jax.lax.broadcasted_iota(jnp.int32, q_ref.shape, 0) < left
-    for ref, in_ref in ((q_ref, q_in_ref), (do_ref, do_in_ref)):
-      ref[...] = jnp.where(inside, in_ref[...], jnp.zeros_like(ref))
+    for own_ref, ref in ((q_own_ref, q_ref), (do_own_ref, do_ref)):
+      own_ref[...] = jnp.where(inside, ref[...], jnp.zeros_like(ref))
+    q_ref, do_ref = q_own_ref, do_own_ref
+  here = pl.ds(pl.multiple_of(q0, block_q), block_q)
+  if p.rotated:
+    sin_ref[here, :], cos_ref[here, :] = phases(positions_ref, timescale_ref)
+    turn = sin_ref[here, :], cos_ref[here, :]
+    q_own_ref[...] = turned(q_ref[...], *turn)
+    k_own_ref[here, :] = turned(k_ref[here, :], *turn)
+    q_ref, k_ref = q_own_ref, k_own_ref
   bounds = None
   if p.segmented:
     place = 2 * (jax.lax.div(b, kv_heads) * pl.num_programs(1) + i)
@@ -149,11 +166,20 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
 
   for_blocks(p, bounds, q0, block_q, block_kv, attend_block)
 
-  dq_ref[...] = (dq_acc_ref[...] * p.scale).astype(dq_ref.dtype).T
+  dq = dq_acc_ref[...] * p.scale
+  if p.rotated:
+    dq_ref[...] = turned(dq.T, -sin_ref[here, :], cos_ref[here, :]).astype(
+      dq_ref.dtype
+    )
+  else:
+    dq_ref[...] = dq.astype(dq_ref.dtype).T
 
   @pl.when(i == pl.num_programs(1) - 1)
   def _():
-    dk_ref[...] = (dk_acc_ref[...] * p.scale).astype(dk_ref.dtype)
+    dk = dk_acc_ref[...] * p.scale
+    if p.rotated:
+      dk = turned(dk, -sin_ref[...], cos_ref[...])
+    dk_ref[...] = dk.astype(dk_ref.dtype)
     dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
 
 
@@ -168,6 +194,7 @@ def flash_bwd(
   lse: jax.Array,
   dlse: jax.Array,
   ids: Ids,
+  turns: Turns = (),
   dq_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """dq, dk and dv, each of its argument's shape."""
@@ -180,6 +207,11 @@ def flash_bwd(
   scalars, id_args, id_specs = [], [], []
   if p.segmented:
     scalars, id_args, id_specs = segment_operands(p, block_q, block_kv, bk, ids)
+  turn_scratch = [
+    pltpu.VMEM((s, h), k.dtype),
+    *[pltpu.VMEM((s, h // 2), jnp.float32)] * 2,
+  ] * p.rotated
+  turn_args, turn_specs = rope_operands(turns, block_q, bk)
   kernel = functools.partial(
     _kernel,
     p=p,
@@ -193,7 +225,17 @@ def flash_bwd(
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(bk, pl.cdiv(tg, rows)),
-      in_specs=[tile, whole, whole, tile, tile, lane, lane, *id_specs],
+      in_specs=[
+        tile,
+        whole,
+        whole,
+        tile,
+        tile,
+        lane,
+        lane,
+        *id_specs,
+        *turn_specs,
+      ],
       out_specs=[tile, whole, whole],
       scratch_shapes=[
         pltpu.VMEM((1, rows), jnp.float32),
@@ -201,7 +243,9 @@ def flash_bwd(
         pltpu.VMEM((h, rows), jnp.float32),
         pltpu.VMEM((s, h), jnp.float32),
         pltpu.VMEM((s, h), jnp.float32),
-        *[pltpu.VMEM((rows, h), q.dtype)] * (2 * ragged),
+        *[pltpu.VMEM((rows, h), q.dtype)] * (ragged or p.rotated),
+        *[pltpu.VMEM((rows, h), q.dtype)] * ragged,
+        *turn_scratch,
       ],
     ),
     out_shape=[
@@ -210,4 +254,4 @@ def flash_bwd(
       like(v.shape, v.dtype, q),
     ],
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
-  )(*scalars, q, k, v, o, do, lse, dlse, *id_args)
+  )(*scalars, q, k, v, o, do, lse, dlse, *id_args, *turn_args)

@@ -33,6 +33,8 @@ VMEM_BYTES = 120 << 20
 Window = tuple[int, int] | None
 # Segment ids of queries [B, T] and keys [B, S], or nothing.
 Ids = tuple[jax.Array, jax.Array] | tuple[()]
+# Positions [B, T] and the timescale [H / 2] of each frequency, or nothing.
+Turns = tuple[jax.Array, jax.Array] | tuple[()]
 
 # --- the problem --------------------------------------------------------------
 
@@ -50,6 +52,7 @@ class Problem:
     window: (left, right), both inclusive, or None.
     soft_cap: cap of the logits, or None.
     segmented: whether segment ids come along.
+    rotated: whether the kernels rotate q and k by positions that come along.
     shift: index of the first key minus index of the first query.
   """
 
@@ -61,6 +64,7 @@ class Problem:
   window: Window
   soft_cap: float | None
   segmented: bool
+  rotated: bool = False
   shift: int = 0
 
   @property
@@ -153,6 +157,16 @@ def visible(
     row_ids, key_ids = ids
     mask &= (row_ids == key_ids) & (key_ids != 0)
   return mask
+
+
+def taker(refs: Any) -> Callable[..., list[Any]]:
+  """take(n, wanted): the next n refs, or n times None if they are not there."""
+  supply = iter(refs)
+
+  def take(n: int, wanted: bool = True) -> list[Any]:
+    return [next(supply) if wanted else None for _ in range(n)]
+
+  return take
 
 
 def base2_logits(
@@ -253,18 +267,25 @@ def _kernel(
   bounds [2 B n_q] in SMEM: see `for_blocks`      with segment ids
   q [R, H], k [S, H], v [S, H]
   q_ids [1, R], k_ids [S / LANES, 1, LANES]       with segment ids
+  positions [1, block_q], timescale [1, H / 2]    with RoPE
   o [R, H], lse [1, R]: outputs
   m [R, LANES]: running maximum of the base-2 logits
   l [R, LANES]: running sum, by lane
   acc [R, H] float32
-  ids [R, LANES]                                   with segment ids
+  ids [R, LANES]                                  with segment ids
+  q [R, H], k [S, H]: rotated                     with RoPE
+
+  The diagonal's keys have the q block's own positions: they are rotated with
+  its queries, and those before them have been.
   """
-  bounds_ref, q_ids_ref, k_ids_ref, ids_ref = [None] * 4
-  if p.segmented:
-    bounds_ref, q_ref, k_ref, v_ref, q_ids_ref, k_ids_ref, *refs, ids_ref = refs
-  else:
-    q_ref, k_ref, v_ref, *refs = refs
-  o_ref, lse_ref, m_ref, l_ref, acc_ref = refs
+  take = taker(refs)
+  (bounds_ref,) = take(1, p.segmented)
+  q_ref, k_ref, v_ref = take(3)
+  q_ids_ref, k_ids_ref = take(2, p.segmented)
+  positions_ref, timescale_ref = take(2, p.rotated)
+  o_ref, lse_ref, m_ref, l_ref, acc_ref = take(5)
+  (ids_ref,) = take(1, p.segmented)
+  q_turned_ref, k_turned_ref = take(2, p.rotated)
   rows = q_ref.shape[0]
   block_q = rows // p.group
   b, i = pl.program_id(0), pl.program_id(1)
@@ -275,6 +296,12 @@ def _kernel(
     ids_ref[...] = as_column(q_ids_ref[...])
     place = 2 * (jax.lax.div(b, kv_heads) * pl.num_programs(1) + i)
     bounds = bounds_ref[place], bounds_ref[place + 1]
+  if p.rotated:
+    sin, cos = phases(positions_ref, timescale_ref)
+    here = pl.ds(pl.multiple_of(q0, block_q), block_q)
+    q_turned_ref[...] = turned(q_ref[...], sin, cos)
+    k_turned_ref[here, :] = turned(k_ref[here, :], sin, cos)
+    q_ref, k_ref = q_turned_ref, k_turned_ref
 
   def attend(key0: Any, widths: list[int], masked: bool, first: bool) -> None:
     """Each group of rows sees as many keys from key0 on as its width says."""
@@ -349,6 +376,31 @@ def _kernel(
     lse_ref[:, g] = lse
 
 
+def phases(
+  positions_ref: Any, timescale_ref: Any
+) -> tuple[jax.Array, jax.Array]:
+  """sin and cos [block_q, H / 2] of positions [1, block_q]."""
+  lanes = timescale_ref.shape[1]
+  positions = wide(as_column(positions_ref[...]), lanes).astype(jnp.float32)
+  angle = positions / timescale_ref[...]
+  return jnp.sin(angle), jnp.cos(angle)
+
+
+def turned(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+  """Rotates rows [tokens times heads, H] by sin and cos [tokens, H / 2]."""
+  tokens, half = sin.shape
+  heads = x.shape[0] // tokens
+  if heads > 1:
+    sin, cos = (
+      jnp.broadcast_to(y[:, None, :], (tokens, heads, half)).reshape(-1, half)
+      for y in (sin, cos)
+    )
+  first = x[:, :half].astype(jnp.float32)
+  second = x[:, half:].astype(jnp.float32)
+  rotated = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(rotated, axis=1).astype(x.dtype)
+
+
 def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
   """1 / x, well within dtype's precision."""
   if dtype == jnp.float32:
@@ -372,6 +424,7 @@ def flash_fwd(
   k: jax.Array,
   v: jax.Array,
   ids: Ids,
+  turns: Turns = (),
   out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """out [BK, T G, H] and the base-2 lse [BK, 1, T G] from rows and keys."""
@@ -384,6 +437,11 @@ def flash_fwd(
       p, config.block_q, config.block_kv, bk, ids
     )
     id_scratch = [pltpu.VMEM((rows, LANES), jnp.int32)]
+  turn_args, turn_specs = rope_operands(turns, config.block_q, bk)
+  turn_scratch = [
+    pltpu.VMEM((rows, h), q.dtype),
+    pltpu.VMEM(k.shape[1:], k.dtype),
+  ] * p.rotated
   kernel = functools.partial(
     _kernel,
     p=p,
@@ -397,13 +455,14 @@ def flash_fwd(
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(bk, pl.cdiv(tg, rows)),
-      in_specs=[tile, whole, whole, *id_specs],
+      in_specs=[tile, whole, whole, *id_specs, *turn_specs],
       out_specs=[tile, lane],
       scratch_shapes=[
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((rows, h), jnp.float32),
         *id_scratch,
+        *turn_scratch,
       ],
     ),
     out_shape=[
@@ -411,7 +470,7 @@ def flash_fwd(
       like((bk, 1, tg), jnp.float32, q),
     ],
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
-  )(*scalars, q, k, v, *id_args)
+  )(*scalars, q, k, v, *id_args, *turn_args)
 
 
 def tiles(bk: int, rows: int, keys: int, h: int) -> tuple[pl.BlockSpec, ...]:
@@ -464,6 +523,22 @@ def segment_operands(
   row_ids = jnp.repeat(q_ids, p.group, axis=1)[:, None, :]
   ids_of_keys = k_ids.reshape(batch, blocks, 1, LANES)
   return [bounds], [row_ids, ids_of_keys], [row_spec, key_spec]
+
+
+def rope_operands(
+  turns: Turns, block_q: int, bk: int
+) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
+  """What a kernel needs to rotate, with its specs."""
+  if not turns:
+    return [], []
+  positions, timescale = turns
+  heads = bk // positions.shape[0]
+  return [positions[:, None, :], timescale[None, :]], [
+    pl.BlockSpec(
+      (None, 1, block_q), lambda b, i, *_: (jax.lax.div(b, heads), 0, i)
+    ),
+    pl.BlockSpec((1, timescale.shape[0]), lambda b, i, *_: (0, 0)),
+  ]
 
 
 def _id_range(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
