@@ -41,7 +41,6 @@ from jax.ad_checkpoint import checkpoint_name
 from ._flash_attention_bwd import flash_bwd
 from ._flash_attention_fwd import (
   LANES,
-  LOG2_E,
   VMEM_BYTES,
   Ids,
   Problem,
@@ -408,15 +407,15 @@ def _spans(p: Problem, keys: int) -> list[_Span]:
   return spans
 
 
-def _merge(out, lse, new_out, new_lse):
-  """Attention over two sets of keys, from that over each; base-2 lse."""
+def _merge(p: Problem, out, lse, new_out, new_lse):
+  """Attention over two sets of keys, from that over each."""
   top = jnp.maximum(lse, new_lse)
   top = jnp.where(top > -jnp.inf, top, 0.0)
-  a, b = jnp.exp2(lse - top), jnp.exp2(new_lse - top)
+  a, b = (jnp.exp2((x - top) * p.base2) for x in (lse, new_lse))
   total = a + b
   scale = jnp.where(total > 0, 1 / total, 0.0)
   a, b = (jnp.swapaxes(x * scale, 1, 2) for x in (a, b))
-  return out * a + new_out * b, top + jnp.log2(total)
+  return out * a + new_out * b, top + jnp.log2(total) / p.base2
 
 
 def _fwd(
@@ -442,7 +441,9 @@ def _fwd(
       span.ids(ids),
       out_dtype=jnp.float32,
     )
-    new_out, new_lse = _merge(out[:, rows], lse[:, :, rows], new_out, new_lse)
+    new_out, new_lse = _merge(
+      p, out[:, rows], lse[:, :, rows], new_out, new_lse
+    )
     out, lse = out.at[:, rows].set(new_out), lse.at[:, :, rows].set(new_lse)
   return out.astype(q.dtype), lse
 
@@ -541,7 +542,8 @@ def _pallas_bwd(static: _Static, *args):
 
 
 # --- differentiation ----------------------------------------------------------
-# lse is [B K, 1, T G] and of base 2 between the passes, as the kernels have it.
+# Between the passes lse is as the kernels have it: [B K, 1, T G], in units of
+# `Problem.unit`.
 
 
 def _reference(static: _Static, q, k, v, ids: Ids, positions: Positions):
@@ -558,7 +560,7 @@ def _reference(static: _Static, q, k, v, ids: Ids, positions: Positions):
     rope=Rope(*positions, static.base_frequency) if positions else None,
     return_lse=True,
   )
-  return out, _lse_to_rows(lse * LOG2_E, k.shape[2])
+  return out, _lse_to_rows(lse / p.unit, k.shape[2])
 
 
 def _reference_bwd(
@@ -782,6 +784,8 @@ def _per_device(
   ids, positions = integers[: 2 * segmented], integers[2 * segmented :]
   config = config or _config(q, k, is_causal, window, segmented)
   config = config.clipped(t, s, group)
+  if not scale > 0:  # the kernels take a maximum before they scale
+    q, scale = q * np.sign(scale).astype(q.dtype), abs(scale) or 1.0
   problem = Problem(
     t, s, group, scale, is_causal, window, soft_cap, segmented, bool(positions)
   )
@@ -800,7 +804,7 @@ def _per_device(
   out, lse = _attention(static, q, k, v, ids, positions)
   if not return_lse:
     return out
-  return out, _lse_from_rows(lse, q.shape) / LOG2_E
+  return out, _lse_from_rows(lse, q.shape) * problem.unit
 
 
 def _turns_inside(p: Problem, config: FlashAttentionConfig, q, k) -> bool:

@@ -12,19 +12,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ._flash_attention_fwd import (
   LANES,
-  LOG2_E,
   VMEM_BYTES,
   Ids,
   Problem,
   Turns,
   as_column,
   as_lanes,
-  base2_logits,
   dot,
   for_blocks,
   has_diagonal,
   key_ids,
   phases,
+  raw_logits,
   rope_operands,
   segment_operands,
   taker,
@@ -41,7 +40,7 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
 
   bounds [2 B n_q] in SMEM                         with segment ids
   q [R, H], k [S, H], v [S, H], o [R, H], do [R, H]
-  lse [1, R] of base 2, dlse [1, R]
+  lse, dlse [1, R] in `Problem.unit`s
   q_ids [1, R], k_ids [S / LANES, 1, LANES]       with segment ids
   positions [1, block_q], timescale [1, H / 2]    with RoPE
   dq [R, H], dk [S, H], dv [S, H]: outputs
@@ -85,7 +84,7 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
   # those past the end.
   lse = lse_in_ref[...]
   lse_ref[...] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-  di_ref[...] -= dlse_ref[...] * LOG2_E  # of the base-2 lse
+  di_ref[...] -= dlse_ref[...] * (1 / p.unit)
   if ragged:
     left = p.t * p.group - i * rows
     inside = jax.lax.broadcasted_iota(jnp.int32, lse.shape, 1) < left
@@ -121,8 +120,8 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
       q_ref[here, :],
       do_ref[here, :],
     )
-    s, tanh = base2_logits(p, dot(k, q, 1, 1))
-    weights = jnp.exp2(s - lse_ref[:, here])
+    s = raw_logits(p, dot(k, q, 1, 1))
+    weights = jnp.exp2((s - lse_ref[:, here]) * p.base2)
     if masked:
       ids = None
       if p.segmented:
@@ -132,8 +131,8 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
       weights = jnp.where(mask, weights, 0.0)
     dv = dot(weights.astype(do.dtype), do, 1, 0)
     ds = weights * (dot(v, do, 1, 1) - di_ref[:, here])
-    if tanh is not None:
-      ds *= 1.0 - tanh * tanh
+    if p.soft_cap is not None:
+      ds *= 1.0 - s * s  # s is the tanh
     ds = ds.astype(q.dtype)
     dk = dot(ds, q, 1, 0)
     dq = dot(k, ds, 0, 0)

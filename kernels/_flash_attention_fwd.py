@@ -47,7 +47,7 @@ class Problem:
     t: number of queries T.
     s: number of keys S; the arrays of keys may be padded beyond.
     group: query heads per kv head, G.
-    scale: multiplies the logits.
+    scale: multiplies the logits; positive.
     is_causal: query i sees keys up to i.
     window: (left, right), both inclusive, or None.
     soft_cap: cap of the logits, or None.
@@ -66,6 +66,20 @@ class Problem:
   segmented: bool
   rotated: bool = False
   shift: int = 0
+
+  @property
+  def unit(self) -> float:
+    """What the kernels count logits in: the scale, or the soft cap.
+
+    So logits are q . k itself, or its tanh, and differences of them are formed
+    before any rounding of a product.
+    """
+    return self.scale if self.soft_cap is None else self.soft_cap
+
+  @property
+  def base2(self) -> float:
+    """Takes differences of logits to exponents of 2."""
+    return self.unit * LOG2_E
 
   @property
   def sees_itself(self) -> bool:
@@ -169,14 +183,9 @@ def taker(refs: Any) -> Callable[..., list[Any]]:
   return take
 
 
-def base2_logits(
-  p: Problem, s: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
-  """q . k to logits times log2(e), and the tanh of a soft cap."""
-  if p.soft_cap is None:
-    return s * (p.scale * LOG2_E), None
-  t = jnp.tanh(s * (p.scale / p.soft_cap))
-  return t * (p.soft_cap * LOG2_E), t
+def raw_logits(p: Problem, s: jax.Array) -> jax.Array:
+  """q . k to the logits in units of `Problem.unit`."""
+  return s if p.soft_cap is None else jnp.tanh(s * (p.scale / p.soft_cap))
 
 
 def as_column(lanes: jax.Array) -> jax.Array:
@@ -269,7 +278,7 @@ def _kernel(
   q_ids [1, R], k_ids [S / LANES, 1, LANES]       with segment ids
   positions [1, block_q], timescale [1, H / 2]    with RoPE
   o [R, H], lse [1, R]: outputs
-  m [R, LANES]: running maximum of the base-2 logits
+  m [R, LANES]: running maximum of the logits
   l [R, LANES]: running sum, by lane
   acc [R, H] float32
   ids [R, LANES]                                  with segment ids
@@ -314,7 +323,7 @@ def _kernel(
     for g, s in zip(groups, products, strict=True):
       width = s.shape[1]
       v = v_ref[pl.ds(key0, width), :]
-      s, _ = base2_logits(p, s)
+      s = raw_logits(p, s)
       if masked:
         ids = None
         if p.segmented:
@@ -328,11 +337,11 @@ def _kernel(
         m_old = m_ref[g, :]
         m = jnp.maximum(m_old, m)
       m_ref[g, :] = m
-      weights = jnp.exp2(s - wide(m, width))
+      weights = jnp.exp2((s - wide(m, width)) * p.base2)
       total = sum(weights[:, c : c + LANES] for c in range(0, width, LANES))
       out = dot(weights.astype(v.dtype), v, 1, 0)
       if not first:
-        alpha = jnp.exp2(m_old - m)
+        alpha = jnp.exp2((m_old - m) * p.base2)
         total += alpha * l_ref[g, :]
         out += wide(alpha, out.shape[1]) * acc_ref[g, :]
       l_ref[g, :] = total
@@ -367,7 +376,8 @@ def _kernel(
     m = as_lanes(m_ref[g, :])
     total = jnp.sum(l_ref[g, :], axis=1, keepdims=True)
     inverse = _reciprocal(total, o_ref.dtype)
-    lse = m + jnp.log2(as_lanes(jnp.broadcast_to(total, (g.size, LANES))))
+    total = as_lanes(jnp.broadcast_to(total, (g.size, LANES)))
+    lse = m + jnp.log2(total) * (1 / p.base2)
     if not p.sees_itself:
       # A row that has seen nothing.
       inverse = jnp.where(m_ref[g, :1] > MASKED / 2, inverse, 0.0)
@@ -427,7 +437,7 @@ def flash_fwd(
   turns: Turns = (),
   out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """out [BK, T G, H] and the base-2 lse [BK, 1, T G] from rows and keys."""
+  """out [BK, T G, H], and lse [BK, 1, T G] in `Problem.unit`s."""
   bk, tg, h = q.shape
   rows = config.block_q * p.group
   tile, whole, lane = tiles(bk, rows, k.shape[1], h)
@@ -517,7 +527,7 @@ def segment_operands(
     (None, 1, block_q * p.group), lambda b, i, *_: (jax.lax.div(b, heads), 0, i)
   )
   key_spec = pl.BlockSpec(
-    (None, blocks, 1, block_kv),
+    (None, blocks, 1, LANES),
     lambda b, i, *_: (jax.lax.div(b, heads), 0, 0, 0),
   )
   row_ids = jnp.repeat(q_ids, p.group, axis=1)[:, None, :]
