@@ -19,11 +19,29 @@ Visible, from query i to key j (positions in the arrays, not `rope`'s):
     local_window_size=(left, right)  i - left <= j <= i + right, both inclusive
     segment_ids                      equal, and not 0 (padding)
 
-Traffic: q, k, v and o once; with T^2 / 2 visible pairs of H = 256 the causal
-forward at T = 8192 does 4,096 flops per byte and is bound by the MXU: 2 matmuls
-forward, 5 backward.
+Traffic: q, k, v and o once, and backward these, do, dq, dk and dv once; lse is
+one float32 per row, di is recomputed.  With T^2 / 2 visible pairs of H = 256
+the causal forward at T = 8192 does 4,096 flops per byte and is bound by the
+MXU: 2 matmuls forward, 5 backward.
 
-Tiling: none yet; there is no Pallas kernel for this op.
+Tiling: the kernels see rows, r = t G + g, the G = N / K query heads of a kv
+head side by side under their token; for multi-query attention [B, T, N, H] lies
+in memory so already.  The keys of a kv head stay in VMEM while the grid,
+(B K, ceil(T / block_q)), walks over its q blocks.  A causal forward, with
+block_q = 2 block_kv:
+
+            block_kv
+            +---+                  d  the diagonal, first: each group of rows as
+    block_q |ddd|                     far as it sees, in whole registers, masked
+            |ddd|ddd               f  the keys before it: a loop without masks
+            +---+---+---+
+            |fff|fff|ddd|          Windows and unaligned shapes add loops with
+            |fff|fff|ddd|ddd       masks at the ends.  With segment ids, blocks
+            +---+---+---+---+      from the first to the last that can share an
+                                   id are masked.  The rest costs nothing.
+
+The kernels are in `_flash_attention_fwd` and `_flash_attention_bwd`, what they
+share in `_flash_attention_tiles`.
 """
 
 from __future__ import annotations
@@ -38,17 +56,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ._flash_attention_bwd import flash_bwd
-from ._flash_attention_fwd import (
+from ._flash_attention_bwd import backward
+from ._flash_attention_fwd import forward
+from ._flash_attention_tiles import (
   LANES,
   VMEM_BYTES,
   Ids,
   Problem,
   Turns,
   Window,
-  flash_fwd,
   has_diagonal,
-  key_unit,
+  lse_from_rows,
+  lse_to_rows,
+  to_rows,
 )
 from ._op import (
   Case,
@@ -72,7 +92,7 @@ from ._rope import (
 from ._sharding import per_device
 from ._tuned import power_of_two, tuned_config
 
-Positions = tuple[jax.Array] | tuple[()]
+Positions = tuple[jax.Array, ...]  # one array, or nothing
 Segments = jax.Array | tuple[jax.Array, jax.Array] | None
 
 
@@ -232,11 +252,22 @@ class FlashAttentionConfig:
       )
 
   @classmethod
-  def fitting(cls, group: int) -> FlashAttentionConfig:
-    """Tiles of 2048 rows, whatever the number of heads among them."""
+  def fitting(cls, group: int, head_size: int) -> FlashAttentionConfig:
+    """Tiles of 2048 rows, whatever the number of heads among them.
+
+    Small heads have a softmax as long as their matmuls; what it costs for each
+    block of keys is spread over more of them.
+    """
     block_q = 1 << (2048 // min(group, 128)).bit_length() - 1
-    block_q = min(max(block_q, 16), 1024)
-    return cls(block_q=block_q, block_q_bwd=block_q)
+    block_q = min(block_q, 1024)
+    wide = head_size <= LANES or group == 1
+    block_kv = max(min(512 if wide else 256, block_q), LANES)
+    return cls(
+      block_q=block_q,
+      block_kv=block_kv,
+      block_q_bwd=block_q,
+      block_kv_bwd=block_kv,
+    )
 
   def _fwd_bytes(self, q: jax.Array, group: int) -> tuple[int, int]:
     """VMEM of the forward: in all but its keys, and per key."""
@@ -269,6 +300,25 @@ class FlashAttentionConfig:
     fixed, per_key = self._bwd_bytes(q, group)
     turned = rotated * _lanes(q.shape[2]) * (q.dtype.itemsize + 4)
     return _keys_that_fit("backward", fixed, per_key + turned, unit)
+
+  def vmem_bytes(self, q: Any, k: Any) -> tuple[int, int]:
+    """VMEM that one call of the forward and one of the backward take.
+
+    An estimate, on which the number of keys to a call rests.
+
+    Args:
+      q: [B, T, N, H], or its shape and dtype.
+      k: [B, S, K, H], likewise.
+    """
+    group = q.shape[2] // k.shape[2]
+    config = self.clipped(q.shape[1], k.shape[1], group)
+    rows = jax.eval_shape(functools.partial(to_rows, kv_heads=k.shape[2]), q)
+    of_passes = config._fwd_bytes(rows, group), config._bwd_bytes(rows, group)
+    forward, backward = (
+      fixed + min(k.shape[1] * per_key, VMEM_BYTES - fixed)
+      for fixed, per_key in of_passes
+    )
+    return forward, backward
 
   def clipped(self, t: int, s: int, group: int) -> FlashAttentionConfig:
     """No larger than the problem, and with rows a multiple of LANES."""
@@ -317,233 +367,26 @@ class _Static:
   config: FlashAttentionConfig
 
 
-# --- rows ---------------------------------------------------------------------
+# --- differentiation ----------------------------------------------------------
+# Between the passes lse is as the kernels have it: [B K, 1, T G], in units of
+# `Problem.unit`.
 
 
-def _to_rows(x: jax.Array, kv_heads: int) -> jax.Array:
-  """[B, T, N, H] to [B K, T G, H]; for one kv head and G = 8 or more, free."""
-  b, t, n, h = x.shape
-  x = x.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)
-  return x.reshape(b * kv_heads, t * (n // kv_heads), h)
-
-
-def _from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, T G, H] to shape [B, T, N, H]."""
-  b, t, n, h = shape
-  group = rows.shape[1] // t
-  return rows.reshape(b, n // group, t, group, h).swapaxes(1, 2).reshape(shape)
-
-
-def _to_keys(x: jax.Array) -> jax.Array:
-  """[B, S, K, H] to [B K, S, H]; for one kv head, free."""
-  b, s, kv_heads, h = x.shape
-  return x.swapaxes(1, 2).reshape(b * kv_heads, s, h)
-
-
-def _from_keys(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, S, H] to shape [B, S, K, H]."""
-  b, s, kv_heads, h = shape
-  return keys.reshape(b, kv_heads, s, h).swapaxes(1, 2)
-
-
-def _pad(keys: jax.Array, unit: int) -> jax.Array:
-  """Zeros up to a whole number of blocks; masked, but they must be numbers."""
-  return jnp.pad(keys, ((0, 0), (0, -keys.shape[1] % unit), (0, 0)))
-
-
-def _lse_to_rows(lse: jax.Array, kv_heads: int) -> jax.Array:
-  """[B, N, T] to [B K, 1, T G]."""
-  b, n, t = lse.shape
-  rows = lse.reshape(b * kv_heads, n // kv_heads, t).swapaxes(1, 2)
-  return rows.reshape(b * kv_heads, 1, t * (n // kv_heads))
-
-
-def _lse_from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, 1, T G] to [B, N, T], given q's shape."""
-  b, t, n, _ = shape
-  return (
-    rows.reshape(b, -1, t, rows.shape[2] // t).swapaxes(2, 3).reshape(b, n, t)
-  )
-
-
-# --- both passes --------------------------------------------------------------
-# A call holds all its keys in VMEM.  More than fit are taken in spans, each
-# with the queries that see it: the forward merges the spans' results by their
-# lse, the backward adds up dq.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Span:
-  """Keys that one call holds, the queries for them, and their problem."""
-
-  keys: slice
-  queries: slice
-  problem: Problem
-
-  @property
-  def rows(self) -> slice:
-    """Of the queries, in [B K, T G, H]."""
-    group = self.problem.group
-    return slice(self.queries.start * group, self.queries.stop * group)
-
-  def ids(self, ids: Ids) -> Ids:
-    """The segment ids of its queries and keys."""
-    return ids and (ids[0][:, self.queries], ids[1][:, self.keys])
-
-
-def _spans(p: Problem, keys: int) -> list[_Span]:
-  """All keys, `keys` at a time."""
-  spans = []
-  for k0 in range(0, p.s, keys):
-    k1, q0, q1 = min(k0 + keys, p.s), 0, p.t
-    if p.is_causal:
-      q0 = k0
-    if p.window is not None:
-      left, right = p.window
-      q0, q1 = max(q0, k0 - right), min(q1, k1 + left)
-    if q0 < q1:
-      problem = dataclasses.replace(p, t=q1 - q0, s=k1 - k0, shift=k0 - q0)
-      spans.append(_Span(slice(k0, k1), slice(q0, q1), problem))
-  return spans
-
-
-def _merge(p: Problem, out, lse, new_out, new_lse):
-  """Attention over two sets of keys, from that over each."""
-  top = jnp.maximum(lse, new_lse)
-  top = jnp.where(top > -jnp.inf, top, 0.0)
-  a, b = (jnp.exp2((x - top) * p.base2) for x in (lse, new_lse))
-  total = a + b
-  scale = jnp.where(total > 0, 1 / total, 0.0)
-  a, b = (jnp.swapaxes(x * scale, 1, 2) for x in (a, b))
-  return out * a + new_out * b, top + jnp.log2(total) / p.base2
-
-
-def _fwd(
-  static: _Static, q, k, v, ids: Ids, turns: Turns
-) -> tuple[jax.Array, jax.Array]:
-  p, config = static.problem, static.config
-  q, k, v = _to_rows(q, k.shape[2]), _to_keys(k), _to_keys(v)
-  unit = key_unit(p, config.block_q, config.block_kv)
-  spans = _spans(p, config.keys_fwd(q, p.group, unit))
-  if len(spans) == 1 and spans[0].problem == p:
-    out, lse = flash_fwd(p, config, q, _pad(k, unit), _pad(v, unit), ids, turns)
-    return out, lse
-  out = jnp.zeros(q.shape, jnp.float32)
-  lse = jnp.full((q.shape[0], 1, q.shape[1]), -jnp.inf)
-  for span in spans:
-    rows, keys = span.rows, span.keys
-    new_out, new_lse = flash_fwd(
-      span.problem,
-      config,
-      q[:, rows],
-      _pad(k[:, keys], unit),
-      _pad(v[:, keys], unit),
-      span.ids(ids),
-      out_dtype=jnp.float32,
-    )
-    new_out, new_lse = _merge(
-      p, out[:, rows], lse[:, :, rows], new_out, new_lse
-    )
-    out, lse = out.at[:, rows].set(new_out), lse.at[:, :, rows].set(new_lse)
-  return out.astype(q.dtype), lse
-
-
-def _bwd(
-  static: _Static, q, k, v, ids: Ids, turns: Turns, out, lse, dout, dlse
-):
-  p, config = static.problem, static.config
-  kv_heads = k.shape[2]
-  q, out, dout = (_to_rows(x, kv_heads) for x in (q, out, dout))
-  k, v = _to_keys(k), _to_keys(v)
-  unit = key_unit(p, config.block_q_bwd, config.block_kv_bwd)
-  spans = _spans(p, config.keys_bwd(q, p.group, unit))
-  if len(spans) == 1 and spans[0].problem == p:
-    dq, dk, dv = flash_bwd(
-      p,
-      config,
-      q,
-      _pad(k, unit),
-      _pad(v, unit),
-      out,
-      dout,
-      lse,
-      dlse,
-      ids,
-      turns,
-    )
-    return dq, dk[:, : p.s], dv[:, : p.s]
-  dq = jnp.zeros(q.shape, jnp.float32)
-  dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
-  for span in spans:
-    rows, keys = span.rows, span.keys
-    new_dq, new_dk, new_dv = flash_bwd(
-      span.problem,
-      config,
-      q[:, rows],
-      _pad(k[:, keys], unit),
-      _pad(v[:, keys], unit),
-      out[:, rows],
-      dout[:, rows],
-      lse[:, :, rows],
-      dlse[:, :, rows],
-      span.ids(ids),
-      dq_dtype=jnp.float32,
-    )
-    dq = dq.at[:, rows].add(new_dq)
-    dk = dk.at[:, keys].set(new_dk[:, : span.problem.s])
-    dv = dv.at[:, keys].set(new_dv[:, : span.problem.s])
-  return dq.astype(q.dtype), dk, dv
-
-
-def _over_batch(function):
-  """`function` of arrays [B, ...] that vmap maps by a larger B."""
-  function = jax.custom_batching.custom_vmap(function)
-
-  @function.def_vmap
-  def rule(axis_size, in_batched, *args):
-    def merged(x, batched):
-      if not batched:
-        x = jnp.broadcast_to(x, (axis_size, *x.shape))
-      return x.reshape(-1, *x.shape[2:])
-
-    outs = function(*jax.tree.map(merged, args, tuple(in_batched)))
-    split = [x.reshape(axis_size, -1, *x.shape[1:]) for x in outs]
-    return tuple(split), (True,) * len(split)
-
-  return function
-
-
-def _turns(static: _Static, q, positions: Positions) -> Turns:
+def _turns(static: _Static, q: jax.Array, positions: Positions) -> Turns:
   if not positions:
     return ()
   half, base = q.shape[3] // 2, static.base_frequency
   return positions[0], rope_timescale(half, base, jnp.float32)
 
 
-def _pallas_fwd(static: _Static, q, k, v, ids: Ids, positions: Positions):
-  def run(q, k, v, ids, positions):
-    out, lse = _fwd(static, q, k, v, ids, _turns(static, q, positions))
-    return _from_rows(out, q.shape), lse
-
-  return _over_batch(run)(q, k, v, ids, positions)
+def _fwd(static: _Static, q, k, v, ids: Ids, positions: Positions):
+  turns = _turns(static, q, positions)
+  return forward(static.problem, static.config, q, k, v, ids, turns)
 
 
-def _pallas_bwd(static: _Static, *args):
-  def run(q, k, v, ids, positions, *rest):
-    turns = _turns(static, q, positions)
-    dq, dk, dv = _bwd(static, q, k, v, ids, turns, *rest)
-    return (
-      _from_rows(dq, q.shape),
-      _from_keys(dk, k.shape),
-      _from_keys(dv, v.shape),
-    )
-
-  return _over_batch(run)(*args)
-
-
-# --- differentiation ----------------------------------------------------------
-# Between the passes lse is as the kernels have it: [B K, 1, T G], in units of
-# `Problem.unit`.
+def _bwd(static: _Static, q, k, v, ids: Ids, positions: Positions, *rest):
+  turns = _turns(static, q, positions)
+  return backward(static.problem, static.config, q, k, v, ids, turns, *rest)
 
 
 def _reference(static: _Static, q, k, v, ids: Ids, positions: Positions):
@@ -554,29 +397,31 @@ def _reference(static: _Static, q, k, v, ids: Ids, positions: Positions):
     v,
     scale=p.scale,
     is_causal=p.is_causal,
-    segment_ids=ids or None,
+    segment_ids=(ids[0], ids[1]) if ids else None,
     local_window_size=p.window,
     logits_soft_cap=p.soft_cap,
-    rope=Rope(*positions, static.base_frequency) if positions else None,
+    rope=Rope(positions[0], static.base_frequency) if positions else None,
     return_lse=True,
   )
-  return out, _lse_to_rows(lse / p.unit, k.shape[2])
+  return out, lse_to_rows(lse / p.unit, k.shape[2])
 
 
 def _reference_bwd(
   static: _Static, q, k, v, ids: Ids, positions: Positions, out, lse, dout, dlse
 ):
   del out, lse
-  _, vjp = jax.vjp(
-    lambda *qkv: _reference(static, *qkv, ids, positions), q, k, v
-  )
+
+  def of_floats(q, k, v):
+    return _reference(static, q, k, v, ids, positions)
+
+  _, vjp = jax.vjp(of_floats, q, k, v)
   return vjp((dout, dlse))
 
 
 def _primal(static: _Static, q, k, v, ids: Ids, positions: Positions):
   return dispatch(
     static.implementation,
-    functools.partial(_pallas_fwd, static),
+    functools.partial(_fwd, static),
     functools.partial(_reference, static),
     q,
     k,
@@ -596,7 +441,7 @@ def _vjp_fwd(static: _Static, q, k, v, ids: Ids, positions: Positions):
 def _vjp_bwd(static: _Static, saved, cotangents):
   grads = dispatch(
     static.implementation,
-    functools.partial(_pallas_bwd, static),
+    functools.partial(_bwd, static),
     functools.partial(_reference_bwd, static),
     *saved,
     *cotangents,
@@ -738,7 +583,7 @@ def flash_attention(
   ids = () if segment_ids is None else _segment_pair(segment_ids)
   run = functools.partial(
     _per_device,
-    scale=q.shape[3] ** -0.5 if scale is None else scale,
+    scale=q.shape[3] ** -0.5 if scale is None else float(scale),
     is_causal=is_causal,
     window=local_window_size,
     soft_cap=logits_soft_cap,
@@ -746,7 +591,7 @@ def flash_attention(
     implementation=implementation,
     config=config,
     segmented=bool(ids),
-    base_frequency=rope.base_frequency if rope else None,
+    base_frequency=rope.base_frequency if rope else 0.0,
   )
   positions = (rope.positions,) if rope else ()
   # Split over heads, the kv heads go with their query heads; one that serves
@@ -776,7 +621,7 @@ def _per_device(
   implementation: Implementation,
   config: FlashAttentionConfig | None,
   segmented: bool,
-  base_frequency: float | None,
+  base_frequency: float,
 ) -> Any:
   """One device's batch elements and heads."""
   t, s, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
@@ -800,11 +645,11 @@ def _per_device(
       for x in (q, k)
     )
     problem, positions = dataclasses.replace(problem, rotated=False), ()
-  static = _Static(problem, base_frequency or 0.0, implementation, config)
+  static = _Static(problem, base_frequency, implementation, config)
   out, lse = _attention(static, q, k, v, ids, positions)
   if not return_lse:
     return out
-  return out, _lse_from_rows(lse, q.shape) * problem.unit
+  return out, lse_from_rows(lse, q.shape) * problem.unit
 
 
 def _turns_inside(p: Problem, config: FlashAttentionConfig, q, k) -> bool:
@@ -820,7 +665,7 @@ def _turns_inside(p: Problem, config: FlashAttentionConfig, q, k) -> bool:
   )
   if not (whole and all(diagonals)):
     return False
-  rows = jax.eval_shape(lambda q: _to_rows(q, k.shape[2]), q)
+  rows = jax.eval_shape(lambda q: to_rows(q, k.shape[2]), q)
   fit = (
     config.keys_fwd(rows, p.group, config.block_q, rotated=True),
     config.keys_bwd(rows, p.group, config.block_q_bwd, rotated=True),
@@ -842,7 +687,7 @@ def _config(q, k, is_causal, window, segmented) -> FlashAttentionConfig:
   )
   if found is not None:
     return FlashAttentionConfig(**found)
-  return FlashAttentionConfig.fitting(q.shape[2] // k.shape[2])
+  return FlashAttentionConfig.fitting(q.shape[2] // k.shape[2], q.shape[3])
 
 
 # --- registration -------------------------------------------------------------

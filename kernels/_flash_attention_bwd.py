@@ -1,4 +1,15 @@
-"""Backward pass of flash attention: dq, dk and dv in one kernel."""
+"""Backward pass of flash attention: dq, dk and dv in one kernel.
+
+Works on transposed scores, keys in sublanes and rows in lanes:
+
+    s^T = K q^T,  p^T = exp(s^T - lse),  dp^T = V do^T,  ds^T = p^T (dp^T - di)
+    dV += p^T do,  dK += ds^T q,  dq^T += K^T ds^T
+
+so that lse and di lie as stored, one lane per row, and ds^T is never
+transposed: K is, a block at a time, beside the matmuls.  dK and dV of a kv head
+stay in VMEM, float32, over all its q blocks and heads; dq^T over a q block's
+keys.  Nothing is summed outside, and the order of the sums is fixed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ._flash_attention_fwd import (
+from ._flash_attention_tiles import (
   LANES,
   VMEM_BYTES,
   Ids,
@@ -20,19 +31,29 @@ from ._flash_attention_fwd import (
   as_lanes,
   dot,
   for_blocks,
+  from_keys,
+  from_rows,
   has_diagonal,
   key_ids,
+  key_unit,
+  over_batch,
+  pad_keys,
   phases,
   raw_logits,
   rope_operands,
   segment_operands,
+  spans_of,
   taker,
   tiles,
+  to_keys,
+  to_rows,
   turned,
   visible,
   wide,
 )
 from ._sharding import like
+
+# --- the kernel ---------------------------------------------------------------
 
 
 def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
@@ -203,9 +224,7 @@ def flash_bwd(
   rows = block_q * p.group
   ragged = tg % rows != 0
   tile, whole, lane = tiles(bk, rows, s, h)
-  scalars, id_args, id_specs = [], [], []
-  if p.segmented:
-    scalars, id_args, id_specs = segment_operands(p, block_q, block_kv, bk, ids)
+  scalars, id_args, id_specs = segment_operands(p, block_q, block_kv, bk, ids)
   turn_scratch = [
     pltpu.VMEM((s, h), k.dtype),
     *[pltpu.VMEM((s, h // 2), jnp.float32)] * 2,
@@ -254,3 +273,72 @@ def flash_bwd(
     ],
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
   )(*scalars, q, k, v, o, do, lse, dlse, *id_args, *turn_args)
+
+
+# --- the pass -----------------------------------------------------------------
+
+
+def _over_spans(
+  p: Problem, config: Any, q, k, v, ids: Ids, turns: Turns, out, lse, dout, dlse
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """dq in rows, dk and dv in keys."""
+  kv_heads = k.shape[2]
+  q, out, dout = (to_rows(x, kv_heads) for x in (q, out, dout))
+  k, v = to_keys(k), to_keys(v)
+  unit = key_unit(p, config.block_q_bwd, config.block_kv_bwd)
+  spans = spans_of(p, config.keys_bwd(q, p.group, unit))
+  if len(spans) == 1 and spans[0].problem == p:
+    dq, dk, dv = flash_bwd(
+      p,
+      config,
+      q,
+      pad_keys(k, unit),
+      pad_keys(v, unit),
+      out,
+      dout,
+      lse,
+      dlse,
+      ids,
+      turns,
+    )
+    return dq, dk[:, : p.s], dv[:, : p.s]
+  dq = jnp.zeros(q.shape, jnp.float32)
+  dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
+  for span in spans:
+    rows, keys = span.rows, span.keys
+    new_dq, new_dk, new_dv = flash_bwd(
+      span.problem,
+      config,
+      q[:, rows],
+      pad_keys(k[:, keys], unit),
+      pad_keys(v[:, keys], unit),
+      out[:, rows],
+      dout[:, rows],
+      lse[:, :, rows],
+      dlse[:, :, rows],
+      span.ids(ids),
+      dq_dtype=jnp.float32,
+    )
+    dq = dq.at[:, rows].add(new_dq)
+    dk = dk.at[:, keys].set(new_dk[:, : span.problem.s])
+    dv = dv.at[:, keys].set(new_dv[:, : span.problem.s])
+  return dq.astype(q.dtype), dk, dv
+
+
+def backward(
+  p: Problem, config: Any, q, k, v, ids: Ids, turns: Turns, out, lse, dout, dlse
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """dq, dk and dv, from the arguments and results of `forward` and the
+  cotangents of the latter.
+  """
+
+  def run(q, k, v, ids, positions, *rest):
+    turned_by = (*positions, *turns[1:])
+    dq, dk, dv = _over_spans(p, config, q, k, v, ids, turned_by, *rest)
+    return (
+      from_rows(dq, q.shape),
+      from_keys(dk, k.shape),
+      from_keys(dv, v.shape),
+    )
+
+  return over_batch(run)(q, k, v, ids, turns[:1], out, lse, dout, dlse)

@@ -23,8 +23,9 @@ from pallas_gemma.kernels import (
 )
 
 MODULE = sys.modules[FlashAttentionConfig.__module__]
-FORWARD = sys.modules[MODULE.flash_fwd.__module__]
-BACKWARD = sys.modules[MODULE.flash_bwd.__module__]
+FORWARD = sys.modules[MODULE.forward.__module__]
+BACKWARD = sys.modules[MODULE.backward.__module__]
+TILES = sys.modules[MODULE.Problem.__module__]
 SMALL = FlashAttentionConfig(
   block_q=128, block_kv=128, rows=128, block_q_bwd=128, block_kv_bwd=128
 )
@@ -115,7 +116,7 @@ def most_keys_seen(t, s, is_causal, local_window_size, segment_ids=None, **_):
   return int(mask.sum(axis=-1).max())
 
 
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(problems())
 def test_any_problem_meets_the_bar(problem):
   shape, kwargs, config = problem
@@ -149,21 +150,21 @@ PROBLEMS = {
 }
 MUTANTS = {
   "query sees one key ahead": (
-    FORWARD,
+    TILES,
     "causal",
     ("ahead * p.group <= row", "ahead * p.group <= row + p.group"),
   ),
   "window one short on the left": (
-    FORWARD,
+    TILES,
     "window",
     ("(ahead + (left + 1))", "(ahead + left)"),
   ),
   "window one short on the right": (
-    FORWARD,
+    TILES,
     "window",
     ("(ahead - right) *", "(ahead - right + 1) *"),
   ),
-  "keys past the end": (FORWARD, "ragged", ("key < p.s", "key < p.s + 9")),
+  "keys past the end": (TILES, "ragged", ("key < p.s", "key < p.s + 9")),
   "no rescale of out": (
     FORWARD,
     "causal",
@@ -179,9 +180,9 @@ MUTANTS = {
     "ragged",
     ("lse = m + jnp.log2(", "lse = m + 0.0 * jnp.log2("),
   ),
-  "padding is seen": (FORWARD, "segments", (" & (key_ids != 0)", "")),
+  "padding is seen": (TILES, "segments", (" & (key_ids != 0)", "")),
   "a block too few": (
-    FORWARD,
+    TILES,
     "segments",
     ("end = meet.shape[2] - jnp", "end = meet.shape[2] - 1 - jnp"),
   ),
@@ -196,11 +197,11 @@ MUTANTS = {
     ("= turned(k_ref[here, :], sin, cos)", "= k_ref[here, :]"),
   ),
   "heads swapped": (
-    MODULE,
+    TILES,
     "grouped",
     (
-      "x.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)",
-      "x.reshape(b, t, -1, kv_heads, h).transpose(0, 3, 1, 2, 4)",
+      "x.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)\n  return x",
+      "x.reshape(b, t, -1, kv_heads, h).transpose(0, 3, 1, 2, 4)\n  return x",
     ),
   ),
   "no di": (BACKWARD, "causal", (" - di_ref[:, here])", ")")),
@@ -279,11 +280,13 @@ def test_the_mutants_originals_live(name):
 def test_mutants_die(name, monkeypatch):
   module, problem, change = MUTANTS[name]
   copy = mutation.mutant(module, *change)
-  function = getattr(copy, "flash_attention", flash_attention)
-  for kernel in ("flash_fwd", "flash_bwd"):
-    if module is not MODULE and hasattr(copy, kernel):
-      monkeypatch.setattr(MODULE, kernel, getattr(copy, kernel))
-  mutation.assert_killed(solves, problem, function)
+  for user in (MODULE, FORWARD, BACKWARD):
+    for name, thing in list(vars(user).items()):
+      if user is not module and (
+        getattr(thing, "__module__", None) == module.__name__
+      ):
+        monkeypatch.setattr(user, name, getattr(copy, name))
+  mutation.assert_killed(solves, problem, flash_attention)
 
 
 # --- extremes -----------------------------------------------------------------
@@ -334,9 +337,9 @@ def test_rows_that_see_nothing():
     assert not gradient.any()
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 4), (1, 0, 4), (1, 4, 0)])
-def test_empty_arrays(shape):
-  q, k, v = draw(*shape, 2, 1, 64)
+@pytest.mark.parametrize("b, t, s", [(0, 4, 4), (1, 0, 4), (1, 4, 0)])
+def test_empty_arrays(b, t, s):
+  q, k, v = draw(b, t, s, 2, 1, 64)
   out, vjp = jax.vjp(KERNEL, q, k, v)
   assert out.shape == q.shape and not out.any()
   assert [g.shape for g in vjp(out)] == [q.shape, k.shape, v.shape]
@@ -361,11 +364,11 @@ def test_spans_of_keys(kwargs, monkeypatch):
 
 
 def test_each_span_has_the_queries_that_see_it():
-  problem = FORWARD.Problem(
+  problem = TILES.Problem(
     t=300, s=300, group=2, scale=1.0, is_causal=True, window=(50, 0),
     soft_cap=None, segmented=False,
   )  # fmt: skip
-  spans = MODULE._spans(problem, 128)
+  spans = TILES.spans_of(problem, 128)
   assert [(s.keys.start, s.queries) for s in spans] == [
     (0, slice(0, 178)),
     (128, slice(128, 300)),
@@ -381,16 +384,26 @@ def test_tiles_that_cannot_fit_are_refused():
     jax.eval_shape(kernel, q, q, q)
 
 
+def test_vmem_is_reported():
+  """16 MiB of float32 dk and dv, as much again of k, v, dk and dv."""
+  q = jax.ShapeDtypeStruct((1, 8192, 8, 256), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((1, 8192, 1, 256), jnp.bfloat16)
+  config = FlashAttentionConfig.fitting(8, 256)
+  forward, backward = config.vmem_bytes(q, k)
+  assert 8 << 20 < forward < backward
+  assert 32 << 20 < backward < MODULE.VMEM_BYTES
+
+
 # --- segments -----------------------------------------------------------------
 
 
 def test_blocks_of_other_segments_are_skipped():
-  problem = FORWARD.Problem(
+  problem = TILES.Problem(
     t=512, s=512, group=1, scale=1.0, is_causal=True, window=None,
     soft_cap=None, segmented=True,
   )  # fmt: skip
   ids = ids_of(128, 256, 100, 28)
-  (bounds,), *_ = FORWARD.segment_operands(problem, 128, 128, 1, (ids, ids))
+  (bounds,), *_ = TILES.segment_operands(problem, 128, 128, 1, (ids, ids))
   assert bounds.reshape(-1, 2).tolist() == [[0, 1], [1, 3], [1, 3], [3, 4]]
 
 
