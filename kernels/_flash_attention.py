@@ -252,14 +252,18 @@ class FlashAttentionConfig:
       )
 
   @classmethod
-  def fitting(cls, group: int, head_size: int) -> FlashAttentionConfig:
+  def fitting(
+    cls, group: int, head_size: int, dtype: Any = jnp.bfloat16
+  ) -> FlashAttentionConfig:
     """Tiles of 2048 rows, whatever the number of heads among them.
 
-    Small heads have a softmax as long as their matmuls; what it costs for each
-    block of keys is spread over more of them.
+    Of float32, whose products take several passes of the matrix unit and long
+    to compile, 1024.  Small heads have a softmax as long as their matmuls; what
+    it costs for each block of keys is spread over more of them.
     """
-    block_q = 1 << (2048 // min(group, 128)).bit_length() - 1
-    block_q = min(block_q, 1024)
+    rows = 1024 if dtype == jnp.float32 else 2048
+    block_q = 1 << (rows // min(group, 128)).bit_length() - 1
+    block_q = min(max(block_q, 16), 1024)
     wide = head_size <= LANES or group == 1
     block_kv = max(min(512 if wide else 256, block_q), LANES)
     return cls(
@@ -687,7 +691,8 @@ def _config(q, k, is_causal, window, segmented) -> FlashAttentionConfig:
   )
   if found is not None:
     return FlashAttentionConfig(**found)
-  return FlashAttentionConfig.fitting(q.shape[2] // k.shape[2], q.shape[3])
+  group = q.shape[2] // k.shape[2]
+  return FlashAttentionConfig.fitting(group, q.shape[3], q.dtype)
 
 
 # --- registration -------------------------------------------------------------
