@@ -15,6 +15,7 @@ from ._feed_forward import OP as _FEED_FORWARD
 from ._feed_forward import feed_forward as feed_forward
 from ._feed_forward import feed_forward_reference as feed_forward_reference
 from ._flash_attention import OP as _FLASH_ATTENTION
+from ._flash_attention import FlashAttentionConfig as FlashAttentionConfig
 from ._flash_attention import Rope as Rope
 from ._flash_attention import flash_attention as flash_attention
 from ._flash_attention import (

@@ -19,22 +19,57 @@ Visible, from query i to key j (positions in the arrays, not `rope`'s):
     local_window_size=(left, right)  i - left <= j <= i + right, both inclusive
     segment_ids                      equal, and not 0 (padding)
 
-Traffic: q, k, v and o once; with T^2 / 2 visible pairs of H = 256 the causal
-forward at T = 8192 does 4,096 flops per byte and is bound by the MXU: 2 matmuls
-forward, 5 backward.
+Traffic: q, k, v and o once, and backward these, do, dq, dk and dv once; lse is
+one float32 per row, di is recomputed.  With T^2 / 2 visible pairs of H = 256
+the causal forward at T = 8192 does 4,096 flops per byte and is bound by the
+MXU: 2 matmuls forward, 5 backward.
 
-Tiling: none yet; there is no Pallas kernel for this op.
+Tiling: the kernels see rows, r = t G + g, the G = N / K query heads of a kv
+head side by side under their token; for multi-query attention [B, T, N, H] lies
+in memory so already.  The keys of a kv head stay in VMEM while the grid,
+(B K, ceil(T / block_q)), walks over its q blocks.  A causal forward, with
+block_q = 2 block_kv:
+
+            block_kv
+            +---+                  d  the diagonal, first: each group of rows as
+    block_q |ddd|                     far as it sees, in whole registers, masked
+            |ddd|ddd               f  the keys before it: a loop without masks
+            +---+---+---+
+            |fff|fff|ddd|          Windows and unaligned shapes add loops with
+            |fff|fff|ddd|ddd       masks at the ends.  With segment ids, blocks
+            +---+---+---+---+      from the first to the last that can share an
+                                   id are masked.  The rest costs nothing.
+
+The kernels are in `_flash_attention_fwd` and `_flash_attention_bwd`, what they
+share in `_flash_attention_tiles`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from ._flash_attention_bwd import backward
+from ._flash_attention_fwd import forward
+from ._flash_attention_tiles import (
+  LANES,
+  VMEM_BYTES,
+  Ids,
+  Problem,
+  Turns,
+  Window,
+  has_diagonal,
+  lse_from_rows,
+  lse_to_rows,
+  to_rows,
+)
 from ._op import (
   Case,
   Cost,
@@ -44,12 +79,21 @@ from ._op import (
   check_float,
   check_implementation,
   check_shape,
+  dispatch,
   nbytes,
 )
-from ._rope import apply_rope_reference, check_integers, check_rope
+from ._rope import (
+  apply_rope,
+  apply_rope_reference,
+  check_integers,
+  check_rope,
+  rope_timescale,
+)
+from ._sharding import per_device
+from ._tuned import power_of_two, tuned_config
 
+Positions = tuple[jax.Array, ...]  # one array, or nothing
 Segments = jax.Array | tuple[jax.Array, jax.Array] | None
-Window = tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +211,252 @@ def _segment_pair(segment_ids: Any) -> tuple[jax.Array, jax.Array]:
   return segment_ids, segment_ids
 
 
+# --- configuration ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlashAttentionConfig:
+  """Tile sizes.  They change speed, never results beyond rounding.
+
+  Attributes:
+    block_q: queries per grid step of the forward, each with all heads of its
+      kv head; a multiple of 16.
+    block_kv: keys per step of its inner loop; a power of two, at least 128.
+    rows: queries times heads that go through the softmax together; those of
+      one grid step are interleaved.  A multiple of 128.
+    block_q_bwd: as block_q, of the backward.
+    block_kv_bwd: as block_kv, of the backward.
+  """
+
+  block_q: int = 128
+  block_kv: int = 256
+  rows: int = 256
+  block_q_bwd: int = 128
+  block_kv_bwd: int = 256
+
+  def __post_init__(self):
+    for name in ("block_q", "block_q_bwd"):
+      self._check(name, getattr(self, name) % 16 == 0, "a multiple of 16")
+    for name in ("block_kv", "block_kv_bwd"):
+      value = getattr(self, name)
+      power = value & (value - 1) == 0 and value >= LANES
+      self._check(name, power, f"a power of two, at least {LANES}")
+    self._check("rows", self.rows % LANES == 0, f"a multiple of {LANES}")
+
+  def _check(self, name: str, good: bool, wanted: str) -> None:
+    value = getattr(self, name)
+    if not good or value <= 0:
+      raise ValueError(
+        f"FlashAttentionConfig: {name} must be positive and {wanted}, "
+        f"got {value}"
+      )
+
+  @classmethod
+  def fitting(
+    cls, group: int, head_size: int, dtype: Any = jnp.bfloat16
+  ) -> FlashAttentionConfig:
+    """Tiles of 2048 rows, whatever the number of heads among them.
+
+    Of float32, whose products take several passes of the matrix unit and long
+    to compile, 1024.  Small heads have a softmax as long as their matmuls; what
+    it costs for each block of keys is spread over more of them.
+    """
+    rows = 1024 if dtype == jnp.float32 else 2048
+    block_q = 1 << (rows // min(group, 128)).bit_length() - 1
+    block_q = min(max(block_q, 16), 1024)
+    wide = head_size <= LANES or group == 1
+    block_kv = max(min(512 if wide else 256, block_q), LANES)
+    return cls(
+      block_q=block_q,
+      block_kv=block_kv,
+      block_q_bwd=block_q,
+      block_kv_bwd=block_kv,
+    )
+
+  def _fwd_bytes(self, q: jax.Array, group: int) -> tuple[int, int]:
+    """VMEM of the forward: in all but its keys, and per key."""
+    width, size = _lanes(q.shape[2]), q.dtype.itemsize
+    rows = self.block_q * group
+    tiles = 4 * rows * width * size  # q and out, each in two buffers
+    state = rows * (2 * LANES + width) * 4
+    # The logits and weights of all rows, in float32.
+    return tiles + state + 2 * rows * self.block_kv * 4, (
+      2 * _buffers(q) * width * size
+    )
+
+  def _bwd_bytes(self, q: jax.Array, group: int) -> tuple[int, int]:
+    """VMEM of the backward: in all but its keys, and per key."""
+    width, size = _lanes(q.shape[2]), q.dtype.itemsize
+    rows = self.block_q_bwd * group
+    tiles = 10 * rows * width * size  # q, o, do, dq twice, and clean q and do
+    state = 2 * rows * width * 4
+    logits = 4 * rows * self.block_kv_bwd * 4
+    return tiles + state + logits, (4 * _buffers(q) * size + 2 * 4) * width
+
+  def keys_fwd(self, q, group: int, unit: int, rotated: bool = False) -> int:
+    """How many keys one call of the forward holds, a multiple of unit."""
+    fixed, per_key = self._fwd_bytes(q, group)
+    turned = rotated * _lanes(q.shape[2]) * q.dtype.itemsize
+    return _keys_that_fit("forward", fixed, per_key + turned, unit)
+
+  def keys_bwd(self, q, group: int, unit: int, rotated: bool = False) -> int:
+    """How many keys one call of the backward holds, a multiple of unit."""
+    fixed, per_key = self._bwd_bytes(q, group)
+    turned = rotated * _lanes(q.shape[2]) * (q.dtype.itemsize + 4)
+    return _keys_that_fit("backward", fixed, per_key + turned, unit)
+
+  def vmem_bytes(self, q: Any, k: Any) -> tuple[int, int]:
+    """VMEM that one call of the forward and one of the backward take.
+
+    An estimate, on which the number of keys to a call rests.
+
+    Args:
+      q: [B, T, N, H], or its shape and dtype.
+      k: [B, S, K, H], likewise.
+    """
+    group = q.shape[2] // k.shape[2]
+    config = self.clipped(q.shape[1], k.shape[1], group)
+    rows = jax.eval_shape(functools.partial(to_rows, kv_heads=k.shape[2]), q)
+    of_passes = config._fwd_bytes(rows, group), config._bwd_bytes(rows, group)
+    forward, backward = (
+      fixed + min(k.shape[1] * per_key, VMEM_BYTES - fixed)
+      for fixed, per_key in of_passes
+    )
+    return forward, backward
+
+  def clipped(self, t: int, s: int, group: int) -> FlashAttentionConfig:
+    """No larger than the problem, and with rows a multiple of LANES."""
+    unit = LANES // math.gcd(group, LANES)
+    unit = max(unit, 16)
+
+    def queries(block: int) -> int:
+      return min(-(-block // unit), -(-t // unit)) * unit
+
+    most_keys = max(power_of_two(s), LANES)
+    return dataclasses.replace(
+      self,
+      block_q=queries(self.block_q),
+      block_kv=min(self.block_kv, most_keys),
+      block_q_bwd=queries(self.block_q_bwd),
+      block_kv_bwd=min(self.block_kv_bwd, most_keys),
+    )
+
+
+def _lanes(head_size: int) -> int:
+  return -(-head_size // LANES) * LANES
+
+
+def _buffers(rows: jax.Array) -> int:
+  """Of whole keys [BK, S, H]: the next are loaded ahead if there are any."""
+  return 1 if rows.shape[0] == 1 else 2
+
+
+def _keys_that_fit(name: str, fixed: int, per_key: int, unit: int) -> int:
+  keys = (VMEM_BYTES - fixed) // per_key // unit * unit
+  if keys <= 0:
+    raise ValueError(
+      f"flash_attention: the {name}'s tiles must fit {VMEM_BYTES} bytes of "
+      f"VMEM, got {fixed + unit * per_key} with {unit} keys; use smaller blocks"
+    )
+  return keys
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """The problem, how to solve it, and by what."""
+
+  problem: Problem
+  base_frequency: float
+  implementation: Implementation
+  config: FlashAttentionConfig
+
+
+# --- differentiation ----------------------------------------------------------
+# Between the passes lse is as the kernels have it: [B K, 1, T G], in units of
+# `Problem.unit`.
+
+
+def _turns(static: _Static, q: jax.Array, positions: Positions) -> Turns:
+  if not positions:
+    return ()
+  half, base = q.shape[3] // 2, static.base_frequency
+  return positions[0], rope_timescale(half, base, jnp.float32)
+
+
+def _fwd(static: _Static, q, k, v, ids: Ids, positions: Positions):
+  turns = _turns(static, q, positions)
+  return forward(static.problem, static.config, q, k, v, ids, turns)
+
+
+def _bwd(static: _Static, q, k, v, ids: Ids, positions: Positions, *rest):
+  turns = _turns(static, q, positions)
+  return backward(static.problem, static.config, q, k, v, ids, turns, *rest)
+
+
+def _reference(static: _Static, q, k, v, ids: Ids, positions: Positions):
+  p = static.problem
+  out, lse = flash_attention_reference(
+    q,
+    k,
+    v,
+    scale=p.scale,
+    is_causal=p.is_causal,
+    segment_ids=(ids[0], ids[1]) if ids else None,
+    local_window_size=p.window,
+    logits_soft_cap=p.soft_cap,
+    rope=Rope(positions[0], static.base_frequency) if positions else None,
+    return_lse=True,
+  )
+  return out, lse_to_rows(lse / p.unit, k.shape[2])
+
+
+def _reference_bwd(
+  static: _Static, q, k, v, ids: Ids, positions: Positions, out, lse, dout, dlse
+):
+  del out, lse
+
+  def of_floats(q, k, v):
+    return _reference(static, q, k, v, ids, positions)
+
+  _, vjp = jax.vjp(of_floats, q, k, v)
+  return vjp((dout, dlse))
+
+
+def _primal(static: _Static, q, k, v, ids: Ids, positions: Positions):
+  return dispatch(
+    static.implementation,
+    functools.partial(_fwd, static),
+    functools.partial(_reference, static),
+    q,
+    k,
+    v,
+    ids,
+    positions,
+  )
+
+
+def _vjp_fwd(static: _Static, q, k, v, ids: Ids, positions: Positions):
+  out, lse = _primal(static, q, k, v, ids, positions)
+  out = checkpoint_name(out, "flash_attention_out")
+  lse = checkpoint_name(lse, "flash_attention_lse")
+  return (out, lse), (q, k, v, ids, positions, out, lse)
+
+
+def _vjp_bwd(static: _Static, saved, cotangents):
+  grads = dispatch(
+    static.implementation,
+    functools.partial(_bwd, static),
+    functools.partial(_reference_bwd, static),
+    *saved,
+    *cotangents,
+  )
+  return (*grads, *jax.tree.map(lambda _: None, saved[3:5]))
+
+
+_attention = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_attention.defvjp(_vjp_fwd, _vjp_bwd)
+
+
 # --- public -------------------------------------------------------------------
 
 
@@ -234,7 +524,7 @@ def flash_attention(
   rope: Rope | None = None,
   return_lse: bool = False,
   implementation: Implementation = None,
-  config: None = None,
+  config: FlashAttentionConfig | None = None,
 ) -> Any:
   """Softmax attention without the [T, S] matrix in memory.
 
@@ -259,7 +549,7 @@ def flash_attention(
     return_lse: also return the log of the sum of exponentials.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
-    config: reserved for the kernel's tile sizes.
+    config: tile sizes; None picks them from the shape.
 
   Returns:
     out [B, T, N, H] of q's dtype, or (out, lse [B, N, T] float32).  A query
@@ -267,10 +557,9 @@ def flash_attention(
 
   Raises:
     ValueError: on wrong shapes, dtypes or values.
-    NotImplementedError: for implementation="pallas".
   """
   op = "flash_attention"
-  check_implementation(op, implementation, pallas=OP.pallas)
+  check_implementation(op, implementation)
   check_attention(op, q, k, v, local_window_size, logits_soft_cap)
   _check_segments(op, q, k, segment_ids)
   if rope is not None:
@@ -282,18 +571,128 @@ def flash_attention(
     check_shape(op, "rope.positions", rope.positions, q.shape[:2], "[B, T]")
     check_integers(op, "rope.positions", rope.positions)
     check_rope(op, q.shape[3], rope.base_frequency)
-  return flash_attention_reference(
-    q,
-    k,
-    v,
-    scale=scale,
+  if implementation == "xla" or q.size == 0 or k.size == 0:
+    return flash_attention_reference(
+      q,
+      k,
+      v,
+      scale=scale,
+      is_causal=is_causal,
+      segment_ids=segment_ids,
+      local_window_size=local_window_size,
+      logits_soft_cap=logits_soft_cap,
+      rope=rope,
+      return_lse=return_lse,
+    )
+  ids = () if segment_ids is None else _segment_pair(segment_ids)
+  run = functools.partial(
+    _per_device,
+    scale=q.shape[3] ** -0.5 if scale is None else float(scale),
     is_causal=is_causal,
-    segment_ids=segment_ids,
-    local_window_size=local_window_size,
-    logits_soft_cap=logits_soft_cap,
-    rope=rope,
+    window=local_window_size,
+    soft_cap=logits_soft_cap,
     return_lse=return_lse,
+    implementation=implementation,
+    config=config,
+    segmented=bool(ids),
+    base_frequency=rope.base_frequency if rope else 0.0,
   )
+  positions = (rope.positions,) if rope else ()
+  # Split over heads, the kv heads go with their query heads; one that serves
+  # them all is on every device.
+  kv = ("B", "S", "N" if k.shape[2] > 1 else "1", "H")
+  out, bt = ("B", "T", "N", "H"), ("B", "T")
+  return per_device(
+    op,
+    run,
+    (q, k, v, *ids, *positions),
+    (out, kv, kv, *(bt, ("B", "S"))[: len(ids)], *(bt,) * len(positions)),
+    (out, ("B", "N", "T")) if return_lse else out,
+    splits="BN",
+  )
+
+
+def _per_device(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *integers: jax.Array,
+  scale: float,
+  is_causal: bool,
+  window: Window,
+  soft_cap: float | None,
+  return_lse: bool,
+  implementation: Implementation,
+  config: FlashAttentionConfig | None,
+  segmented: bool,
+  base_frequency: float,
+) -> Any:
+  """One device's batch elements and heads."""
+  t, s, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+  integers = tuple(x.astype(jnp.int32) for x in integers)
+  ids, positions = integers[: 2 * segmented], integers[2 * segmented :]
+  config = config or _config(q, k, is_causal, window, segmented)
+  config = config.clipped(t, s, group)
+  if not scale > 0:  # the kernels take a maximum before they scale
+    q, scale = q * np.sign(scale).astype(q.dtype), abs(scale) or 1.0
+  problem = Problem(
+    t, s, group, scale, is_causal, window, soft_cap, segmented, bool(positions)
+  )
+  if positions and not _turns_inside(problem, config, q, k):
+    q, k = (
+      apply_rope(
+        x,
+        *positions,
+        base_frequency=base_frequency,
+        implementation=implementation,
+      )
+      for x in (q, k)
+    )
+    problem, positions = dataclasses.replace(problem, rotated=False), ()
+  static = _Static(problem, base_frequency, implementation, config)
+  out, lse = _attention(static, q, k, v, ids, positions)
+  if not return_lse:
+    return out
+  return out, lse_from_rows(lse, q.shape) * problem.unit
+
+
+def _turns_inside(p: Problem, config: FlashAttentionConfig, q, k) -> bool:
+  """Whether the attention kernels do the rotation, not `apply_rope` before.
+
+  They rotate a key with the query of its position: on a diagonal, with all the
+  keys in one call, and halves and heads that are whole registers.
+  """
+  whole = q.shape[3] // 2 % LANES == 0 and (p.group == 1 or p.group % 8 == 0)
+  diagonals = (
+    has_diagonal(p, config.block_q, config.block_kv),
+    has_diagonal(p, config.block_q_bwd, config.block_kv_bwd),
+  )
+  if not (whole and all(diagonals)):
+    return False
+  rows = jax.eval_shape(lambda q: to_rows(q, k.shape[2]), q)
+  fit = (
+    config.keys_fwd(rows, p.group, config.block_q, rotated=True),
+    config.keys_bwd(rows, p.group, config.block_q_bwd, rotated=True),
+  )
+  return min(fit) >= p.s
+
+
+def _config(q, k, is_causal, window, segmented) -> FlashAttentionConfig:
+  """The tuned config of a problem, or one that fits it."""
+  kind = "causal" if is_causal else "full"
+  found = tuned_config(
+    "flash_attention",
+    heads=q.shape[2],
+    kv_heads=k.shape[2],
+    head_size=q.shape[3],
+    length=power_of_two(max(q.shape[1], k.shape[1])),
+    dtype=q.dtype.name,
+    mask=kind + "_window" * (window is not None) + "_segments" * segmented,
+  )
+  if found is not None:
+    return FlashAttentionConfig(**found)
+  group = q.shape[2] // k.shape[2]
+  return FlashAttentionConfig.fitting(group, q.shape[3], q.dtype)
 
 
 # --- registration -------------------------------------------------------------
@@ -420,5 +819,4 @@ OP = Op(
       rope=_rope_at((1, 8192)),
     ),
   ),
-  pallas=False,
 )

@@ -62,7 +62,7 @@ def apply_rope_reference(
   half = x.shape[-1] // 2
   # Position over timescale, as the released model has it: the product with the
   # reciprocal differs in the last bit, which large positions magnify.
-  timescale = _timescale(half, base_frequency, wide)
+  timescale = rope_timescale(half, base_frequency, wide)
   angle = positions[..., None, None].astype(wide) / timescale  # [B, T, 1, h]
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
@@ -70,7 +70,7 @@ def apply_rope_reference(
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def _timescale(half: int, base_frequency: float, dtype) -> jax.Array:
+def rope_timescale(half: int, base_frequency: float, dtype) -> jax.Array:
   """Tokens per radian of each of the `half` frequencies."""
   exponent = jnp.arange(half, dtype=dtype) / half
   return jnp.asarray(base_frequency, dtype) ** exponent
@@ -182,7 +182,7 @@ def _rotate(
   else:
     tile = pl.BlockSpec((rows, heads, h), lambda i, j: (i, j, 0))
   tokens = x.reshape((b * t, h) if n == 1 else (b * t, n, h))
-  timescale = _timescale(h // 2, static.base_frequency, jnp.float32)[None]
+  timescale = rope_timescale(h // 2, static.base_frequency, jnp.float32)[None]
   y = pl.pallas_call(
     functools.partial(_kernel, sign=sign),
     name="apply_rope_fwd" if sign == 1 else "apply_rope_bwd",

@@ -1,0 +1,598 @@
+"""What is particular to flash attention."""
+
+import dataclasses
+import functools
+import sys
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import mutation
+import numerics
+import numpy as np
+import pytest
+import v5e
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from pallas_gemma import kernels
+from pallas_gemma.kernels import (
+  FlashAttentionConfig,
+  Rope,
+  flash_attention,
+  flash_attention_reference,
+)
+
+MODULE = sys.modules[FlashAttentionConfig.__module__]
+FORWARD = sys.modules[MODULE.forward.__module__]
+BACKWARD = sys.modules[MODULE.backward.__module__]
+TILES = sys.modules[MODULE.Problem.__module__]
+SMALL = FlashAttentionConfig(
+  block_q=128, block_kv=128, rows=128, block_q_bwd=128, block_kv_bwd=128
+)
+KERNEL = functools.partial(
+  flash_attention, implementation="pallas", config=SMALL
+)
+
+
+def draw(b, t, s, n, k, h, dtype=jnp.float32, seed=0):
+  rng = np.random.default_rng(seed)
+  return [
+    jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+    for shape in ((b, t, n, h), (b, s, k, h), (b, s, k, h))
+  ]
+
+
+def ids_of(*lengths):
+  """[1, T] ids: a segment 1, 2, ... for every length; of the last, padding."""
+  numbers = [*range(1, len(lengths)), 0]
+  return jnp.asarray(np.repeat(numbers, lengths)[None], jnp.int32)
+
+
+def positions_of(b, t):
+  rng = np.random.default_rng(7)
+  return jnp.asarray(rng.integers(0, 300, (b, t)), jnp.int32)
+
+
+def agrees(arrays, kernel=KERNEL, grad=True, **kwargs):
+  numerics.assert_agrees(
+    functools.partial(kernel, **kwargs),
+    functools.partial(flash_attention_reference, **kwargs),
+    arrays,
+    softmax=True,
+    grad=grad,
+  )
+
+
+# --- any problem --------------------------------------------------------------
+
+
+@st.composite
+def problems(draw_from):
+  t = draw_from(st.one_of(st.integers(1, 180), st.sampled_from([1, 127, 131])))
+  same = draw_from(st.booleans())
+  s = t if same else draw_from(st.integers(1, 180))
+  n, k = draw_from(st.sampled_from([(1, 1), (2, 1), (4, 2), (8, 1), (3, 3)]))
+  kwargs = {
+    "is_causal": draw_from(st.booleans()),
+    "local_window_size": draw_from(
+      st.sampled_from([None, (0, 0), (1, 0), (0, 1), (40, 7), (300, 300)])
+    ),
+    "logits_soft_cap": draw_from(st.sampled_from([None, 3.0])),
+    "scale": draw_from(st.sampled_from([None, 0.3, -0.1])),
+    "return_lse": draw_from(st.booleans()),
+  }
+  rng = np.random.default_rng(draw_from(st.integers(0, 99)))
+  match draw_from(st.sampled_from(["none", "none", "packed", "scattered"])):
+    case "packed":
+      kwargs["segment_ids"] = tuple(
+        jnp.sort(jnp.asarray(rng.integers(0, 4, (2, length)), jnp.int32))
+        for length in (t, s)
+      )
+    case "scattered":
+      kwargs["segment_ids"] = tuple(
+        jnp.asarray(rng.integers(0, 3, (2, length)), jnp.int32)
+        for length in (t, s)
+      )
+  if same and draw_from(st.booleans()):
+    kwargs["rope"] = Rope(positions_of(2, t), 100.0)
+  h = draw_from(st.sampled_from([64, 80, 96, 128, 192, 256]))
+  dtype = draw_from(st.sampled_from([jnp.float32, jnp.bfloat16]))
+  block = draw_from(st.sampled_from([128, 256]))
+  config = dataclasses.replace(SMALL, block_kv=block, block_kv_bwd=block)
+  hypothesis.assume(most_keys_seen(t, s, **kwargs) > 1)
+  return (2, t, s, n, k, h, dtype), kwargs, config
+
+
+def most_keys_seen(t, s, is_causal, local_window_size, segment_ids=None, **_):
+  """By any one query.  The gradient of a softmax over one key is 0, for plain
+  jnp exactly; `test_one_key` is for that.
+  """
+  mask = MODULE.visible_pairs(
+    jnp.arange(t), jnp.arange(s), is_causal, local_window_size
+  )
+  if segment_ids is not None:
+    q_ids, k_ids = (ids[:, None] for ids in segment_ids)
+    mask &= (q_ids.swapaxes(1, 2) == k_ids) & (k_ids != 0)
+  return int(mask.sum(axis=-1).max())
+
+
+@hypothesis.settings(max_examples=6)
+@hypothesis.given(problems())
+def test_any_problem_meets_the_bar(problem):
+  shape, kwargs, config = problem
+  seeds = range(-(-64 // shape[1]))  # enough numbers for their statistics
+  numerics.assert_agrees(
+    functools.partial(KERNEL, **kwargs | {"config": config}),
+    functools.partial(flash_attention_reference, **kwargs),
+    *(draw(*shape, seed=seed) for seed in seeds),
+    softmax=True,
+  )
+
+
+# --- mutants ------------------------------------------------------------------
+
+# Each problem is the smallest that has what its mutants break.
+PROBLEMS = {
+  "causal": ((1, 256, 256, 1, 1, 64), {"is_causal": True}),
+  "grouped": ((1, 40, 40, 4, 2, 64), {"is_causal": True}),
+  "ragged": ((1, 150, 130, 1, 1, 64), {"return_lse": True}),
+  "more keys": ((1, 100, 300, 1, 1, 64), {"is_causal": True}),
+  "window": ((1, 150, 150, 2, 1, 64), {"local_window_size": (20, 5)}),
+  "soft cap": ((1, 40, 40, 1, 1, 64), {"logits_soft_cap": 2.0}),
+  "segments": (
+    (1, 300, 300, 1, 1, 64),
+    {"segment_ids": ids_of(100, 60, 130, 10), "return_lse": True},
+  ),
+  "rope": (
+    (1, 130, 130, 1, 1, 256),
+    {"is_causal": True, "rope": Rope(positions_of(1, 130))},
+  ),
+}
+MUTANTS = {
+  "query sees one key ahead": (
+    TILES,
+    "causal",
+    ("ahead * p.group <= row", "ahead * p.group <= row + p.group"),
+  ),
+  "window one short on the left": (
+    TILES,
+    "window",
+    ("(ahead + (left + 1))", "(ahead + left)"),
+  ),
+  "window one short on the right": (
+    TILES,
+    "window",
+    ("(ahead - right) *", "(ahead - right + 1) *"),
+  ),
+  "keys past the end": (TILES, "ragged", ("key < p.s", "key < p.s + 9")),
+  "no rescale of out": (
+    FORWARD,
+    "causal",
+    ("out += wide(alpha, out.shape[1]) *", "out +="),
+  ),
+  "no rescale of the sum": (
+    FORWARD,
+    "causal",
+    ("total += alpha * l_ref[g, :]", "total += l_ref[g, :]"),
+  ),
+  "lse without the sum": (
+    FORWARD,
+    "ragged",
+    ("lse = m + jnp.log2(", "lse = m + 0.0 * jnp.log2("),
+  ),
+  "padding is seen": (TILES, "segments", (" & (key_ids != 0)", "")),
+  "a block too few": (
+    TILES,
+    "segments",
+    ("end = meet.shape[2] - jnp", "end = meet.shape[2] - 1 - jnp"),
+  ),
+  "rows that see nothing": (
+    FORWARD,
+    "segments",
+    ("lse = jnp.where(m > MASKED / 2, lse, -jnp.inf)", "pass"),
+  ),
+  "no turn of k": (
+    FORWARD,
+    "rope",
+    ("= turned(k_ref[here, :], sin, cos)", "= k_ref[here, :]"),
+  ),
+  "heads swapped": (
+    TILES,
+    "grouped",
+    (
+      "x.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)\n  return x",
+      "x.reshape(b, t, -1, kv_heads, h).transpose(0, 3, 1, 2, 4)\n  return x",
+    ),
+  ),
+  "no di": (BACKWARD, "causal", (" - di_ref[:, here])", ")")),
+  "lse has no gradient": (
+    BACKWARD,
+    "ragged",
+    ("di_ref[...] -= dlse_ref[...] * (1 / p.unit)", "pass"),
+  ),
+  "no derivative of the soft cap": (
+    BACKWARD,
+    "soft cap",
+    ("ds *= 1.0 - s * s", "pass"),
+  ),
+  "dq without scale": (
+    BACKWARD,
+    "causal",
+    ("dq = dq_acc_ref[...] * p.scale", "dq = dq_acc_ref[...]"),
+  ),
+  "dk of the last block alone": (
+    BACKWARD,
+    "causal",
+    ("ref[at] = new if assign else ref[at] + new", "ref[at] = new"),
+  ),
+  "dk never set": (
+    BACKWARD,
+    "more keys",
+    ("fresh = diagonal and p.t >= p.s", "fresh = diagonal"),
+  ),
+  "rows past the end": (
+    BACKWARD,
+    "ragged",
+    (
+      "own_ref[...] = jnp.where(inside, ref[...], jnp",
+      "own_ref[...] = ref[...]; (jnp",
+    ),
+  ),
+  "dq turned the wrong way": (
+    BACKWARD,
+    "rope",
+    ("turned(dq.T, -sin_ref[here, :]", "turned(dq.T, sin_ref[here, :]"),
+  ),
+  "dk not turned back": (
+    BACKWARD,
+    "rope",
+    ("dk = turned(dk, -sin_ref[...], cos_ref[...])", "pass"),
+  ),
+}
+
+
+@functools.cache
+def expected(name):
+  """A problem's arrays, and the reference's results: plain, and in float64."""
+  shape, kwargs = PROBLEMS[name]
+  arrays = draw(*shape)
+  reference = functools.partial(flash_attention_reference, **kwargs)
+  with jax.enable_x64(True):
+    truth = numerics.value_and_gradients(reference, numerics.widened(arrays))
+  return arrays, numerics.value_and_gradients(reference, arrays), truth
+
+
+def solves(name, function):
+  arrays, plain, truth = expected(name)
+  kernel = functools.partial(
+    function, implementation="pallas", config=SMALL, **PROBLEMS[name][1]
+  )
+  got = numerics.value_and_gradients(kernel, arrays, jit=True)
+  numerics.assert_within_bar(got, plain, truth, softmax=True)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_mutants_originals_live(name):
+  solves(name, flash_attention)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_die(name, monkeypatch):
+  module, problem, change = MUTANTS[name]
+  copy = mutation.mutant(module, *change)
+  for user in (MODULE, FORWARD, BACKWARD):
+    for name, thing in list(vars(user).items()):
+      if user is not module and (
+        getattr(thing, "__module__", None) == module.__name__
+      ):
+        monkeypatch.setattr(user, name, getattr(copy, name))
+  mutation.assert_killed(solves, problem, flash_attention)
+
+
+# --- extremes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_large_logits(dtype):
+  """Up to 1e4 and more: weights are 0 or 1, and nothing overflows."""
+  q, k, v = draw(1, 140, 140, 2, 1, 64, dtype)
+  agrees([q * 40, k * 40, v], is_causal=True)
+
+
+def test_equal_logits():
+  """Every visible key weighs the same."""
+  q, k, v = draw(1, 140, 140, 1, 1, 64)
+  out = KERNEL(jnp.ones_like(q), jnp.ones_like(k), v, is_causal=True)
+  mean = jnp.cumsum(v, axis=1) / jnp.arange(1, 141)[:, None, None]
+  np.testing.assert_allclose(out, mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "t, kwargs", [(1, {}), (70, {"local_window_size": (0, 0)})]
+)
+def test_one_key(t, kwargs):
+  """The value itself, and no gradient but the rounding of do . v - do . o."""
+  h = 64
+  q, k, v = draw(1, t, t, 1, 1, h)
+  out, vjp = jax.vjp(functools.partial(KERNEL, **kwargs), q, k, v)
+  np.testing.assert_allclose(out, v, rtol=1e-6)
+  dout = draw(1, t, t, 1, 1, h, seed=1)[0]
+  dq, dk, dv = vjp(dout)
+  np.testing.assert_allclose(dv, dout, rtol=1e-6)
+  # Two sums of H products, each rounded once for every term at worst.
+  bound = 2 * h * np.finfo(np.float32).eps * (jnp.abs(dout * v).sum(-1)).max()
+  assert jnp.abs(dq).max() <= bound * h**-0.5 * jnp.abs(k).max()
+  assert jnp.abs(dk).max() <= bound * h**-0.5 * jnp.abs(q).max()
+
+
+def test_rows_that_see_nothing():
+  """Zero output, zero gradient and an lse of -inf; no NaN anywhere."""
+  q, k, v = draw(1, 60, 60, 2, 1, 64)
+  kernel = functools.partial(
+    KERNEL, segment_ids=jnp.zeros((1, 60), jnp.int32), return_lse=True
+  )
+  (out, lse), vjp = jax.vjp(kernel, q, k, v)
+  assert not out.any() and (lse == -jnp.inf).all()
+  for gradient in vjp((jnp.ones_like(out), jnp.ones_like(lse))):
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("b, t, s", [(0, 4, 4), (1, 0, 4), (1, 4, 0)])
+def test_empty_arrays(b, t, s):
+  q, k, v = draw(b, t, s, 2, 1, 64)
+  out, vjp = jax.vjp(KERNEL, q, k, v)
+  assert out.shape == q.shape and not out.any()
+  assert [g.shape for g in vjp(out)] == [q.shape, k.shape, v.shape]
+
+
+# --- more keys than VMEM holds ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "kwargs",
+  [
+    {"is_causal": True, "return_lse": True},
+    {"local_window_size": (40, 10), "segment_ids": ids_of(90, 200, 10)},
+    {"is_causal": True, "rope": Rope(positions_of(1, 300))},
+  ],
+  ids=["causal", "window", "rope"],
+)
+def test_spans_of_keys(kwargs, monkeypatch):
+  """Where VMEM holds 128 keys, three calls give what one gives."""
+  monkeypatch.setattr(MODULE, "_keys_that_fit", lambda *_: 128)
+  agrees(draw(1, 300, 300, 1, 1, 256), **kwargs)
+
+
+def test_each_span_has_the_queries_that_see_it():
+  problem = TILES.Problem(
+    t=300, s=300, group=2, scale=1.0, is_causal=True, window=(50, 0),
+    soft_cap=None, segmented=False,
+  )  # fmt: skip
+  spans = TILES.spans_of(problem, 128)
+  assert [(s.keys.start, s.queries) for s in spans] == [
+    (0, slice(0, 178)),
+    (128, slice(128, 300)),
+    (256, slice(256, 300)),
+  ]
+
+
+def test_tiles_that_cannot_fit_are_refused():
+  config = FlashAttentionConfig(block_q=32768)
+  q = jax.ShapeDtypeStruct((1, 32768, 1, 256), jnp.float32)
+  kernel = functools.partial(KERNEL, config=config)
+  with pytest.raises(ValueError, match="flash_attention: the forward's tiles"):
+    jax.eval_shape(kernel, q, q, q)
+
+
+def test_vmem_is_reported():
+  """16 MiB of float32 dk and dv, as much again of k, v, dk and dv."""
+  q = jax.ShapeDtypeStruct((1, 8192, 8, 256), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((1, 8192, 1, 256), jnp.bfloat16)
+  config = FlashAttentionConfig.fitting(8, 256)
+  forward, backward = config.vmem_bytes(q, k)
+  assert 8 << 20 < forward < backward
+  assert 32 << 20 < backward < MODULE.VMEM_BYTES
+
+
+# --- segments -----------------------------------------------------------------
+
+
+def test_blocks_of_other_segments_are_skipped():
+  problem = TILES.Problem(
+    t=512, s=512, group=1, scale=1.0, is_causal=True, window=None,
+    soft_cap=None, segmented=True,
+  )  # fmt: skip
+  ids = ids_of(128, 256, 100, 28)
+  (bounds,), *_ = TILES.segment_operands(problem, 128, 128, 1, (ids, ids))
+  assert bounds.reshape(-1, 2).tolist() == [[0, 1], [1, 3], [1, 3], [3, 4]]
+
+
+# --- transformations ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_axis", [None, 0])
+def test_vmap(kv_axis):
+  """Mapped over q, with one set of keys for all or with one for each."""
+  q, k, v = draw(6, 40, 40, 2, 1, 64)
+  q = q.reshape(3, 2, *q.shape[1:])
+  k, v = (
+    x[:2] if kv_axis is None else x.reshape(3, 2, *x.shape[1:]) for x in (k, v)
+  )
+  ids = jnp.concatenate([ids_of(15, 20, 5)] * 2)
+  kwargs = {"is_causal": True, "segment_ids": ids}
+  mapped = [
+    jax.vmap(functools.partial(f, **kwargs), (0, kv_axis, kv_axis))
+    for f in (KERNEL, flash_attention_reference)
+  ]
+  numerics.assert_agrees(*mapped, [q, k, v], softmax=True)
+
+
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("saved, calls", [(True, 1), (False, 2)])
+def test_checkpoint_by_name_saves_the_forward(saved, calls):
+  names = ("flash_attention_out", "flash_attention_lse") if saved else ()
+
+  @functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names(*names),
+  )
+  def layer(q, k, v):
+    out = flash_attention(q * 2, k, v, is_causal=True, implementation="pallas")
+    return jnp.tanh(out)
+
+  loss = jax.value_and_grad(lambda *qkv: layer(*qkv).sum(), (0, 1, 2))
+  exported = jax.export.export(jax.jit(loss), platforms=["tpu"])
+  text = exported(*draw(1, 256, 256, 2, 1, 64)).mlir_module()
+  assert text.count('kernel_name = "flash_attention_fwd"') == calls
+  assert text.count('kernel_name = "flash_attention_bwd"') == 1
+
+
+# --- meshes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["explicit", "auto", "shard_map"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_split_over_a_mesh(how, kv_heads):
+  """Batch and heads split over eight devices.
+
+  The one kv head of multi-query attention is on all devices, and its gradient
+  is summed over them.
+  """
+  kind = AxisType.Explicit if how == "explicit" else AxisType.Auto
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+  q, k, v = draw(4, 20, 20, 4, kv_heads, 64)
+
+  def loss(q, k, v):
+    return (KERNEL(q, k, v, is_causal=True) ** 2).sum()
+
+  gradient = jax.grad(loss, (0, 1, 2))
+  want = gradient(q, k, v)
+  heads = PartitionSpec("data", None, "model")
+  kv_spec = heads if kv_heads > 1 else PartitionSpec("data")
+  if how == "shard_map":
+    gradient = jax.grad(
+      lambda *args: jax.shard_map(
+        lambda *a: jax.lax.psum(loss(*a), ("data", "model")),
+        mesh=mesh,
+        in_specs=(heads, kv_spec, kv_spec),
+        out_specs=PartitionSpec(),
+      )(*args),
+      (0, 1, 2),
+    )
+  q, k, v = (
+    jax.device_put(x, NamedSharding(mesh, spec))
+    for x, spec in ((q, heads), (k, kv_spec), (v, kv_spec))
+  )
+  rules = {"B": "data", "N": "model"} if how == "auto" else {}
+  with jax.set_mesh(mesh), kernels.sharding(mesh, rules):
+    got = jax.jit(gradient)(q, k, v)
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)
+
+
+def test_split_length_is_refused():
+  mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    sharding = NamedSharding(mesh, PartitionSpec(None, "model"))
+    q, k, v = draw(1, 64, 64, 2, 1, 64)
+    q = jax.device_put(q, sharding)
+    with pytest.raises(ValueError, match="flash_attention: can be split over"):
+      jax.jit(KERNEL)(q, k, v)
+
+
+def loss_gradient(**kwargs):
+  def loss(q, k, v):
+    out = flash_attention(q, k, v, is_causal=True, **kwargs)
+    return out.astype(jnp.float32).sum()
+
+  return jax.grad(loss, (0, 1, 2))
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+def test_compiles_for_eight_chips():
+  mesh = jax.sharding.Mesh(
+    np.reshape(v5e.devices("2x4", (2, 4, 1)), (4, 2)),
+    ("data", "model"),
+    axis_types=(AxisType.Explicit,) * 2,
+  )
+
+  def struct(shape, *spec):
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+  q = struct((4, 2048, 16, 256), "data", None, "model")
+  k = struct((4, 2048, 1, 256), "data")
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    text = jax.jit(loss_gradient()).lower(q, k, k).compile().as_text() or ""
+  assert "flash_attention_bwd" in text
+  assert "all-gather" not in text and "all-reduce" in text  # of dk and dv
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+def test_little_memory_beside_the_results():
+  """No partial sums of dq, no transposed copies: at most a mebibyte."""
+  q = jax.ShapeDtypeStruct((1, 8192, 8, 256), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((1, 8192, 1, 256), jnp.bfloat16)
+
+  def both(q, k, v, dout):
+    out, vjp = jax.vjp(
+      functools.partial(flash_attention, is_causal=True), q, k, v
+    )
+    return out, vjp(dout)
+
+  memory = v5e.compile(both, q, k, k, q).memory_analysis()
+  assert memory is not None and memory.temp_size_in_bytes <= 1 << 20
+
+
+# --- refusals -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"q": (2, 8, 64)}, r"q must be \[B, T, N, H\]"),
+    ({"k": (1, 8, 1, 32)}, "v must be"),
+    ({"q": (1, 8, 3, 64), "k": (1, 8, 2, 64)}, "multiple of kv heads K"),
+    ({"local_window_size": (-1, 0)}, "both >= 0"),
+    ({"logits_soft_cap": 0.0}, "positive or None, got 0"),
+    ({"segment_ids": (4,)}, "query segment_ids must be"),
+    ({"implementation": "cuda"}, "'pallas', 'xla' or None, got 'cuda'"),
+  ],
+)
+def test_bad_input_is_refused(change, message):
+  arguments = {"q": (1, 8, 2, 64), "k": (1, 8, 1, 64), **change}
+  q, k = (jnp.zeros(arguments.pop(name)) for name in ("q", "k"))
+  v = jnp.zeros((1, 8, 1, 64)) if "k" in change and k.shape[3] == 32 else k
+  if "segment_ids" in arguments:
+    arguments["segment_ids"] = jnp.zeros(arguments["segment_ids"], jnp.int32)
+  with pytest.raises(ValueError, match=f"flash_attention: .*{message}"):
+    flash_attention(q, k, v, **arguments)
+
+
+def test_rope_needs_as_many_keys_as_queries():
+  q, k, v = draw(1, 8, 9, 2, 1, 64)
+  with pytest.raises(ValueError, match="rope needs as many keys as queries"):
+    flash_attention(q, k, v, rope=Rope(jnp.zeros((1, 8), jnp.int32)))
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"block_q": 0}, "a multiple of 16, got 0"),
+    ({"block_q_bwd": 24}, "a multiple of 16, got 24"),
+    ({"block_kv": 384}, "a power of two, at least 128, got 384"),
+    ({"block_kv_bwd": 64}, "a power of two, at least 128, got 64"),
+    ({"rows": 100}, "a multiple of 128, got 100"),
+  ],
+)
+def test_config_is_validated_at_birth(change, message):
+  with pytest.raises(ValueError, match=f"FlashAttentionConfig: .*{message}"):
+    FlashAttentionConfig(**change)
+
+
+def test_config_changes_speed_alone():
+  config = dataclasses.replace(SMALL, block_q=256, rows=256, block_q_bwd=256)
+  arrays = draw(1, 260, 260, 1, 1, 64)
+  agrees(arrays, functools.partial(KERNEL, config=config), is_causal=True)
