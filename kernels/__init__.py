@@ -24,6 +24,9 @@ from ._geglu import feed_forward_reference as feed_forward_reference
 from ._geglu import geglu as geglu
 from ._geglu import geglu_reference as geglu_reference
 from ._linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
+from ._linear_cross_entropy import (
+  LinearCrossEntropyConfig as LinearCrossEntropyConfig,
+)
 from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from ._linear_cross_entropy import (
   linear_cross_entropy_reference as linear_cross_entropy_reference,

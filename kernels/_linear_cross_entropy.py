@@ -18,10 +18,18 @@ Tiling: none yet; there is no Pallas kernel for this op.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
 
+from ._linear_cross_entropy_bwd import backward
+from ._linear_cross_entropy_fwd import Tiles, capped, forward, round_up
 from ._op import (
   Case,
   Cost,
@@ -31,9 +39,11 @@ from ._op import (
   check_float,
   check_implementation,
   check_shape,
+  dispatch,
   nbytes,
 )
 from ._rope import check_integers
+from ._sharding import leading_dims, per_device, split_axes
 
 # --- specification ------------------------------------------------------------
 
@@ -69,6 +79,207 @@ def linear_cross_entropy_reference(
   return loss if weights is None else loss * weights.astype(wide)
 
 
+# --- configuration ------------------------------------------------------------
+
+Mode = Literal["recompute", "chunked"]
+_LANES = 128
+# A v5e has 128 MiB; the compiler keeps a little of it.
+_VMEM_BYTES = 126 << 20
+# For values between a kernel's operations, which no operand accounts for.
+_STACK_BYTES = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearCrossEntropyConfig:
+  """Tile sizes and what is kept between the passes: speed, never results.
+
+  Attributes:
+    mode: "recompute" keeps the log-normaliser alone.
+    forward_words: rows of the table per grid step of the forward pass; a
+      multiple of 128.
+    backward_words: the same for the backward pass.
+    rows: rows of x that stay in VMEM, at most; a multiple of `chunk`.  With
+      more rows than this, blocks of them take turns.
+    chunk: rows of x per matrix product; a multiple of 128.
+  """
+
+  mode: Mode = "recompute"
+  forward_words: int = 768
+  backward_words: int = 512
+  rows: int = 8192
+  chunk: int = 256
+
+  def __post_init__(self):
+    if self.mode not in ("recompute",):
+      raise ValueError(
+        f"LinearCrossEntropyConfig: mode must be 'recompute', got {self.mode!r}"
+      )
+    for name in ("forward_words", "backward_words", "rows", "chunk"):
+      value = getattr(self, name)
+      unit = self.chunk if name == "rows" else _LANES
+      if value <= 0 or value % unit:
+        raise ValueError(
+          f"LinearCrossEntropyConfig: {name} must be a positive multiple of "
+          f"{unit}, got {value}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """Everything that is not an array, in one hashable piece."""
+
+  soft_cap: float | None
+  limit: int | None
+  implementation: Implementation
+  config: LinearCrossEntropyConfig
+
+  def tiles(self, words: int, x: jax.Array, embedding: jax.Array) -> Tiles:
+    """For x [R, D], padded as `_padded` does, and embedding [V, D]."""
+    n, v = x.shape[0], embedding.shape[0]
+    words = min(words, round_up(v, _LANES))
+    return Tiles(
+      words=words,
+      rows=n // pl.cdiv(n, self.config.rows),
+      chunk=min(self.config.chunk, n),
+      masked=self.limit != v or v % words != 0,
+      soft_cap=self.soft_cap,
+      vmem_bytes=_VMEM_BYTES,
+    )
+
+
+# --- differentiation ----------------------------------------------------------
+# The kernels' op is (lse, logit of the label) of every row.  The loss is plain
+# jnp on top of it: z-loss, weights and the sum over vocabulary shards are a few
+# numbers per row, and their gradients are nobody's work.
+
+
+def _statistics_reference(
+  static: _Static,
+  x: jax.Array,
+  embedding: jax.Array,
+  labels: jax.Array,
+  limit: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  table = embedding[: static.limit].astype(x.dtype)
+  inside = (jnp.arange(table.shape[0]) < limit)[:, None]
+  if static.limit is None:
+    table = jnp.where(inside, table, 0)
+  logits = capped(
+    jnp.einsum("rd,vd->rv", x, table, preferred_element_type=jnp.float32),
+    static.soft_cap,
+  )
+  if static.limit is None:
+    logits = jnp.where(inside[:, 0], logits, -jnp.inf)
+  target = jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="clip")
+  return (
+    jax.nn.logsumexp(logits, axis=-1),
+    jnp.where(labels < 0, 0.0, target[:, 0]),
+  )
+
+
+def _statistics_primal(static, x, embedding, labels, limit):
+  return dispatch(
+    static.implementation,
+    functools.partial(
+      forward, static.tiles(static.config.forward_words, x, embedding)
+    ),
+    functools.partial(_statistics_reference, static),
+    x,
+    embedding,
+    labels,
+    limit,
+  )
+
+
+def _statistics_fwd(static, *args):
+  lse, target = _statistics_primal(static, *args)
+  lse = checkpoint_name(lse, "linear_cross_entropy_lse")
+  return (lse, target), (*args, lse)
+
+
+def _statistics_bwd(static, saved, cotangents):
+  def reference(x, embedding, labels, limit, _, *cotangents):
+    _, vjp = jax.vjp(
+      lambda *a: _statistics_reference(static, *a, labels, limit), x, embedding
+    )
+    return vjp(cotangents)
+
+  x, embedding, *_ = saved
+  gradients = dispatch(
+    static.implementation,
+    functools.partial(
+      backward, static.tiles(static.config.backward_words, x, embedding)
+    ),
+    reference,
+    *saved,
+    *cotangents,
+  )
+  return *gradients, None, None
+
+
+_statistics = jax.custom_vjp(_statistics_primal, nondiff_argnums=(0,))
+_statistics.defvjp(_statistics_fwd, _statistics_bwd)
+
+
+def _padded(config, x, labels):
+  """x and labels with rows appended until the tiles divide them."""
+  n = x.shape[0]
+  blocks = pl.cdiv(n, config.rows)
+  chunk = min(config.chunk, round_up(n, _LANES))
+  more = blocks * round_up(pl.cdiv(n, blocks), chunk) - n
+  if more:
+    x = jnp.pad(x, ((0, more), (0, 0)))
+    labels = jnp.pad(labels, (0, more), constant_values=-1)
+  return x, labels
+
+
+def _all_words(lse, target, axes):
+  """Statistics over the vocabulary from those over each device's part."""
+  top = jax.lax.pmax(jax.lax.stop_gradient(lse), axes)
+  total = jax.lax.psum(jnp.exp(lse - top), axes)
+  return top + jnp.log(total), jax.lax.psum(target, axes)
+
+
+def _losses(
+  x: jax.Array,
+  embedding: jax.Array,
+  labels: jax.Array,
+  *weights: jax.Array,
+  soft_cap: float | None,
+  z_loss: float,
+  vocab: int,
+  vocab_axes: tuple[str, ...],
+  implementation: Implementation,
+  config: LinearCrossEntropyConfig | None,
+) -> jax.Array:
+  """The losses of one device's tokens, from its part of the table."""
+  shape, n, v = labels.shape, labels.size, embedding.shape[0]
+  x, labels = x.reshape(n, -1), labels.reshape(n).astype(jnp.int32)
+  known = (labels >= 0) & (labels < vocab)
+  if weights:
+    # An ignored row may hold anything: it must not reach a gradient as 0 * NaN.
+    counted = weights[0].reshape(n) != 0
+    x = jnp.where(counted[:, None], x, 0)
+    labels = jnp.where(counted, labels, -1)
+    known |= ~counted
+  first = jax.lax.axis_index(vocab_axes) * v if vocab_axes else 0
+  limit = jnp.clip(vocab - first, 0, v).astype(jnp.int32).reshape(1)
+  here = (labels >= first) & (labels < first + limit)
+  labels = jnp.where(here, labels - first, -1)
+  config = config or LinearCrossEntropyConfig()
+  static = _Static(
+    soft_cap, None if vocab_axes else vocab, implementation, config
+  )
+  x, labels = _padded(config, x, labels)
+  lse, target = _statistics(static, x, embedding, labels, limit)
+  lse, target = lse[:n], target[:n]
+  if vocab_axes:
+    lse, target = _all_words(lse, target, vocab_axes)
+  loss = lse - jnp.where(known, target, jnp.nan) + z_loss * lse * lse
+  loss = loss.reshape(shape)
+  return loss * weights[0].astype(jnp.float32) if weights else loss
+
+
 # --- public -------------------------------------------------------------------
 
 
@@ -82,7 +293,7 @@ def linear_cross_entropy(
   z_loss: float = 0.0,
   valid_vocab_size: int | None = None,
   implementation: Implementation = None,
-  config: None = None,
+  config: LinearCrossEntropyConfig | None = None,
 ) -> jax.Array:
   """Cross-entropy of the softmax of x E^T, per token.
 
@@ -103,17 +314,16 @@ def linear_cross_entropy(
       probability, no gradient.  None is V.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
-    config: reserved for the kernel's tile sizes.
+    config: tile sizes; None picks them from the shape.
 
   Returns:
     [...] float32 losses, in nats.
 
   Raises:
     ValueError: on wrong shapes, dtypes or values.
-    NotImplementedError: for implementation="pallas".
   """
   op = "linear_cross_entropy"
-  check_implementation(op, implementation, pallas=OP.pallas)
+  check_implementation(op, implementation)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
   check_float(op, x=x, embedding=embedding)
@@ -139,15 +349,32 @@ def linear_cross_entropy(
     raise ValueError(
       f"{op}: logits_soft_cap must be positive or None, got {logits_soft_cap}"
     )
-  return linear_cross_entropy_reference(
-    x,
-    embedding,
-    labels,
-    weights=weights,
-    logits_soft_cap=logits_soft_cap,
+  if implementation == "xla" or x.size == 0:
+    return linear_cross_entropy_reference(
+      x,
+      embedding,
+      labels,
+      weights=weights,
+      logits_soft_cap=logits_soft_cap,
+      z_loss=z_loss,
+      valid_vocab_size=valid_vocab_size,
+    )
+  tokens = leading_dims(labels.ndim)
+  args, dims = [x, embedding, labels], [(*tokens, "D"), ("V", "D"), tokens]
+  if weights is not None:
+    args.append(weights)
+    dims.append(tokens)
+  _, axes = split_axes(op, args, dims)
+  losses = functools.partial(
+    _losses,
+    soft_cap=logits_soft_cap,
     z_loss=z_loss,
-    valid_vocab_size=valid_vocab_size,
+    vocab=valid_vocab_size or vocab,
+    vocab_axes=axes.get("V", ()),
+    implementation=implementation,
+    config=config,
   )
+  return per_device(op, losses, args, dims, tokens, splits="BTV")
 
 
 # --- registration -------------------------------------------------------------
@@ -189,5 +416,4 @@ OP = Op(
     _case("gemma_2b_2k", (2048,), 2048, 256128),
     _case("gemma_2b_8k", (8192,), 2048, 256128),
   ),
-  pallas=False,
 )

@@ -1,0 +1,196 @@
+"""Forward pass of `linear_cross_entropy`: log-normaliser and label's logit.
+
+Logits are computed transposed, a tile being [words, rows]: both statistics are
+then sums down the sublanes, which need no cross-lane traffic, and everything
+that belongs to a row (label, maximum, sum) is a vector along the lanes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ._sharding import like
+
+SUBLANES = 8
+# Contractions of the last dimensions, and of the last with the first.
+NT = (((1,), (1,)), ((), ()))
+NN = (((1,), (0,)), ((), ()))
+# Below every logit, and finite: its difference with itself is not NaN.
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """What a kernel is specialised for.
+
+  Attributes:
+    words: rows of the table per grid step.
+    rows: rows of x that stay in VMEM while the table streams by.
+    chunk: rows of x per matrix product.
+    masked: whether a table tile may hold rows that are not part of the
+      vocabulary: those past its end, or padding.
+    soft_cap: as in the public function.
+    vmem_bytes: what the kernel may use.
+  """
+
+  words: int
+  rows: int
+  chunk: int
+  masked: bool
+  soft_cap: float | None
+  vmem_bytes: int
+
+  def at_once(self) -> int:
+    """Chunks per loop body: one's exponentials hide behind another's product.
+
+    More would fill the same units and only lengthen the program.
+    """
+    return 2 if self.rows % (2 * self.chunk) == 0 else 1
+
+
+def round_up(n: int, unit: int) -> int:
+  """The least multiple of `unit` that is not less than n."""
+  return pl.cdiv(n, unit) * unit
+
+
+def dot(a: jax.Array, b: jax.Array, dimensions) -> jax.Array:
+  """Matrix product in the operands' precision, float32 out."""
+  exact = a.dtype == jnp.float32
+  return jax.lax.dot_general(
+    a,
+    b,
+    dimensions,
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def resident(shape, index=lambda *_: (0, 0)) -> pl.BlockSpec:
+  """A block that stays for many grid steps, hence needs one buffer."""
+  return pl.BlockSpec(shape, index, pipeline_mode=pl.Buffered(1))
+
+
+def table_tile(e_ref, cast_ref, dtype):
+  """The tile of the table in x's dtype, cast on chip where it has another."""
+  if e_ref.dtype == dtype:
+    return e_ref
+  cast_ref[...] = e_ref[...].astype(dtype)
+  return cast_ref
+
+
+def cast_scratch(words: int, d: int, table: jax.Array, dtype):
+  """Scratch for `table_tile`, as small as can be where it is not used."""
+  shape = (SUBLANES, 128) if table.dtype == dtype else (words, d)
+  return pltpu.VMEM(shape, dtype)
+
+
+def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
+  """The logits of the softmax."""
+  if soft_cap is None:
+    return logits
+  return soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def _kernel(
+  limit_ref,  # [1] int32 in SMEM, words of the vocabulary
+  labels_ref,  # [1, rows] int32
+  x_ref,  # [rows, D]
+  e_ref,  # [words, D]
+  lse_ref,  # [1, rows] float32
+  target_ref,  # [1, rows] float32
+  cast_ref,  # [words, D] of x's dtype, if the table has another
+  max_ref,  # [8, rows] float32: of every eighth word so far,
+  sum_ref,  # the largest logit, the sum of exponentials relative to it,
+  hit_ref,  # and the label's logit if it is among them
+  *,
+  tiles: Tiles,
+):
+  j = pl.program_id(1)
+
+  @pl.when(j == 0)
+  def _():
+    max_ref[...] = jnp.full_like(max_ref, LOWEST)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+    hit_ref[...] = jnp.zeros_like(hit_ref)
+
+  e = table_tile(e_ref, cast_ref, x_ref.dtype)
+  first = j * tiles.words
+  word = jax.lax.broadcasted_iota(jnp.int32, (tiles.words, tiles.chunk), 0)
+
+  def one_chunk(c):
+    at = pl.ds(pl.multiple_of(c * tiles.chunk, tiles.chunk), tiles.chunk)
+    logits = capped(dot(e[...], x_ref[at, :], NT), tiles.soft_cap)
+    by_sublane = (tiles.words // SUBLANES, SUBLANES, tiles.chunk)
+    hit = jnp.where(word == labels_ref[:, at] - first, logits, 0.0)
+    hit_ref[:, at] += jnp.sum(hit.reshape(by_sublane), axis=0)
+    if tiles.masked:
+      logits = jnp.where(word < limit_ref[0] - first, logits, -jnp.inf)
+    logits = logits.reshape(by_sublane)
+    old = max_ref[:, at]
+    new = jnp.maximum(old, jnp.max(logits, axis=0))
+    tile_sum = jnp.sum(jnp.exp(logits - new), axis=0)
+    sum_ref[:, at] = sum_ref[:, at] * jnp.exp(old - new) + tile_sum
+    max_ref[:, at] = new
+
+  step = tiles.at_once()
+
+  @pl.loop(0, tiles.rows // (step * tiles.chunk))
+  def _(i):
+    for k in range(step):
+      one_chunk(i * step + k)
+
+  @pl.when(j == pl.num_programs(1) - 1)
+  def _():
+    top = jnp.max(max_ref[...], axis=0, keepdims=True)
+    parts = sum_ref[...] * jnp.exp(max_ref[...] - top)
+    lse_ref[...] = top + jnp.log(jnp.sum(parts, axis=0, keepdims=True))
+    target_ref[...] = jnp.sum(hit_ref[...], axis=0, keepdims=True)
+
+
+def forward(
+  tiles: Tiles,
+  x: jax.Array,
+  embedding: jax.Array,
+  labels: jax.Array,
+  limit: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Log-normaliser and label's logit of every row.
+
+  Args:
+    tiles: their sizes; `tiles.rows` divides R.
+    x: [R, D].
+    embedding: [V, D].
+    labels: [R] int32; one that is not a row of the table matches no word.
+    limit: [1] int32, words of the vocabulary.
+
+  Returns:
+    Two [R] float32; the label's logit is 0 where no word matches.
+  """
+  n, d = x.shape
+  of_rows = resident((1, tiles.rows), lambda i, j: (0, i))
+  row_stats = like((1, n), jnp.float32, x)
+  lse, target = pl.pallas_call(
+    functools.partial(_kernel, tiles=tiles),
+    name="linear_cross_entropy_fwd",
+    grid=(n // tiles.rows, pl.cdiv(embedding.shape[0], tiles.words)),
+    in_specs=[
+      pl.BlockSpec(memory_space=pltpu.SMEM),
+      of_rows,
+      resident((tiles.rows, d), lambda i, j: (i, 0)),
+      pl.BlockSpec((tiles.words, d), lambda i, j: (j, 0)),
+    ],
+    out_specs=[of_rows, of_rows],
+    out_shape=[row_stats, row_stats],
+    scratch_shapes=[
+      cast_scratch(tiles.words, d, embedding, x.dtype),
+      *[pltpu.VMEM((SUBLANES, tiles.rows), jnp.float32)] * 3,
+    ],
+    compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiles.vmem_bytes),
+  )(limit, labels[None], x, embedding)
+  return lse[0], target[0]
