@@ -29,7 +29,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from ._linear_cross_entropy_bwd import backward
-from ._linear_cross_entropy_fwd import Tiles, capped, forward, round_up
+from ._linear_cross_entropy_fwd import (
+  Tiles,
+  capped,
+  forward,
+  kept_types,
+  round_up,
+)
 from ._op import (
   Case,
   Cost,
@@ -94,10 +100,13 @@ class LinearCrossEntropyConfig:
   """Tile sizes and what is kept between the passes: speed, never results.
 
   Attributes:
-    mode: "recompute" keeps the log-normaliser alone.
+    mode: "recompute" keeps the log-normaliser alone between the passes, and
+      computes the logits twice.  "chunked" keeps the softmax before its
+      normalisation, [V, R] of x's dtype in HBM: a matrix product less.
     forward_words: rows of the table per grid step of the forward pass; a
       multiple of 128.
-    backward_words: the same for the backward pass.
+    backward_words: the same for the backward pass, and for both passes where
+      the forward pass keeps the softmax.
     rows: rows of x that stay in VMEM, at most; a multiple of `chunk`.  With
       more rows than this, blocks of them take turns.
     chunk: rows of x per matrix product; a multiple of 128.
@@ -110,9 +119,10 @@ class LinearCrossEntropyConfig:
   chunk: int = 256
 
   def __post_init__(self):
-    if self.mode not in ("recompute",):
+    if self.mode not in ("recompute", "chunked"):
       raise ValueError(
-        f"LinearCrossEntropyConfig: mode must be 'recompute', got {self.mode!r}"
+        "LinearCrossEntropyConfig: mode must be 'recompute' or 'chunked', "
+        f"got {self.mode!r}"
       )
     for name in ("forward_words", "backward_words", "rows", "chunk"):
       value = getattr(self, name)
@@ -133,7 +143,13 @@ class _Static:
   implementation: Implementation
   config: LinearCrossEntropyConfig
 
-  def tiles(self, words: int, x: jax.Array, embedding: jax.Array) -> Tiles:
+  @property
+  def keep(self) -> bool:
+    return self.config.mode == "chunked"
+
+  def tiles(
+    self, words: int, keep: bool, x: jax.Array, embedding: jax.Array
+  ) -> Tiles:
     """For x [R, D], padded as `_padded` does, and embedding [V, D]."""
     n, v = x.shape[0], embedding.shape[0]
     words = min(words, round_up(v, _LANES))
@@ -141,6 +157,7 @@ class _Static:
       words=words,
       rows=n // pl.cdiv(n, self.config.rows),
       chunk=min(self.config.chunk, n),
+      keep=keep,
       masked=self.limit != v or v % words != 0,
       soft_cap=self.soft_cap,
       vmem_bytes=_VMEM_BYTES,
@@ -177,43 +194,52 @@ def _statistics_reference(
   )
 
 
-def _statistics_primal(static, x, embedding, labels, limit):
-  return dispatch(
-    static.implementation,
-    functools.partial(
-      forward, static.tiles(static.config.forward_words, x, embedding)
-    ),
-    functools.partial(_statistics_reference, static),
-    x,
-    embedding,
-    labels,
-    limit,
-  )
+def _forward(static, keep, x, embedding, labels, limit):
+  # What is kept comes in the backward pass's tiles.
+  config = static.config
+  words = config.backward_words if keep else config.forward_words
+  tiles = static.tiles(words, keep, x, embedding)
+
+  def reference(*args):
+    # Nothing off TPU reads what is kept, and XLA drops it.
+    types = kept_types(tiles.words, x, embedding) if keep else ()
+    kept = tuple(jnp.zeros(t.shape, t.dtype) for t in types)
+    return *_statistics_reference(static, *args), *kept
+
+  kernel = functools.partial(forward, tiles)
+  args = x, embedding, labels, limit
+  return dispatch(static.implementation, kernel, reference, *args)
+
+
+def _statistics_primal(static, *args):
+  return _forward(static, False, *args)
 
 
 def _statistics_fwd(static, *args):
-  lse, target = _statistics_primal(static, *args)
-  lse = checkpoint_name(lse, "linear_cross_entropy_lse")
-  return (lse, target), (*args, lse)
+  statistics = tuple(
+    checkpoint_name(result, f"linear_cross_entropy_{name}")
+    for name, result in zip(
+      ("lse", "target", "kept", "kept"),
+      _forward(static, static.keep, *args),
+      strict=False,
+    )
+  )
+  return statistics[:2], (*args, statistics)
 
 
 def _statistics_bwd(static, saved, cotangents):
-  def reference(x, embedding, labels, limit, _, *cotangents):
+  x, embedding, *_ = saved
+
+  def reference(x, embedding, labels, limit, _, cotangents):
     _, vjp = jax.vjp(
       lambda *a: _statistics_reference(static, *a, labels, limit), x, embedding
     )
     return vjp(cotangents)
 
-  x, embedding, *_ = saved
-  gradients = dispatch(
-    static.implementation,
-    functools.partial(
-      backward, static.tiles(static.config.backward_words, x, embedding)
-    ),
-    reference,
-    *saved,
-    *cotangents,
-  )
+  tiles = static.tiles(static.config.backward_words, static.keep, x, embedding)
+  kernel = functools.partial(backward, tiles)
+  args = *saved, tuple(cotangents)
+  gradients = dispatch(static.implementation, kernel, reference, *args)
   return *gradients, None, None
 
 

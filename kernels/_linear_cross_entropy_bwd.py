@@ -20,30 +20,50 @@ from jax.experimental.pallas import tpu as pltpu
 from ._linear_cross_entropy_fwd import (
   NN,
   NT,
+  SUBLANES,
   Tiles,
+  cap_slope,
   capped,
   cast_scratch,
   dot,
   resident,
+  round_up,
   table_tile,
 )
 from ._sharding import like
 
+_LANES = 128
 # Columns of D per product of dE: its float32 result must not spill too much.
-_COLUMNS = 256
+_COLUMNS = 512
 
 
-def _logits_gradient(tiles, word, logits, limit, first, labels, rows):
+def _from_logits(tiles, word, logits, limit, labels, rows):
   """dz [words, chunk] in float32 from the logits before the soft cap."""
   lse, dlse, dtarget = (rows[k : k + 1] for k in range(3))
   z = capped(logits, tiles.soft_cap)
   dz = jnp.exp(z - lse) * dlse
-  dz = jnp.where(word == labels - first, dz + dtarget, dz)
-  if tiles.soft_cap is not None:
-    dz *= 1.0 - (z / tiles.soft_cap) ** 2
-  if tiles.masked:
-    dz = jnp.where(word < limit - first, dz, 0.0)
-  return dz
+  dz = jnp.where(word == labels, dz + dtarget, dz)
+  slope = cap_slope(z, tiles.soft_cap)
+  if slope is not None:
+    dz *= slope
+  return jnp.where(word < limit, dz, 0.0) if tiles.masked else dz
+
+
+def _from_kept(tiles, word, kept, shift, labels, rows):
+  """dz [words, chunk] in float32 from what the forward pass kept.
+
+  The label's word is computed afresh: what it keeps is rounded, and a
+  probability near 1 has nothing left of its digits when 1 is subtracted.
+  """
+  lse, dlse, dtarget, target = (rows[k : k + 1] for k in range(4))
+  scale = jnp.exp(shift - lse) * dlse
+  kept = kept.astype(jnp.float32).reshape(-1, SUBLANES, tiles.chunk)
+  dz = (kept * scale).reshape(tiles.words, tiles.chunk)
+  of_label = jnp.exp(target - lse) * dlse + dtarget
+  slope = cap_slope(target, tiles.soft_cap)
+  if slope is not None:
+    of_label *= slope
+  return jnp.where(word == labels, of_label, dz)
 
 
 def _columns(d: int, body) -> None:
@@ -60,10 +80,11 @@ def _columns(d: int, body) -> None:
 def _kernel(
   limit_ref,  # [1] int32 in SMEM, words of the vocabulary
   labels_ref,  # [1, rows] int32
-  stats_ref,  # [3, rows] float32: lse and the cotangents of lse and target
+  stats_ref,  # [4, rows] float32: lse, cotangents of lse and target, target
   x_ref,  # [rows, D]
   e_ref,  # [words, D]
-  *refs,  # de_in_ref [words, D], if tiles of rows came before these;
+  *refs,  # kept_ref [V, rows] in HBM and shift_ref [1, 8, rows], if kept;
+  # de_in_ref [words, D], if blocks of rows came before this one;
   # dx_ref [rows, D] in HBM
   # de_ref [words, D]
   # cast_ref [words, D] of x's dtype, if the table has another
@@ -71,13 +92,15 @@ def _kernel(
   # dz_ref [words, rows]
   # dxt_ref [D, rows] float32
   # stage_ref [chunk, D], on dx's way to HBM
-  # semaphore
+  # piece_ref [2, words, chunks of a loop body], on its way from kept
+  # semaphores [3], of piece's two halves and of stage
   tiles: Tiles,
 ):
-  *de_in_ref, dx_ref, de_ref, cast_ref, et_ref, dz_ref = refs[:-3]
-  dxt_ref, stage_ref, semaphore = refs[-3:]
+  *in_refs, dx_ref, de_ref, cast_ref, et_ref, dz_ref = refs[:-4]
+  dxt_ref, stage_ref, piece_ref, semaphores = refs[-4:]
+  kept_refs, de_in_refs = in_refs[: 2 * tiles.keep], in_refs[2 * tiles.keep :]
   j = pl.program_id(0)
-  words, chunk = tiles.words, tiles.chunk
+  words, chunk, limit = tiles.words, tiles.chunk, limit_ref[0] - j * tiles.words
   d = x_ref.shape[1]
 
   @pl.when(j == 0)
@@ -85,40 +108,60 @@ def _kernel(
     dxt_ref[...] = jnp.zeros_like(dxt_ref)
 
   e = table_tile(e_ref, cast_ref, x_ref.dtype)
-  first = j * words
   et = e[...].T
   if tiles.masked:
     # dz is 0 there, but 0 times what is past the table's end may be NaN.
     column = jax.lax.broadcasted_iota(jnp.int32, et.shape, 1)
-    et = jnp.where(column < limit_ref[0] - first, et, jnp.zeros_like(et))
+    et = jnp.where(column < limit, et, jnp.zeros_like(et))
   et_ref[...] = et
   word = jax.lax.broadcasted_iota(jnp.int32, (words, chunk), 0)
-  step = tiles.at_once()
+  bodies = tiles.rows // (tiles.at_once * chunk)
 
-  @pl.loop(0, tiles.rows // (step * chunk))
+  def fetch(step):
+    """The copy of loop body `step`'s part of kept, counted over all tiles."""
+    at = pl.ds(step % bodies * piece_ref.shape[2], piece_ref.shape[2])
+    of_tile = pl.ds(step // bodies * words, words)
+    return pltpu.make_async_copy(
+      kept_refs[0].at[of_tile, at],
+      piece_ref.at[step % 2],
+      semaphores.at[step % 2],
+    )
+
+  if tiles.keep:
+
+    @pl.when(j == 0)
+    def _():
+      fetch(0).start()
+
+  @pl.loop(0, bodies)
   def _(i):
-    ats = [
-      pl.ds(pl.multiple_of((i * step + k) * chunk, chunk), chunk)
-      for k in range(step)
-    ]
-    products = [dot(e[...], x_ref[at, :], NT) for at in ats]
-    for at, logits in zip(ats, products, strict=True):
-      dz = _logits_gradient(
-        tiles,
-        word,
-        logits,
-        limit_ref[0],
-        first,
-        labels_ref[:, at],
-        stats_ref[:, at],
-      ).astype(x_ref.dtype)
-      dz_ref[:, at] = dz
+    ats = tiles.chunks(i)
+    if tiles.keep:
+      step = j * bodies + i
+
+      @pl.when(step + 1 < pl.num_programs(0) * bodies)
+      def _():
+        fetch(step + 1).start()
+
+      fetch(step).wait()
+      piece = piece_ref.at[step % 2]
+      sources = [piece[:, k * chunk : (k + 1) * chunk] for k in range(len(ats))]
+    else:
+      sources = [dot(e[...], x_ref[at, :], NT) for at in ats]
+    for at, source in zip(ats, sources, strict=True):
+      labels, rows = labels_ref[:, at] - j * words, stats_ref[:, at]
+      if tiles.keep:
+        shift = kept_refs[1][0, :, at]
+        dz = _from_kept(tiles, word, source, shift, labels, rows)
+      else:
+        dz = _from_logits(tiles, word, source, limit, labels, rows)
+      dz_ref[:, at] = dz = dz.astype(dz_ref.dtype)
       dxt_ref[:, at] += dot(et_ref[...], dz, NN)
 
   def table_gradient(start, size):
     at = pl.ds(start, size)
     de = dot(dz_ref[...], x_ref[:, at], NN)
-    for ref in de_in_ref:
+    for ref in de_in_refs:
       de += ref[:, at]
     de_ref[:, at] = de.astype(de_ref.dtype)
 
@@ -130,51 +173,59 @@ def _kernel(
     def _(i):
       at = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
       stage_ref[...] = dxt_ref[:, at].T.astype(stage_ref.dtype)
-      copy = pltpu.make_async_copy(stage_ref, dx_ref.at[at, :], semaphore)
+      copy = pltpu.make_async_copy(
+        stage_ref, dx_ref.at[at, :], semaphores.at[2]
+      )
       copy.start()
       copy.wait()
 
 
 def _row_block(
   tiles: Tiles,
-  table_dtype,
+  table_gradient,
   limit: jax.Array,
   embedding: jax.Array,
   labels: jax.Array,
   stats: jax.Array,
   x: jax.Array,
+  kept: tuple[jax.Array, ...],
   *de: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """dx and dE of `tiles.rows` rows; onto de, in place, if it is given."""
   rows, d = x.shape
-  v = embedding.shape[0]
-  table_tile_spec = pl.BlockSpec((tiles.words, d), lambda j: (j, 0))
-  dx, de = pl.pallas_call(
+  tile = pl.BlockSpec((tiles.words, d), lambda j: (j, 0))
+  kept_specs = [
+    pl.BlockSpec(memory_space=pl.ANY),
+    pl.BlockSpec((1, SUBLANES, rows), lambda j: (j, 0, 0)),
+  ]
+  body = tiles.at_once * tiles.chunk if tiles.keep else _LANES
+  return pl.pallas_call(
     functools.partial(_kernel, tiles=tiles),
     name="linear_cross_entropy_bwd",
-    grid=(pl.cdiv(v, tiles.words),),
+    grid=(pl.cdiv(embedding.shape[0], tiles.words),),
     in_specs=[
       pl.BlockSpec(memory_space=pltpu.SMEM),
       resident((1, rows)),
-      resident((3, rows)),
+      resident((4, rows)),
       resident((rows, d)),
-      table_tile_spec,
-      *[table_tile_spec] * len(de),
+      tile,
+      *(kept_specs if tiles.keep else []),
+      *[tile] * len(de),
     ],
-    out_specs=[pl.BlockSpec(memory_space=pl.ANY), table_tile_spec],
-    out_shape=[like(x.shape, x.dtype, x), like((v, d), table_dtype, x)],
-    input_output_aliases={5: 1} if de else {},
+    out_specs=[pl.BlockSpec(memory_space=pl.ANY), tile],
+    out_shape=[like(x.shape, x.dtype, x), table_gradient],
+    input_output_aliases={5 + len(kept): 1} if de else {},
     scratch_shapes=[
       cast_scratch(tiles.words, d, embedding, x.dtype),
       pltpu.VMEM((d, tiles.words), x.dtype),
       pltpu.VMEM((tiles.words, rows), x.dtype),
       pltpu.VMEM((d, rows), jnp.float32),
       pltpu.VMEM((tiles.chunk, d), x.dtype),
-      pltpu.SemaphoreType.DMA,
+      pltpu.VMEM((2, tiles.words if tiles.keep else SUBLANES, body), x.dtype),
+      pltpu.SemaphoreType.DMA((3,)),
     ],
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiles.vmem_bytes),
-  )(limit, labels, stats, x, embedding, *de)
-  return dx, de
+  )(limit, labels, stats, x, embedding, *kept, *de)
 
 
 def backward(
@@ -183,33 +234,53 @@ def backward(
   embedding: jax.Array,
   labels: jax.Array,
   limit: jax.Array,
-  lse: jax.Array,
-  dlse: jax.Array,
-  dtarget: jax.Array,
+  statistics: tuple[jax.Array, ...],
+  cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-  """Gradients of x and the table from those of `forward`'s results.
+  """Gradients of x and the table.
 
   Where x does not fit VMEM at once, its rows go by in blocks, each of which
   reads the table and adds to the table's gradient, in float32 in HBM.
+
+  Args:
+    tiles: as `forward` had them, but for the words if nothing was kept.
+    x: as `forward` had it, like all to `limit`.
+    embedding: likewise.
+    labels: likewise.
+    limit: likewise.
+    statistics: what `forward` returned.
+    cotangents: of its first two results.
+
+  Returns:
+    [R, D] and [V, D], of the dtypes of x and the table.
   """
   n, d = x.shape
+  lse, target, *kept = statistics
   blocks = n // tiles.rows
-  stats = jnp.stack([lse, dlse, dtarget])
-  one = functools.partial(_row_block, tiles)
+  stats = jnp.stack([lse, *cotangents, target])
   if blocks == 1:
-    return one(embedding.dtype, limit, embedding, labels[None], stats, x)
-  parts = (
-    labels.reshape(blocks, 1, tiles.rows),
-    stats.reshape(3, blocks, tiles.rows).swapaxes(0, 1),
-    x.reshape(blocks, tiles.rows, d),
-  )
-  one = functools.partial(one, jnp.float32, limit, embedding)
-  first, de = one(*(part[0] for part in parts))
+    whole = like(embedding.shape, embedding.dtype, x)
+    one = functools.partial(_row_block, tiles, whole)
+    return tuple(one(limit, embedding, labels[None], stats, x, tuple(kept)))
+  # In whole tiles: the interpreter cannot alias an array with a ragged one.
+  v = embedding.shape[0]
+  whole = like((round_up(v, tiles.words), d), jnp.float32, x)
+  one = functools.partial(_row_block, tiles, whole, limit, embedding)
 
-  def add(de, part):
-    dx, de = one(*part, de)
+  def rows_of(i):
+    """Block i of everything that has rows, which come last but in x."""
+    at = i * tiles.rows
+    take = functools.partial(
+      jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=tiles.rows
+    )
+    last = functools.partial(take, axis=-1)
+    return last(labels[None]), last(stats), take(x), tuple(map(last, kept))
+
+  def add(de, i):
+    dx, de = one(*rows_of(i), de)
     return de, dx
 
-  de, rest = jax.lax.scan(add, de, tuple(part[1:] for part in parts))
+  first, de = one(*rows_of(0))
+  de, rest = jax.lax.scan(add, de, jnp.arange(1, blocks))
   dx = jnp.concatenate([first[None], rest]).reshape(n, d)
-  return dx, de.astype(embedding.dtype)
+  return dx, de[:v].astype(embedding.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ class Tiles:
     words: rows of the table per grid step.
     rows: rows of x that stay in VMEM while the table streams by.
     chunk: rows of x per matrix product.
+    keep: whether the forward pass stores what the backward pass then need not
+      compute again.
     masked: whether a table tile may hold rows that are not part of the
       vocabulary: those past its end, or padding.
     soft_cap: as in the public function.
@@ -42,16 +45,23 @@ class Tiles:
   words: int
   rows: int
   chunk: int
+  keep: bool
   masked: bool
   soft_cap: float | None
   vmem_bytes: int
 
+  @property
   def at_once(self) -> int:
     """Chunks per loop body: one's exponentials hide behind another's product.
 
     More would fill the same units and only lengthen the program.
     """
     return 2 if self.rows % (2 * self.chunk) == 0 else 1
+
+  def chunks(self, i) -> list[Any]:
+    """The rows of loop body `i`'s chunks, as slices."""
+    starts = [(i * self.at_once + k) * self.chunk for k in range(self.at_once)]
+    return [pl.ds(pl.multiple_of(s, self.chunk), self.chunk) for s in starts]
 
 
 def round_up(n: int, unit: int) -> int:
@@ -97,6 +107,11 @@ def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
   return soft_cap * jnp.tanh(logits / soft_cap)
 
 
+def cap_slope(logits: jax.Array, soft_cap: float | None) -> jax.Array | None:
+  """Derivative of `capped` where its result is `logits`, None for 1."""
+  return None if soft_cap is None else 1.0 - (logits / soft_cap) ** 2
+
+
 def _kernel(
   limit_ref,  # [1] int32 in SMEM, words of the vocabulary
   labels_ref,  # [1, rows] int32
@@ -104,13 +119,15 @@ def _kernel(
   e_ref,  # [words, D]
   lse_ref,  # [1, rows] float32
   target_ref,  # [1, rows] float32
-  cast_ref,  # [words, D] of x's dtype, if the table has another
-  max_ref,  # [8, rows] float32: of every eighth word so far,
-  sum_ref,  # the largest logit, the sum of exponentials relative to it,
-  hit_ref,  # and the label's logit if it is among them
-  *,
+  *refs,  # kept_ref [words, rows] of x's dtype, if something is kept
+  # shift_ref [1, 8, rows] float32, likewise
+  # cast_ref [words, D] of x's dtype, if the table has another
+  # max_ref [8, rows] float32: of every eighth word so far,
+  # sum_ref the largest logit, the sum of exponentials relative to it,
+  # hit_ref and the label's logit if it is among them
   tiles: Tiles,
 ):
+  *kept_refs, cast_ref, max_ref, sum_ref, hit_ref = refs
   j = pl.program_id(1)
 
   @pl.when(j == 0)
@@ -123,9 +140,9 @@ def _kernel(
   first = j * tiles.words
   word = jax.lax.broadcasted_iota(jnp.int32, (tiles.words, tiles.chunk), 0)
 
-  def one_chunk(c):
-    at = pl.ds(pl.multiple_of(c * tiles.chunk, tiles.chunk), tiles.chunk)
-    logits = capped(dot(e[...], x_ref[at, :], NT), tiles.soft_cap)
+  def statistics(at, logits):
+    logits = capped(logits, tiles.soft_cap)
+    slope = cap_slope(logits, tiles.soft_cap)
     by_sublane = (tiles.words // SUBLANES, SUBLANES, tiles.chunk)
     hit = jnp.where(word == labels_ref[:, at] - first, logits, 0.0)
     hit_ref[:, at] += jnp.sum(hit.reshape(by_sublane), axis=0)
@@ -134,16 +151,25 @@ def _kernel(
     logits = logits.reshape(by_sublane)
     old = max_ref[:, at]
     new = jnp.maximum(old, jnp.max(logits, axis=0))
-    tile_sum = jnp.sum(jnp.exp(logits - new), axis=0)
-    sum_ref[:, at] = sum_ref[:, at] * jnp.exp(old - new) + tile_sum
+    exps = jnp.exp(logits - new)
+    sum_ref[:, at] *= jnp.exp(old - new)
+    sum_ref[:, at] += jnp.sum(exps, axis=0)
     max_ref[:, at] = new
+    if tiles.keep:
+      kept_ref, shift_ref = kept_refs
+      kept = exps.reshape(tiles.words, tiles.chunk)
+      if slope is not None:
+        # At a masked word the slope may be that of anything.
+        kept = jnp.where(kept > 0, kept * slope, 0.0)
+      kept_ref[:, at] = kept.astype(kept_ref.dtype)
+      shift_ref[0, :, at] = new
 
-  step = tiles.at_once()
-
-  @pl.loop(0, tiles.rows // (step * tiles.chunk))
+  @pl.loop(0, tiles.rows // (tiles.at_once * tiles.chunk))
   def _(i):
-    for k in range(step):
-      one_chunk(i * step + k)
+    ats = tiles.chunks(i)
+    products = [dot(e[...], x_ref[at, :], NT) for at in ats]
+    for at, logits in zip(ats, products, strict=True):
+      statistics(at, logits)
 
   @pl.when(j == pl.num_programs(1) - 1)
   def _():
@@ -159,7 +185,7 @@ def forward(
   embedding: jax.Array,
   labels: jax.Array,
   limit: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   """Log-normaliser and label's logit of every row.
 
   Args:
@@ -170,12 +196,18 @@ def forward(
     limit: [1] int32, words of the vocabulary.
 
   Returns:
-    Two [R] float32; the label's logit is 0 where no word matches.
+    Two [R] float32; the label's logit is 0 where no word matches.  With
+    `tiles.keep` also what `kept_types` describes: the softmax relative to a
+    normaliser, times the slope of the soft cap, and the normaliser's logarithm.
   """
   n, d = x.shape
   of_rows = resident((1, tiles.rows), lambda i, j: (0, i))
   row_stats = like((1, n), jnp.float32, x)
-  lse, target = pl.pallas_call(
+  kept_specs = [
+    pl.BlockSpec((tiles.words, tiles.rows), lambda i, j: (j, i)),
+    pl.BlockSpec((1, SUBLANES, tiles.rows), lambda i, j: (j, 0, i)),
+  ]
+  lse, target, *kept = pl.pallas_call(
     functools.partial(_kernel, tiles=tiles),
     name="linear_cross_entropy_fwd",
     grid=(n // tiles.rows, pl.cdiv(embedding.shape[0], tiles.words)),
@@ -185,12 +217,25 @@ def forward(
       resident((tiles.rows, d), lambda i, j: (i, 0)),
       pl.BlockSpec((tiles.words, d), lambda i, j: (j, 0)),
     ],
-    out_specs=[of_rows, of_rows],
-    out_shape=[row_stats, row_stats],
+    out_specs=[of_rows, of_rows, *(kept_specs if tiles.keep else [])],
+    out_shape=[
+      row_stats,
+      row_stats,
+      *(kept_types(tiles.words, x, embedding) if tiles.keep else []),
+    ],
     scratch_shapes=[
       cast_scratch(tiles.words, d, embedding, x.dtype),
       *[pltpu.VMEM((SUBLANES, tiles.rows), jnp.float32)] * 3,
     ],
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiles.vmem_bytes),
   )(limit, labels[None], x, embedding)
-  return lse[0], target[0]
+  return lse[0], target[0], *kept
+
+
+def kept_types(words: int, x: jax.Array, embedding: jax.Array):
+  """Types of kept [V, R], V up to whole tiles, and shift [tiles, 8, R]."""
+  n, steps = x.shape[0], pl.cdiv(embedding.shape[0], words)
+  return (
+    like((steps * words, n), x.dtype, x),
+    like((steps, SUBLANES, n), jnp.float32, x),
+  )
