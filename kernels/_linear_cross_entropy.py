@@ -20,19 +20,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import sequential_vmap
+from jax.experimental import checkify
 from jax.experimental import pallas as pl
 
-from ._linear_cross_entropy_bwd import backward
+from ._linear_cross_entropy_bwd import backward, backward_bytes
 from ._linear_cross_entropy_fwd import (
+  LANES,
   Tiles,
   capped,
   forward,
+  forward_bytes,
   kept_types,
   round_up,
 )
@@ -50,6 +55,7 @@ from ._op import (
 )
 from ._rope import check_integers
 from ._sharding import leading_dims, per_device, split_axes
+from ._tuned import power_of_two, tuned_config
 
 # --- specification ------------------------------------------------------------
 
@@ -88,11 +94,8 @@ def linear_cross_entropy_reference(
 # --- configuration ------------------------------------------------------------
 
 Mode = Literal["recompute", "chunked"]
-_LANES = 128
 # A v5e has 128 MiB; the compiler keeps a little of it.
 _VMEM_BYTES = 126 << 20
-# For values between a kernel's operations, which no operand accounts for.
-_STACK_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,12 +129,103 @@ class LinearCrossEntropyConfig:
       )
     for name in ("forward_words", "backward_words", "rows", "chunk"):
       value = getattr(self, name)
-      unit = self.chunk if name == "rows" else _LANES
+      unit = self.chunk if name == "rows" else LANES
       if value <= 0 or value % unit:
         raise ValueError(
           f"LinearCrossEntropyConfig: {name} must be a positive multiple of "
           f"{unit}, got {value}"
         )
+
+  @classmethod
+  def for_problem(cls, x: Any, embedding: Any) -> LinearCrossEntropyConfig:
+    """The tuned config of this problem, or one that fits."""
+    (n, d), v = x.shape, embedding.shape[0]
+    tuned = tuned_config(
+      "linear_cross_entropy",
+      rows=power_of_two(n),
+      width=d,
+      vocab=v,
+      x=x.dtype.name,
+      table=embedding.dtype.name,
+    )
+    if tuned is not None:
+      return cls(**tuned)
+    return cls.fitting(n, d, v, x.dtype, embedding.dtype)
+
+  @classmethod
+  def fitting(
+    cls,
+    n: int,
+    d: int,
+    v: int,
+    x_dtype: jnp.dtype,
+    table_dtype: jnp.dtype,
+    mode: Mode = "recompute",
+  ) -> LinearCrossEntropyConfig:
+    """The config for x [n, d] and a table [v, d] by a model of VMEM.
+
+    As few blocks of rows as let a table tile of some width fit: a block more
+    reads the table, and reads and writes its gradient, once more.
+
+    Raises:
+      ValueError: if not even the smallest tiles fit.
+    """
+    # Half chunks where whole ones would mostly be padding.
+    chunk = min(
+      (256, 128), key=lambda c: (1 + 8 / c) * round_up(n, _body_rows(c, n))
+    )
+    body = _body_rows(chunk, n)
+
+    def tiles(words: int, blocks: int) -> Tiles:
+      return Tiles(
+        words=words,
+        rows=round_up(pl.cdiv(n, blocks), body),
+        chunk=chunk,
+        keep=mode == "chunked",
+        masked=True,
+        soft_cap=None,
+        vmem_bytes=_VMEM_BYTES,
+      )
+
+    def fits(words: int, blocks: int, need: Callable[..., int], *more) -> bool:
+      take = need(tiles(words, blocks), d, x_dtype, table_dtype, *more)
+      return take <= _VMEM_BYTES
+
+    def fastest(widths) -> int:
+      # A tile costs its words, and about ten words' time to start and stop.
+      return min(widths, key=lambda words: pl.cdiv(v, words) * (words + 10))
+
+    for blocks in range(1, pl.cdiv(n, body) + 1):
+      # Narrow tiles keep the matrix units waiting for their weights: better
+      # another block of rows, unless there is none to be had.
+      least = 256 if blocks < pl.cdiv(n, body) else LANES
+      backward_words = [
+        w
+        for w in (1024, 768, 512, 384, 256, 128)
+        if w >= least and fits(w, blocks, backward_bytes, blocks)
+      ]
+      forward_words = [
+        w
+        for w in (1536, 768, 512, 384, 256, 128)
+        if w >= least and fits(w, blocks, forward_bytes)
+      ]
+      if backward_words and forward_words:
+        return cls(
+          mode=mode,
+          forward_words=fastest(forward_words),
+          backward_words=fastest(backward_words),
+          rows=tiles(LANES, blocks).rows,
+          chunk=chunk,
+        )
+    raise ValueError(
+      f"linear_cross_entropy: wanted rows of which {body} fit VMEM beside a "
+      f"tile of the table, got D = {d}"
+    )
+
+
+def _body_rows(chunk: int, n: int) -> int:
+  """Rows of a loop body: two chunks, unless there is but one."""
+  return chunk if n <= chunk else 2 * chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +246,7 @@ class _Static:
   ) -> Tiles:
     """For x [R, D], padded as `_padded` does, and embedding [V, D]."""
     n, v = x.shape[0], embedding.shape[0]
-    words = min(words, round_up(v, _LANES))
+    words = min(words, round_up(v, LANES))
     return Tiles(
       words=words,
       rows=n // pl.cdiv(n, self.config.rows),
@@ -206,7 +300,7 @@ def _forward(static, keep, x, embedding, labels, limit):
     kept = tuple(jnp.zeros(t.shape, t.dtype) for t in types)
     return *_statistics_reference(static, *args), *kept
 
-  kernel = functools.partial(forward, tiles)
+  kernel = sequential_vmap(functools.partial(forward, tiles))
   args = x, embedding, labels, limit
   return dispatch(static.implementation, kernel, reference, *args)
 
@@ -237,7 +331,7 @@ def _statistics_bwd(static, saved, cotangents):
     return vjp(cotangents)
 
   tiles = static.tiles(static.config.backward_words, static.keep, x, embedding)
-  kernel = functools.partial(backward, tiles)
+  kernel = sequential_vmap(functools.partial(backward, tiles))
   args = *saved, tuple(cotangents)
   gradients = dispatch(static.implementation, kernel, reference, *args)
   return *gradients, None, None
@@ -251,8 +345,9 @@ def _padded(config, x, labels):
   """x and labels with rows appended until the tiles divide them."""
   n = x.shape[0]
   blocks = pl.cdiv(n, config.rows)
-  chunk = min(config.chunk, round_up(n, _LANES))
-  more = blocks * round_up(pl.cdiv(n, blocks), chunk) - n
+  chunk = min(config.chunk, round_up(n, LANES))
+  body = min(_body_rows(chunk, n), config.rows)
+  more = blocks * round_up(pl.cdiv(n, blocks), body) - n
   if more:
     x = jnp.pad(x, ((0, more), (0, 0)))
     labels = jnp.pad(labels, (0, more), constant_values=-1)
@@ -292,7 +387,7 @@ def _losses(
   limit = jnp.clip(vocab - first, 0, v).astype(jnp.int32).reshape(1)
   here = (labels >= first) & (labels < first + limit)
   labels = jnp.where(here, labels - first, -1)
-  config = config or LinearCrossEntropyConfig()
+  config = config or LinearCrossEntropyConfig.for_problem(x, embedding)
   static = _Static(
     soft_cap, None if vocab_axes else vocab, implementation, config
   )
@@ -307,6 +402,19 @@ def _losses(
 
 
 # --- public -------------------------------------------------------------------
+
+
+def _check_labels(labels, weights, vocab: int) -> None:
+  """An error for `checkify` to find; nothing without it."""
+  known = (labels >= 0) & (labels < vocab)
+  if weights is not None:
+    known |= weights == 0
+  checkify.debug_check(
+    jnp.all(known),
+    "linear_cross_entropy: labels must be from 0 to {last}, got {found}",
+    last=jnp.int32(vocab - 1),
+    found=jnp.max(jnp.where(known, jnp.iinfo(labels.dtype).min, labels)),
+  )
 
 
 def linear_cross_entropy(
@@ -375,6 +483,7 @@ def linear_cross_entropy(
     raise ValueError(
       f"{op}: logits_soft_cap must be positive or None, got {logits_soft_cap}"
     )
+  _check_labels(labels, weights, valid_vocab_size or vocab)
   if implementation == "xla" or x.size == 0:
     return linear_cross_entropy_reference(
       x,

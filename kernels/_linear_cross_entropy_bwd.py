@@ -18,8 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ._linear_cross_entropy_fwd import (
+  LANES,
   NN,
   NT,
+  ROW_BYTES,
   SUBLANES,
   Tiles,
   cap_slope,
@@ -32,7 +34,6 @@ from ._linear_cross_entropy_fwd import (
 )
 from ._sharding import like
 
-_LANES = 128
 # Columns of D per product of dE: its float32 result must not spill too much.
 _COLUMNS = 512
 
@@ -78,12 +79,12 @@ def _columns(d: int, body) -> None:
 
 
 def _kernel(
-  limit_ref,  # [1] int32 in SMEM, words of the vocabulary
+  scalars_ref,  # [2] int32 in SMEM: words of the vocabulary, first row in kept
   labels_ref,  # [1, rows] int32
   stats_ref,  # [4, rows] float32: lse, cotangents of lse and target, target
   x_ref,  # [rows, D]
   e_ref,  # [words, D]
-  *refs,  # kept_ref [V, rows] in HBM and shift_ref [1, 8, rows], if kept;
+  *refs,  # kept_ref [V, R] in HBM and shift_ref [1, 8, rows], if kept;
   # de_in_ref [words, D], if blocks of rows came before this one;
   # dx_ref [rows, D] in HBM
   # de_ref [words, D]
@@ -100,7 +101,8 @@ def _kernel(
   dxt_ref, stage_ref, piece_ref, semaphores = refs[-4:]
   kept_refs, de_in_refs = in_refs[: 2 * tiles.keep], in_refs[2 * tiles.keep :]
   j = pl.program_id(0)
-  words, chunk, limit = tiles.words, tiles.chunk, limit_ref[0] - j * tiles.words
+  words, chunk = tiles.words, tiles.chunk
+  limit = scalars_ref[0] - j * words
   d = x_ref.shape[1]
 
   @pl.when(j == 0)
@@ -119,8 +121,10 @@ def _kernel(
 
   def fetch(step):
     """The copy of loop body `step`'s part of kept, counted over all tiles."""
-    at = pl.ds(step % bodies * piece_ref.shape[2], piece_ref.shape[2])
-    of_tile = pl.ds(step // bodies * words, words)
+    size = piece_ref.shape[2]
+    start = scalars_ref[1] + step % bodies * size
+    at = pl.ds(pl.multiple_of(start, size), size)
+    of_tile = pl.ds(pl.multiple_of(step // bodies * words, words), words)
     return pltpu.make_async_copy(
       kept_refs[0].at[of_tile, at],
       piece_ref.at[step % 2],
@@ -183,8 +187,8 @@ def _kernel(
 def _row_block(
   tiles: Tiles,
   table_gradient,
-  limit: jax.Array,
   embedding: jax.Array,
+  scalars: jax.Array,
   labels: jax.Array,
   stats: jax.Array,
   x: jax.Array,
@@ -198,7 +202,7 @@ def _row_block(
     pl.BlockSpec(memory_space=pl.ANY),
     pl.BlockSpec((1, SUBLANES, rows), lambda j: (j, 0, 0)),
   ]
-  body = tiles.at_once * tiles.chunk if tiles.keep else _LANES
+  body = tiles.at_once * tiles.chunk if tiles.keep else LANES
   return pl.pallas_call(
     functools.partial(_kernel, tiles=tiles),
     name="linear_cross_entropy_bwd",
@@ -225,7 +229,28 @@ def _row_block(
       pltpu.SemaphoreType.DMA((3,)),
     ],
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiles.vmem_bytes),
-  )(limit, labels, stats, x, embedding, *kept, *de)
+  )(scalars, labels, stats, x, embedding, *kept, *de)
+
+
+def backward_bytes(
+  tiles: Tiles,
+  d: int,
+  x_dtype: jnp.dtype,
+  table_dtype: jnp.dtype,
+  blocks: int,
+) -> int:
+  """VMEM that `backward` takes: its operands' buffers, scratch and values."""
+  d = round_up(d, LANES)
+  x_size, table_size = x_dtype.itemsize, table_dtype.itemsize
+  cast = x_size if x_dtype != table_dtype else 0
+  gradient = 2 * table_size if blocks == 1 else 2 * 2 * 4
+  table = tiles.words * d * (2 * table_size + cast + x_size + gradient)
+  rows = tiles.rows * (d * (x_size + 4) + tiles.words * x_size + 2 * ROW_BYTES)
+  body = tiles.at_once * tiles.chunk
+  kept = 2 * (tiles.words * body * x_size + tiles.rows * ROW_BYTES)
+  values = tiles.value_bytes() + 2 * 4 * tiles.words * min(_COLUMNS, d)
+  stage = tiles.chunk * d * x_size
+  return table + rows + stage + values + (kept if tiles.keep else 0)
 
 
 def backward(
@@ -261,11 +286,12 @@ def backward(
   if blocks == 1:
     whole = like(embedding.shape, embedding.dtype, x)
     one = functools.partial(_row_block, tiles, whole)
-    return tuple(one(limit, embedding, labels[None], stats, x, tuple(kept)))
+    scalars = jnp.append(limit, 0)
+    return tuple(one(embedding, scalars, labels[None], stats, x, tuple(kept)))
   # In whole tiles: the interpreter cannot alias an array with a ragged one.
   v = embedding.shape[0]
   whole = like((round_up(v, tiles.words), d), jnp.float32, x)
-  one = functools.partial(_row_block, tiles, whole, limit, embedding)
+  one = functools.partial(_row_block, tiles, whole, embedding)
 
   def rows_of(i):
     """Block i of everything that has rows, which come last but in x."""
@@ -274,7 +300,10 @@ def backward(
       jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=tiles.rows
     )
     last = functools.partial(take, axis=-1)
-    return last(labels[None]), last(stats), take(x), tuple(map(last, kept))
+    # What is large stays whole; the kernel takes its rows of it.
+    of_kept = (*kept[:1], *map(last, kept[1:]))
+    scalars = jnp.append(limit, at)
+    return scalars, last(labels[None]), last(stats), take(x), of_kept
 
   def add(de, i):
     dx, de = one(*rows_of(i), de)

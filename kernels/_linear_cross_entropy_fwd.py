@@ -18,7 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ._sharding import like
 
-SUBLANES = 8
+LANES, SUBLANES = 128, 8
+# A number per row, in VMEM: a vector along the lanes fills eight sublanes.
+ROW_BYTES = 4 * SUBLANES
 # Contractions of the last dimensions, and of the last with the first.
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
@@ -57,6 +59,10 @@ class Tiles:
     More would fill the same units and only lengthen the program.
     """
     return 2 if self.rows % (2 * self.chunk) == 0 else 1
+
+  def value_bytes(self) -> int:
+    """VMEM for what a loop body holds: three float32 tiles of each chunk."""
+    return 3 * 4 * self.at_once * self.words * self.chunk
 
   def chunks(self, i) -> list[Any]:
     """The rows of loop body `i`'s chunks, as slices."""
@@ -230,6 +236,18 @@ def forward(
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiles.vmem_bytes),
   )(limit, labels[None], x, embedding)
   return lse[0], target[0], *kept
+
+
+def forward_bytes(
+  tiles: Tiles, d: int, x_dtype: jnp.dtype, table_dtype: jnp.dtype
+) -> int:
+  """VMEM that `forward` takes: its operands' buffers, scratch and values."""
+  x_size, table_size = x_dtype.itemsize, table_dtype.itemsize
+  cast = x_size if x_dtype != table_dtype else 0
+  table = tiles.words * round_up(d, LANES) * (2 * table_size + cast)
+  rows = tiles.rows * (round_up(d, LANES) * x_size + 6 * ROW_BYTES)
+  kept = 2 * tiles.rows * (tiles.words * x_size + ROW_BYTES)
+  return table + rows + tiles.value_bytes() + (kept if tiles.keep else 0)
 
 
 def kept_types(words: int, x: jax.Array, embedding: jax.Array):
