@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import sequential_vmap
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import checkify
 from jax.experimental import pallas as pl
 
@@ -309,7 +310,8 @@ def _statistics_primal(static, *args):
   return _forward(static, False, *args)
 
 
-def _statistics_fwd(static, *args):
+def _statistics_fwd(static, x, embedding, labels, limit):
+  args = x.value, embedding.value, labels.value, limit.value
   statistics = tuple(
     checkpoint_name(result, f"linear_cross_entropy_{name}")
     for name, result in zip(
@@ -318,27 +320,38 @@ def _statistics_fwd(static, *args):
       strict=False,
     )
   )
-  return statistics[:2], (*args, statistics)
+  # What the pytree holds in place of arrays is known when it is traced.
+  wanted = tuple(() if a.perturbed else None for a in (x, embedding))
+  return statistics[:2], (*args, statistics, wanted)
 
 
 def _statistics_bwd(static, saved, cotangents):
-  x, embedding, *_ = saved
+  *saved, wanted = saved
+  wanted = tuple(w is not None for w in wanted)
+  x, embedding, labels, limit, statistics = saved
+  cotangents = tuple(
+    jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c
+    for c in cotangents
+  )
 
   def reference(x, embedding, labels, limit, _, cotangents):
     _, vjp = jax.vjp(
       lambda *a: _statistics_reference(static, *a, labels, limit), x, embedding
     )
-    return vjp(cotangents)
+    return tuple(
+      gradient if w else None
+      for gradient, w in zip(vjp(cotangents), wanted, strict=True)
+    )
 
   tiles = static.tiles(static.config.backward_words, static.keep, x, embedding)
-  kernel = sequential_vmap(functools.partial(backward, tiles))
-  args = *saved, tuple(cotangents)
+  kernel = sequential_vmap(functools.partial(backward, tiles, wanted))
+  args = *saved, cotangents
   gradients = dispatch(static.implementation, kernel, reference, *args)
   return *gradients, None, None
 
 
 _statistics = jax.custom_vjp(_statistics_primal, nondiff_argnums=(0,))
-_statistics.defvjp(_statistics_fwd, _statistics_bwd)
+_statistics.defvjp(_statistics_fwd, _statistics_bwd, symbolic_zeros=True)
 
 
 def _padded(config, x, labels):
@@ -500,12 +513,20 @@ def linear_cross_entropy(
     args.append(weights)
     dims.append(tokens)
   _, axes = split_axes(op, args, dims)
+  vocab_axes = axes.get("V", ())
+  for letter in tokens:
+    if shared := set(vocab_axes) & set(axes.get(letter, ())):
+      raise ValueError(
+        f"{op}: wanted different mesh axes for tokens and vocabulary, got "
+        f"{letter} and V both split over {sorted(shared)}; use "
+        f"jax.sharding.reshard"
+      )
   losses = functools.partial(
     _losses,
     soft_cap=logits_soft_cap,
     z_loss=z_loss,
     vocab=valid_vocab_size or vocab,
-    vocab_axes=axes.get("V", ()),
+    vocab_axes=vocab_axes,
     implementation=implementation,
     config=config,
   )

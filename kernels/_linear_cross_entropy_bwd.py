@@ -1,16 +1,27 @@
 """Backward pass of `linear_cross_entropy`: one kernel, both gradients.
 
-Each tile of logits is recomputed, again as [words, rows], turned into
+Each tile of logits is recomputed, or comes from what the forward pass kept, as
+[words, rows]; turned into
 
     dz = dlse * exp(z - lse) + dtarget * [word is the label]
 
-and used twice: dE += dz x needs no transpose, and neither does dx^T += E^T dz
+and used twice: dE = dz x needs no transpose, and neither does dx^T += E^T dz
 with the tile of the table transposed, once, whatever the number of rows.
+
+    step s    all rows, in chunks              all columns of D, in pieces
+            +----------------------------+   +-----------------------------+
+    tile    | z = E x^T (or kept)        |   | dE = dz x                   |
+    s - 1   | dz, stored in VMEM         | > | and tile s of the table, to |
+            | dx^T += E^T dz             |   | be ready as E and E^T       |
+            +----------------------------+   +-----------------------------+
+
+The matrix units never wait for a transpose: it is done beside dE, a step early.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +37,13 @@ from ._linear_cross_entropy_fwd import (
   Tiles,
   cap_slope,
   capped,
-  cast_scratch,
   dot,
   resident,
   round_up,
-  table_tile,
 )
 from ._sharding import like
 
-# Columns of D per product of dE: its float32 result must not spill too much.
+# Columns of D per product of dE: more would spill, fewer start too often.
 _COLUMNS = 512
 
 
@@ -78,158 +87,228 @@ def _columns(d: int, body) -> None:
     body(d // _COLUMNS * _COLUMNS, d % _COLUMNS)
 
 
-def _kernel(
-  scalars_ref,  # [2] int32 in SMEM: words of the vocabulary, first row in kept
-  labels_ref,  # [1, rows] int32
-  stats_ref,  # [4, rows] float32: lse, cotangents of lse and target, target
-  x_ref,  # [rows, D]
-  e_ref,  # [words, D]
-  *refs,  # kept_ref [V, R] in HBM and shift_ref [1, 8, rows], if kept;
-  # de_in_ref [words, D], if blocks of rows came before this one;
-  # dx_ref [rows, D] in HBM
-  # de_ref [words, D]
-  # cast_ref [words, D] of x's dtype, if the table has another
-  # et_ref [D, words]
-  # dz_ref [words, rows]
-  # dxt_ref [D, rows] float32
-  # stage_ref [chunk, D], on dx's way to HBM
-  # piece_ref [2, words, chunks of a loop body], on its way from kept
-  # semaphores [3], of piece's two halves and of stage
-  tiles: Tiles,
-):
-  *in_refs, dx_ref, de_ref, cast_ref, et_ref, dz_ref = refs[:-4]
-  dxt_ref, stage_ref, piece_ref, semaphores = refs[-4:]
-  kept_refs, de_in_refs = in_refs[: 2 * tiles.keep], in_refs[2 * tiles.keep :]
-  j = pl.program_id(0)
-  words, chunk = tiles.words, tiles.chunk
-  limit = scalars_ref[0] - j * words
-  d = x_ref.shape[1]
+class _Refs:
+  """The kernel's references by name; those it was not given are None.
 
-  @pl.when(j == 0)
-  def _():
-    dxt_ref[...] = jnp.zeros_like(dxt_ref)
+  In order:
+    scalars: [2] int32 in SMEM: words of the vocabulary, first row in kept.
+    labels: [1, rows] int32.
+    stats: [4, rows] float32: lse, cotangents of lse and target, target.
+    x: [rows, D].
+    table: [words, D], the tile of the next step.
+    kept: [V, R] in HBM, and
+    shift: [1, 8, rows] float32, if the forward pass kept something.
+    de_before: [words, D] float32, if blocks of rows came before this one.
+    dx: [rows, D] in HBM, if it is wanted.
+    de: [words, D], if it is wanted.
+    e: [words, D] in x's dtype, where logits are recomputed.
+    et: [D, words], for dx.
+    dz: [words, rows], for dE.
+    dxt: [D, rows] float32, for dx, and
+    stage: [chunk, D], on its way to HBM.
+    piece: [2, words, rows of a loop body], on their way from kept.
+    semaphores: [3], of piece's two halves and of stage.
+  """
 
-  e = table_tile(e_ref, cast_ref, x_ref.dtype)
-  et = e[...].T
+  scalars: Any
+  labels: Any
+  stats: Any
+  x: Any
+  table: Any
+  kept: Any = None
+  shift: Any = None
+  de_before: Any = None
+  dx: Any = None
+  de: Any = None
+  e: Any = None
+  et: Any = None
+  dz: Any = None
+  dxt: Any = None
+  stage: Any = None
+  piece: Any = None
+  semaphores: Any = None
+
+
+def _take_tile(tiles: Tiles, r: _Refs, step, at) -> None:
+  """Columns `at` of table tile `step`, as the next step needs them."""
+  piece = r.table[:, at].astype(r.x.dtype)
+  if r.e is not None:
+    r.e[:, at] = piece
+  if r.et is None:
+    return
+  piece = piece.T
   if tiles.masked:
     # dz is 0 there, but 0 times what is past the table's end may be NaN.
-    column = jax.lax.broadcasted_iota(jnp.int32, et.shape, 1)
-    et = jnp.where(column < limit, et, jnp.zeros_like(et))
-  et_ref[...] = et
-  word = jax.lax.broadcasted_iota(jnp.int32, (words, chunk), 0)
+    word = jax.lax.broadcasted_iota(jnp.int32, piece.shape, 1)
+    inside = word < r.scalars[0] - step * tiles.words
+    piece = jnp.where(inside, piece, jnp.zeros_like(piece))
+  r.et[at, :] = piece
+
+
+def _fetch(tiles: Tiles, r: _Refs, body):
+  """The copy of loop body `body`'s part of kept, counted over all tiles."""
+  size = tiles.at_once * tiles.chunk
+  bodies = tiles.rows // size
+  rows = pl.multiple_of(r.scalars[1] + body % bodies * size, size)
+  words = pl.multiple_of(body // bodies * tiles.words, tiles.words)
+  return pltpu.make_async_copy(
+    r.kept.at[pl.ds(words, tiles.words), pl.ds(rows, size)],
+    r.piece.at[body % 2],
+    r.semaphores.at[body % 2],
+  )
+
+
+def _rows_pass(tiles: Tiles, r: _Refs, j) -> None:
+  """dz of tile j, and what it adds to dx."""
+  words, chunk = tiles.words, tiles.chunk
   bodies = tiles.rows // (tiles.at_once * chunk)
-
-  def fetch(step):
-    """The copy of loop body `step`'s part of kept, counted over all tiles."""
-    size = piece_ref.shape[2]
-    start = scalars_ref[1] + step % bodies * size
-    at = pl.ds(pl.multiple_of(start, size), size)
-    of_tile = pl.ds(pl.multiple_of(step // bodies * words, words), words)
-    return pltpu.make_async_copy(
-      kept_refs[0].at[of_tile, at],
-      piece_ref.at[step % 2],
-      semaphores.at[step % 2],
-    )
-
-  if tiles.keep:
-
-    @pl.when(j == 0)
-    def _():
-      fetch(0).start()
+  word = jax.lax.broadcasted_iota(jnp.int32, (words, chunk), 0)
+  limit = r.scalars[0] - j * words
 
   @pl.loop(0, bodies)
   def _(i):
     ats = tiles.chunks(i)
     if tiles.keep:
-      step = j * bodies + i
+      body = j * bodies + i
 
-      @pl.when(step + 1 < pl.num_programs(0) * bodies)
+      @pl.when(body + 1 < (pl.num_programs(0) - 1) * bodies)
       def _():
-        fetch(step + 1).start()
+        _fetch(tiles, r, body + 1).start()
 
-      fetch(step).wait()
-      piece = piece_ref.at[step % 2]
+      _fetch(tiles, r, body).wait()
+      piece = r.piece.at[body % 2]
       sources = [piece[:, k * chunk : (k + 1) * chunk] for k in range(len(ats))]
     else:
-      sources = [dot(e[...], x_ref[at, :], NT) for at in ats]
+      sources = [dot(r.e[...], r.x[at, :], NT) for at in ats]
     for at, source in zip(ats, sources, strict=True):
-      labels, rows = labels_ref[:, at] - j * words, stats_ref[:, at]
+      labels, rows = r.labels[:, at] - j * words, r.stats[:, at]
       if tiles.keep:
-        shift = kept_refs[1][0, :, at]
+        shift = r.shift[0, :, at]
         dz = _from_kept(tiles, word, source, shift, labels, rows)
       else:
         dz = _from_logits(tiles, word, source, limit, labels, rows)
-      dz_ref[:, at] = dz = dz.astype(dz_ref.dtype)
-      dxt_ref[:, at] += dot(et_ref[...], dz, NN)
+      dz = dz.astype(r.x.dtype)
+      if r.dz is not None:
+        r.dz[:, at] = dz
+      if r.dxt is not None:
+        r.dxt[:, at] += dot(r.et[...], dz, NN)
 
-  def table_gradient(start, size):
+
+def _columns_pass(tiles: Tiles, r: _Refs, step) -> None:
+  """dE of the tile that `_rows_pass` did, and the next tile of the table."""
+
+  def one(start, size):
     at = pl.ds(start, size)
-    de = dot(dz_ref[...], x_ref[:, at], NN)
-    for ref in de_in_refs:
-      de += ref[:, at]
-    de_ref[:, at] = de.astype(de_ref.dtype)
+    if r.de is not None:
+      de = dot(r.dz[...], r.x[:, at], NN)
+      if r.de_before is not None:
+        de += r.de_before[:, at]
+      r.de[:, at] = de.astype(r.de.dtype)
+    _take_tile(tiles, r, step, at)
 
-  _columns(d, table_gradient)
+  _columns(r.x.shape[1], one)
 
-  @pl.when(j == pl.num_programs(0) - 1)
+
+def _kernel(*refs, names: tuple[str, ...], tiles: Tiles):
+  r = _Refs()
+  for name, ref in zip(names, refs, strict=True):
+    setattr(r, name, ref)
+  step, last = pl.program_id(0), pl.num_programs(0) - 1
+
+  @pl.when(step == 0)
   def _():
-    @pl.loop(0, tiles.rows // chunk)
+    if r.dxt is not None:
+      r.dxt[...] = jnp.zeros_like(r.dxt)
+    if tiles.keep:
+      _fetch(tiles, r, 0).start()
+    _columns(r.x.shape[1], lambda at, n: _take_tile(tiles, r, 0, pl.ds(at, n)))
+
+  @pl.when(step > 0)
+  def _():
+    _rows_pass(tiles, r, step - 1)
+    _columns_pass(tiles, r, step)
+
+  if r.dxt is None:
+    return
+
+  @pl.when(step == last)
+  def _():
+    @pl.loop(0, tiles.rows // tiles.chunk)
     def _(i):
-      at = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
-      stage_ref[...] = dxt_ref[:, at].T.astype(stage_ref.dtype)
-      copy = pltpu.make_async_copy(
-        stage_ref, dx_ref.at[at, :], semaphores.at[2]
-      )
+      at = pl.ds(pl.multiple_of(i * tiles.chunk, tiles.chunk), tiles.chunk)
+      r.stage[...] = r.dxt[:, at].T.astype(r.stage.dtype)
+      copy = pltpu.make_async_copy(r.stage, r.dx.at[at, :], r.semaphores.at[2])
       copy.start()
       copy.wait()
 
 
 def _row_block(
   tiles: Tiles,
-  table_gradient,
+  wanted: tuple[bool, bool],
+  table_gradient: jax.ShapeDtypeStruct,
   embedding: jax.Array,
   scalars: jax.Array,
   labels: jax.Array,
   stats: jax.Array,
   x: jax.Array,
   kept: tuple[jax.Array, ...],
-  *de: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """dx and dE of `tiles.rows` rows; onto de, in place, if it is given."""
+  de_before: jax.Array | None = None,
+) -> tuple[jax.Array | None, jax.Array | None]:
+  """dx and dE of `tiles.rows` rows; onto de_before, in place, if given."""
   rows, d = x.shape
-  tile = pl.BlockSpec((tiles.words, d), lambda j: (j, 0))
-  kept_specs = [
-    pl.BlockSpec(memory_space=pl.ANY),
-    pl.BlockSpec((1, SUBLANES, rows), lambda j: (j, 0, 0)),
-  ]
-  body = tiles.at_once * tiles.chunk if tiles.keep else LANES
-  return pl.pallas_call(
-    functools.partial(_kernel, tiles=tiles),
+  words, body = tiles.words, tiles.at_once * tiles.chunk
+  steps = pl.cdiv(embedding.shape[0], words)
+  in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+  # A step computes on the tile before the one that it makes ready.
+  ready = pl.BlockSpec((words, d), lambda s: (jnp.minimum(s, steps - 1), 0))
+  done = pl.BlockSpec((words, d), lambda s: (jnp.maximum(s - 1, 0), 0))
+  inputs = {
+    "scalars": (scalars, pl.BlockSpec(memory_space=pltpu.SMEM)),
+    "labels": (labels, resident((1, rows))),
+    "stats": (stats, resident((4, rows))),
+    "x": (x, resident((rows, d))),
+    "table": (embedding, ready),
+  }
+  if tiles.keep:
+    of_tile = pl.BlockSpec(
+      (1, SUBLANES, rows), lambda s: (jnp.maximum(s - 1, 0), 0, 0)
+    )
+    inputs["kept"], inputs["shift"] = (kept[0], in_hbm), (kept[1], of_tile)
+  aliases = {}
+  if de_before is not None:
+    aliases = {len(inputs): int(wanted[0])}
+    inputs["de_before"] = (de_before, done)
+  outputs, scratch = {}, {}
+  if not tiles.keep:
+    scratch["e"] = pltpu.VMEM((words, d), x.dtype)
+  if wanted[0]:
+    outputs["dx"] = (like(x.shape, x.dtype, x), in_hbm)
+    scratch["et"] = pltpu.VMEM((d, words), x.dtype)
+    scratch["dxt"] = pltpu.VMEM((d, rows), jnp.float32)
+    scratch["stage"] = pltpu.VMEM((tiles.chunk, d), x.dtype)
+  if wanted[1]:
+    outputs["de"] = (table_gradient, done)
+    scratch["dz"] = pltpu.VMEM((words, rows), x.dtype)
+  if tiles.keep:
+    scratch["piece"] = pltpu.VMEM((2, words, body), x.dtype)
+  scratch["semaphores"] = pltpu.SemaphoreType.DMA((3,))
+  arrays, in_specs = zip(*inputs.values(), strict=True)
+  types, out_specs = zip(*outputs.values(), strict=True)
+  results = pl.pallas_call(
+    functools.partial(
+      _kernel, names=(*inputs, *outputs, *scratch), tiles=tiles
+    ),
     name="linear_cross_entropy_bwd",
-    grid=(pl.cdiv(embedding.shape[0], tiles.words),),
-    in_specs=[
-      pl.BlockSpec(memory_space=pltpu.SMEM),
-      resident((1, rows)),
-      resident((4, rows)),
-      resident((rows, d)),
-      tile,
-      *(kept_specs if tiles.keep else []),
-      *[tile] * len(de),
-    ],
-    out_specs=[pl.BlockSpec(memory_space=pl.ANY), tile],
-    out_shape=[like(x.shape, x.dtype, x), table_gradient],
-    input_output_aliases={5 + len(kept): 1} if de else {},
-    scratch_shapes=[
-      cast_scratch(tiles.words, d, embedding, x.dtype),
-      pltpu.VMEM((d, tiles.words), x.dtype),
-      pltpu.VMEM((tiles.words, rows), x.dtype),
-      pltpu.VMEM((d, rows), jnp.float32),
-      pltpu.VMEM((tiles.chunk, d), x.dtype),
-      pltpu.VMEM((2, tiles.words if tiles.keep else SUBLANES, body), x.dtype),
-      pltpu.SemaphoreType.DMA((3,)),
-    ],
+    grid=(steps + 1,),
+    in_specs=in_specs,
+    out_specs=out_specs,
+    out_shape=types,
+    input_output_aliases=aliases,
+    scratch_shapes=list(scratch.values()),
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiles.vmem_bytes),
-  )(scalars, labels, stats, x, embedding, *kept, *de)
+  )(*arrays)
+  named = dict(zip(outputs, results, strict=True))
+  return named.get("dx"), named.get("de")
 
 
 def backward_bytes(
@@ -242,9 +321,9 @@ def backward_bytes(
   """VMEM that `backward` takes: its operands' buffers, scratch and values."""
   d = round_up(d, LANES)
   x_size, table_size = x_dtype.itemsize, table_dtype.itemsize
-  cast = x_size if x_dtype != table_dtype else 0
   gradient = 2 * table_size if blocks == 1 else 2 * 2 * 4
-  table = tiles.words * d * (2 * table_size + cast + x_size + gradient)
+  copies = x_size * (1 if tiles.keep else 2)
+  table = tiles.words * d * (2 * table_size + copies + gradient)
   rows = tiles.rows * (d * (x_size + 4) + tiles.words * x_size + 2 * ROW_BYTES)
   body = tiles.at_once * tiles.chunk
   kept = 2 * (tiles.words * body * x_size + tiles.rows * ROW_BYTES)
@@ -255,13 +334,14 @@ def backward_bytes(
 
 def backward(
   tiles: Tiles,
+  wanted: tuple[bool, bool],
   x: jax.Array,
   embedding: jax.Array,
   labels: jax.Array,
   limit: jax.Array,
   statistics: tuple[jax.Array, ...],
   cotangents: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array | None]:
   """Gradients of x and the table.
 
   Where x does not fit VMEM at once, its rows go by in blocks, each of which
@@ -269,6 +349,7 @@ def backward(
 
   Args:
     tiles: as `forward` had them, but for the words if nothing was kept.
+    wanted: which of the gradients; the other one is None, and no work.
     x: as `forward` had it, like all to `limit`.
     embedding: likewise.
     labels: likewise.
@@ -283,18 +364,16 @@ def backward(
   lse, target, *kept = statistics
   blocks = n // tiles.rows
   stats = jnp.stack([lse, *cotangents, target])
+  one = functools.partial(_row_block, tiles, wanted)
   if blocks == 1:
     whole = like(embedding.shape, embedding.dtype, x)
-    one = functools.partial(_row_block, tiles, whole)
     scalars = jnp.append(limit, 0)
-    return tuple(one(embedding, scalars, labels[None], stats, x, tuple(kept)))
+    return one(whole, embedding, scalars, labels[None], stats, x, tuple(kept))
   # In whole tiles: the interpreter cannot alias an array with a ragged one.
   v = embedding.shape[0]
   whole = like((round_up(v, tiles.words), d), jnp.float32, x)
-  one = functools.partial(_row_block, tiles, whole, embedding)
 
-  def rows_of(i):
-    """Block i of everything that has rows, which come last but in x."""
+  def add(de, i):
     at = i * tiles.rows
     take = functools.partial(
       jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=tiles.rows
@@ -302,14 +381,12 @@ def backward(
     last = functools.partial(take, axis=-1)
     # What is large stays whole; the kernel takes its rows of it.
     of_kept = (*kept[:1], *map(last, kept[1:]))
-    scalars = jnp.append(limit, at)
-    return scalars, last(labels[None]), last(stats), take(x), of_kept
-
-  def add(de, i):
-    dx, de = one(*rows_of(i), de)
+    rows = last(labels[None]), last(stats), take(x), of_kept
+    dx, de = one(whole, embedding, jnp.append(limit, at), *rows, de)
     return de, dx
 
-  first, de = one(*rows_of(0))
+  de, first = add(None, 0)
   de, rest = jax.lax.scan(add, de, jnp.arange(1, blocks))
-  dx = jnp.concatenate([first[None], rest]).reshape(n, d)
-  return dx, de[:v].astype(embedding.dtype)
+  if wanted[0]:
+    first = jnp.concatenate([first[None], rest]).reshape(n, d)
+  return first, de[:v].astype(embedding.dtype) if wanted[1] else None

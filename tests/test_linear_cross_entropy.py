@@ -13,6 +13,8 @@ import pytest
 import v5e
 from hypothesis import strategies as st
 from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from pallas_gemma import kernels
 from pallas_gemma.kernels import (
   LinearCrossEntropyConfig,
   linear_cross_entropy,
@@ -300,3 +302,231 @@ def mutated(module, old, new):
   name = "forward" if module is FORWARD else "backward"
   setattr(main, name, getattr(copy, name))
   return main.linear_cross_entropy
+
+
+MUTANTS = {
+  "no running maximum": (
+    FORWARD,
+    "new = jnp.maximum(old, jnp.max(logits, axis=0))",
+    "new = jnp.maximum(0 * old, jnp.max(logits, axis=0))",
+  ),
+  "old sums not rescaled": (FORWARD, " *= jnp.exp(old - new)", " *= 1.0"),
+  "past the vocabulary": (
+    FORWARD,
+    "logits = jnp.where(word < limit_ref[0] - first, logits, -jnp.inf)",
+    "pass",
+  ),
+  "padding gets a gradient": (
+    BACKWARD,
+    "return jnp.where(word < limit, dz, 0.0) if tiles.masked else dz",
+    "return dz",
+  ),
+  "what is past the table's end": (
+    BACKWARD,
+    "et = jnp.where(column < limit, et, jnp.zeros_like(et))",
+    "pass",
+  ),
+  "label missed": (FORWARD, "labels_ref[:, at] - first", "labels_ref[:, at]"),
+  "slope of the soft cap": (FORWARD, "1.0 - (logits / soft_cap)", "1.0 - (0"),
+  "first block of rows alone": (BACKWARD, "    de += ref[:, at]", "    pass"),
+  "only the last tile": (
+    BACKWARD,
+    "@pl.when(j == 0)\n  def _():\n    dxt_ref[...] = jnp.zeros",
+    "@pl.when(j >= 0)\n  def _():\n    dxt_ref[...] = jnp.zeros",
+  ),
+  "z-loss not differentiated": (
+    MODULE,
+    "z_loss * lse * lse",
+    "z_loss * jax.lax.stop_gradient(lse * lse)",
+  ),
+  "weights not applied": (
+    MODULE,
+    "loss * weights[0].astype(jnp.float32) if weights",
+    "loss if weights",
+  ),
+  "maximum forgotten": (BACKWARD, "jnp.exp(shift - lse)", "jnp.exp(-lse)"),
+  "the wrong half": (BACKWARD, "piece_ref.at[step % 2],", "piece_ref.at[0],"),
+  "copy not awaited": (BACKWARD, "fetch(step).wait()", "pass"),
+  "label from what is kept": (
+    BACKWARD,
+    "return jnp.where(word == labels, of_label, dz)",
+    "return jnp.where(word == labels, dz + dtarget, dz)",
+  ),
+}
+KEEPS = (
+  "maximum forgotten",
+  "the wrong half",
+  "copy not awaited",
+  "label from what is kept",
+)
+
+
+def mutants_check(name, function):
+  """Four tiles of words and two blocks of rows, with everything switched on."""
+  keeps = name in KEEPS
+  x, table, labels = draw(300, 64, 430, scale=0.3)
+  table = table.at[400:].set(9.0)
+  if name == "label from what is kept":
+    test = draw(64, 128, 256, jnp.bfloat16)
+    x = test[1][test[2]] * jnp.asarray(0.12, jnp.bfloat16)
+    return agrees([x, *test[1:]], config("chunked"), function)
+  return agrees(
+    [x, table, labels % 400],
+    config("chunked" if keeps else "recompute"),
+    function,
+    weights=jnp.asarray(np.linspace(0, 1, 300), jnp.float32),
+    logits_soft_cap=4.0,
+    z_loss=1e-2,
+    valid_vocab_size=400,
+  )
+
+
+@pytest.mark.parametrize("name", [None, *MUTANTS])
+def test_mutants_die(name):
+  if name is None:
+    for keeps in ("", *KEEPS):
+      mutants_check(keeps, linear_cross_entropy)
+    return
+  check = functools.partial(mutants_check, name)
+  mutation.assert_killed(check, mutated(*MUTANTS[name]))
+
+
+# --- meshes -------------------------------------------------------------------
+
+
+def mesh_of(kind):
+  return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+SPLITS = {
+  "tokens": {"B": ("data", "model")},
+  "words": {"V": ("data", "model")},
+  "both": {"B": ("data",), "V": ("model",)},
+}
+
+
+@pytest.mark.parametrize(
+  "mode, split, kind",
+  [
+    ("recompute", "tokens", AxisType.Explicit),
+    ("recompute", "words", AxisType.Explicit),
+    ("recompute", "both", AxisType.Auto),
+    ("chunked", "both", AxisType.Explicit),
+  ],
+)
+def test_split_over_a_mesh(mode, split, kind):
+  """Tokens, words or both over eight devices; the last words are padding."""
+  axes = SPLITS[split]
+  mesh = mesh_of(kind)
+  x, table, labels = draw(8, 64, 256, scale=0.1)
+  x, labels = x.reshape(8, 1, 64), labels.reshape(8, 1) % 200
+
+  def total(x, table, labels):
+    loss = linear_cross_entropy(
+      x,
+      table,
+      labels,
+      implementation="pallas",
+      config=config(mode),
+      z_loss=1e-2,
+      valid_vocab_size=200,
+    )
+    return (loss * loss).sum()
+
+  value_and_grad = jax.jit(jax.value_and_grad(total, (0, 1)))
+  want = value_and_grad(x, table, labels)
+
+  def put(array, letter):
+    spec = PartitionSpec(axes.get(letter))
+    return jax.device_put(array, NamedSharding(mesh, spec))
+
+  rules = axes if kind == AxisType.Auto else {}
+  with jax.set_mesh(mesh), kernels.sharding(mesh, rules):
+    got = value_and_grad(put(x, "B"), put(table, "V"), put(labels, "B"))
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.no_interpreter
+def test_one_axis_for_tokens_and_words_is_refused():
+  mesh = mesh_of(AxisType.Explicit)
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  x, table, labels = draw(8, 64, 256)
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match="both split over"):
+    linear_cross_entropy(
+      *(jax.device_put(a, split) for a in (x, table, labels))
+    )
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("split", SPLITS)
+def test_compiles_for_eight_chips(split):
+  axes = SPLITS[split]
+  mesh = jax.sharding.Mesh(
+    np.reshape(v5e.devices("2x4", (2, 4, 1)), (4, 2)),
+    ("data", "model"),
+    axis_types=(AxisType.Explicit,) * 2,
+  )
+
+  def spec(shape, dtype, letter):
+    sharding = NamedSharding(mesh, PartitionSpec(axes.get(letter)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def total(*args):
+    return linear_cross_entropy(*args).sum()
+
+  args = (
+    spec((8, 512, 256), jnp.bfloat16, "B"),
+    spec((16384, 256), jnp.float32, "V"),
+    spec((8, 512), jnp.int32, "B"),
+  )
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = jax.jit(jax.grad(total, (0, 1))).lower(*args)
+  text = lowered.compile().as_text() or ""
+  assert "linear_cross_entropy_bwd" in text and "all-gather" not in text
+
+
+# --- refusals -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("mode", "both", "mode must be 'recompute' or 'chunked', got 'both'"),
+    ("forward_words", 100, "forward_words must be a positive multiple of 128"),
+    ("backward_words", 0, "backward_words must be a positive multiple of 128"),
+    ("chunk", -128, "chunk must be a positive multiple of 128, got -128"),
+    ("rows", 300, "rows must be a positive multiple of 256, got 300"),
+  ],
+)
+def test_config_is_validated_at_birth(field, value, message):
+  with pytest.raises(ValueError, match=message):
+    LinearCrossEntropyConfig(**{field: value})
+
+
+def test_bad_input_is_refused():
+  x, table, labels = draw(4, 64, 100)
+  for bad, message in (
+    ((x[0, 0], table, labels), "at least one dimension, got a scalar"),
+    ((x, table.T, labels), r"embedding must be \[V, D\] with D = 64"),
+    ((x, table, labels[:2]), r"labels must be \(4,\)"),
+    ((x, table, x[:, 0]), "labels must be"),
+    ((x.astype(jnp.float16), table, labels), "x must be float32 or bfloat16"),
+  ):
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: .*{message}"):
+      linear_cross_entropy(*bad)
+  for kwargs, message in (
+    ({"valid_vocab_size": 0}, "valid_vocab_size must be from 1 to V = 100"),
+    ({"valid_vocab_size": 101}, "from 1 to V = 100, got 101"),
+    ({"logits_soft_cap": 0.0}, "logits_soft_cap must be positive or None"),
+    ({"weights": jnp.ones(3)}, r"weights must be \(4,\)"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      linear_cross_entropy(x, table, labels, **kwargs)
+
+
+def test_too_wide_for_vmem_is_refused():
+  dtype = jnp.dtype(jnp.float32)
+  with pytest.raises(ValueError, match="got D = 1048576"):
+    LinearCrossEntropyConfig.fitting(8, 1 << 20, 256, dtype, dtype)
