@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from ._linear_cross_entropy_bwd import backward, backward_bytes
 from ._linear_cross_entropy_fwd import (
   LANES,
+  LOWEST,
   Tiles,
   capped,
   forward,
@@ -97,6 +98,8 @@ def linear_cross_entropy_reference(
 Mode = Literal["recompute", "chunked"]
 # A v5e has 128 MiB; the compiler keeps a little of it.
 _VMEM_BYTES = 126 << 20
+# Widths of table tiles to choose from; wider ones only compile more slowly.
+_WORDS = (768, 512, 384, 256, 128)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,13 +205,11 @@ class LinearCrossEntropyConfig:
       least = 256 if blocks < pl.cdiv(n, body) else LANES
       backward_words = [
         w
-        for w in (1024, 768, 512, 384, 256, 128)
+        for w in _WORDS
         if w >= least and fits(w, blocks, backward_bytes, blocks)
       ]
       forward_words = [
-        w
-        for w in (1536, 768, 512, 384, 256, 128)
-        if w >= least and fits(w, blocks, forward_bytes)
+        w for w in _WORDS if w >= least and fits(w, blocks, forward_bytes)
       ]
       if backward_words and forward_words:
         return cls(
@@ -260,9 +261,11 @@ class _Static:
 
 
 # --- differentiation ----------------------------------------------------------
-# The kernels' op is (lse, logit of the label) of every row.  The loss is plain
-# jnp on top of it: z-loss, weights and the sum over vocabulary shards are a few
-# numbers per row, and their gradients are nobody's work.
+# The kernels' op is, of every row, the largest logit, the sum of exponentials
+# relative to it, and the logit of the label.  The loss is plain jnp on top:
+# z-loss, weights and the sum over vocabulary shards are a few numbers per row,
+# and their gradients are nobody's work.  The largest logit cancels, hence has
+# no gradient; apart from the sum it costs no digits where logits are large.
 
 
 def _statistics_reference(
@@ -271,7 +274,7 @@ def _statistics_reference(
   embedding: jax.Array,
   labels: jax.Array,
   limit: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   table = embedding[: static.limit].astype(x.dtype)
   inside = (jnp.arange(table.shape[0]) < limit)[:, None]
   if static.limit is None:
@@ -283,10 +286,9 @@ def _statistics_reference(
   if static.limit is None:
     logits = jnp.where(inside[:, 0], logits, -jnp.inf)
   target = jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="clip")
-  return (
-    jax.nn.logsumexp(logits, axis=-1),
-    jnp.where(labels < 0, 0.0, target[:, 0]),
-  )
+  top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=LOWEST))
+  total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
+  return top, total, jnp.where(labels < 0, 0.0, target[:, 0])
 
 
 def _forward(static, keep, x, embedding, labels, limit):
@@ -315,14 +317,14 @@ def _statistics_fwd(static, x, embedding, labels, limit):
   statistics = tuple(
     checkpoint_name(result, f"linear_cross_entropy_{name}")
     for name, result in zip(
-      ("lse", "target", "kept", "kept"),
+      ("top", "total", "target", "kept", "kept"),
       _forward(static, static.keep, *args),
       strict=False,
     )
   )
   # What the pytree holds in place of arrays is known when it is traced.
   wanted = tuple(() if a.perturbed else None for a in (x, embedding))
-  return statistics[:2], (*args, statistics, wanted)
+  return statistics[:3], (*args, statistics, wanted)
 
 
 def _statistics_bwd(static, saved, cotangents):
@@ -331,7 +333,7 @@ def _statistics_bwd(static, saved, cotangents):
   x, embedding, labels, limit, statistics = saved
   cotangents = tuple(
     jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c
-    for c in cotangents
+    for c in cotangents[1:]
   )
 
   def reference(x, embedding, labels, limit, _, cotangents):
@@ -340,7 +342,9 @@ def _statistics_bwd(static, saved, cotangents):
     )
     return tuple(
       gradient if w else None
-      for gradient, w in zip(vjp(cotangents), wanted, strict=True)
+      for gradient, w in zip(
+        vjp((jnp.zeros_like(cotangents[0]), *cotangents)), wanted, strict=True
+      )
     )
 
   tiles = static.tiles(static.config.backward_words, static.keep, x, embedding)
@@ -367,11 +371,11 @@ def _padded(config, x, labels):
   return x, labels
 
 
-def _all_words(lse, target, axes):
+def _all_words(top, total, target, axes):
   """Statistics over the vocabulary from those over each device's part."""
-  top = jax.lax.pmax(jax.lax.stop_gradient(lse), axes)
-  total = jax.lax.psum(jnp.exp(lse - top), axes)
-  return top + jnp.log(total), jax.lax.psum(target, axes)
+  highest = jax.lax.pmax(jax.lax.stop_gradient(top), axes)
+  total = jax.lax.psum(total * jnp.exp(top - highest), axes)
+  return highest, total, jax.lax.psum(target, axes)
 
 
 def _losses(
@@ -405,10 +409,12 @@ def _losses(
     soft_cap, None if vocab_axes else vocab, implementation, config
   )
   x, labels = _padded(config, x, labels)
-  lse, target = _statistics(static, x, embedding, labels, limit)
-  lse, target = lse[:n], target[:n]
+  statistics = _statistics(static, x, embedding, labels, limit)
+  top, total, target = (row[:n] for row in statistics)
+  top = jax.lax.stop_gradient(top)
   if vocab_axes:
-    lse, target = _all_words(lse, target, vocab_axes)
+    top, total, target = _all_words(top, total, target, vocab_axes)
+  lse = top + jnp.log(total)
   loss = lse - jnp.where(known, target, jnp.nan) + z_loss * lse * lse
   loss = loss.reshape(shape)
   return loss * weights[0].astype(jnp.float32) if weights else loss

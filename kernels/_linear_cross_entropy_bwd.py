@@ -3,7 +3,7 @@
 Each tile of logits is recomputed, or comes from what the forward pass kept, as
 [words, rows]; turned into
 
-    dz = dlse * exp(z - lse) + dtarget * [word is the label]
+    dz = dtotal * exp(z - top) + dtarget * [word is the label]
 
 and used twice: dE = dz x needs no transpose, and neither does dx^T += E^T dz
 with the tile of the table transposed, once, whatever the number of rows.
@@ -49,9 +49,9 @@ _COLUMNS = 512
 
 def _from_logits(tiles, word, logits, limit, labels, rows):
   """dz [words, chunk] in float32 from the logits before the soft cap."""
-  lse, dlse, dtarget = (rows[k : k + 1] for k in range(3))
+  top, dtotal, dtarget = (rows[k : k + 1] for k in range(3))
   z = capped(logits, tiles.soft_cap)
-  dz = jnp.exp(z - lse) * dlse
+  dz = jnp.exp(z - top) * dtotal
   dz = jnp.where(word == labels, dz + dtarget, dz)
   slope = cap_slope(z, tiles.soft_cap)
   if slope is not None:
@@ -65,11 +65,11 @@ def _from_kept(tiles, word, kept, shift, labels, rows):
   The label's word is computed afresh: what it keeps is rounded, and a
   probability near 1 has nothing left of its digits when 1 is subtracted.
   """
-  lse, dlse, dtarget, target = (rows[k : k + 1] for k in range(4))
-  scale = jnp.exp(shift - lse) * dlse
+  top, dtotal, dtarget, target = (rows[k : k + 1] for k in range(4))
+  scale = jnp.exp(shift - top) * dtotal
   kept = kept.astype(jnp.float32).reshape(-1, SUBLANES, tiles.chunk)
   dz = (kept * scale).reshape(tiles.words, tiles.chunk)
-  of_label = jnp.exp(target - lse) * dlse + dtarget
+  of_label = jnp.exp(target - top) * dtotal + dtarget
   slope = cap_slope(target, tiles.soft_cap)
   if slope is not None:
     of_label *= slope
@@ -93,7 +93,7 @@ class _Refs:
   In order:
     scalars: [2] int32 in SMEM: words of the vocabulary, first row in kept.
     labels: [1, rows] int32.
-    stats: [4, rows] float32: lse, cotangents of lse and target, target.
+    stats: [4, rows] float32: top, cotangents of total and target, target.
     x: [rows, D].
     table: [words, D], the tile of the next step.
     kept: [V, R] in HBM, and
@@ -355,15 +355,16 @@ def backward(
     labels: likewise.
     limit: likewise.
     statistics: what `forward` returned.
-    cotangents: of its first two results.
+    cotangents: of its second and third result; the first, a shift that
+      cancels, has no gradient.
 
   Returns:
     [R, D] and [V, D], of the dtypes of x and the table.
   """
   n, d = x.shape
-  lse, target, *kept = statistics
+  top, _, target, *kept = statistics
   blocks = n // tiles.rows
-  stats = jnp.stack([lse, *cotangents, target])
+  stats = jnp.stack([top, *cotangents, target])
   one = functools.partial(_row_block, tiles, wanted)
   if blocks == 1:
     whole = like(embedding.shape, embedding.dtype, x)

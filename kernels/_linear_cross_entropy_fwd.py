@@ -1,4 +1,4 @@
-"""Forward pass of `linear_cross_entropy`: log-normaliser and label's logit.
+"""Forward pass of `linear_cross_entropy`: normaliser and label's logit.
 
 Logits are computed transposed, a tile being [words, rows]: both statistics are
 then sums down the sublanes, which need no cross-lane traffic, and everything
@@ -123,7 +123,8 @@ def _kernel(
   labels_ref,  # [1, rows] int32
   x_ref,  # [rows, D]
   e_ref,  # [words, D]
-  lse_ref,  # [1, rows] float32
+  top_ref,  # [1, rows] float32
+  total_ref,  # [1, rows] float32
   target_ref,  # [1, rows] float32
   *refs,  # kept_ref [words, rows] of x's dtype, if something is kept
   # shift_ref [1, 8, rows] float32, likewise
@@ -181,7 +182,8 @@ def _kernel(
   def _():
     top = jnp.max(max_ref[...], axis=0, keepdims=True)
     parts = sum_ref[...] * jnp.exp(max_ref[...] - top)
-    lse_ref[...] = top + jnp.log(jnp.sum(parts, axis=0, keepdims=True))
+    top_ref[...] = top
+    total_ref[...] = jnp.sum(parts, axis=0, keepdims=True)
     target_ref[...] = jnp.sum(hit_ref[...], axis=0, keepdims=True)
 
 
@@ -192,7 +194,7 @@ def forward(
   labels: jax.Array,
   limit: jax.Array,
 ) -> tuple[jax.Array, ...]:
-  """Log-normaliser and label's logit of every row.
+  """Normaliser and label's logit of every row.
 
   Args:
     tiles: their sizes; `tiles.rows` divides R.
@@ -202,9 +204,10 @@ def forward(
     limit: [1] int32, words of the vocabulary.
 
   Returns:
-    Two [R] float32; the label's logit is 0 where no word matches.  With
-    `tiles.keep` also what `kept_types` describes: the softmax relative to a
-    normaliser, times the slope of the soft cap, and the normaliser's logarithm.
+    Three [R] float32: the largest logit, the sum of exponentials relative to
+    it, the label's logit, which is 0 where no word matches.  With `tiles.keep`
+    also what `kept_types` describes: exponentials relative to a shift, times
+    the slope of the soft cap, and the shift.
   """
   n, d = x.shape
   of_rows = resident((1, tiles.rows), lambda i, j: (0, i))
@@ -213,7 +216,7 @@ def forward(
     pl.BlockSpec((tiles.words, tiles.rows), lambda i, j: (j, i)),
     pl.BlockSpec((1, SUBLANES, tiles.rows), lambda i, j: (j, 0, i)),
   ]
-  lse, target, *kept = pl.pallas_call(
+  results = pl.pallas_call(
     functools.partial(_kernel, tiles=tiles),
     name="linear_cross_entropy_fwd",
     grid=(n // tiles.rows, pl.cdiv(embedding.shape[0], tiles.words)),
@@ -223,10 +226,9 @@ def forward(
       resident((tiles.rows, d), lambda i, j: (i, 0)),
       pl.BlockSpec((tiles.words, d), lambda i, j: (j, 0)),
     ],
-    out_specs=[of_rows, of_rows, *(kept_specs if tiles.keep else [])],
+    out_specs=[*[of_rows] * 3, *(kept_specs if tiles.keep else [])],
     out_shape=[
-      row_stats,
-      row_stats,
+      *[row_stats] * 3,
       *(kept_types(tiles.words, x, embedding) if tiles.keep else []),
     ],
     scratch_shapes=[
@@ -235,7 +237,7 @@ def forward(
     ],
     compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiles.vmem_bytes),
   )(limit, labels[None], x, embedding)
-  return lse[0], target[0], *kept
+  return *(row[0] for row in results[:3]), *results[3:]
 
 
 def forward_bytes(
@@ -245,7 +247,7 @@ def forward_bytes(
   x_size, table_size = x_dtype.itemsize, table_dtype.itemsize
   cast = x_size if x_dtype != table_dtype else 0
   table = tiles.words * round_up(d, LANES) * (2 * table_size + cast)
-  rows = tiles.rows * (round_up(d, LANES) * x_size + 6 * ROW_BYTES)
+  rows = tiles.rows * (round_up(d, LANES) * x_size + 7 * ROW_BYTES)
   kept = 2 * tiles.rows * (tiles.words * x_size + ROW_BYTES)
   return table + rows + tiles.value_bytes() + (kept if tiles.keep else 0)
 
