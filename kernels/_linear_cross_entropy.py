@@ -141,20 +141,23 @@ class LinearCrossEntropyConfig:
         )
 
   @classmethod
-  def for_problem(cls, x: Any, embedding: Any) -> LinearCrossEntropyConfig:
-    """The tuned config of this problem, or one that fits."""
+  def for_problem(
+    cls, x: Any, embedding: Any, mode: Mode = "recompute"
+  ) -> LinearCrossEntropyConfig:
+    """The tuned config for x [R, D] and embedding [V, D], or one that fits."""
     (n, d), v = x.shape, embedding.shape[0]
     tuned = tuned_config(
       "linear_cross_entropy",
       rows=power_of_two(n),
       width=d,
       vocab=v,
+      mode=mode,
       x=x.dtype.name,
       table=embedding.dtype.name,
     )
     if tuned is not None:
       return cls(**tuned)
-    return cls.fitting(n, d, v, x.dtype, embedding.dtype)
+    return cls.fitting(n, d, v, x.dtype, embedding.dtype, mode)
 
   @classmethod
   def fitting(
@@ -329,23 +332,21 @@ def _statistics_fwd(static, x, embedding, labels, limit):
 
 def _statistics_bwd(static, saved, cotangents):
   *saved, wanted = saved
-  wanted = tuple(w is not None for w in wanted)
-  x, embedding, labels, limit, statistics = saved
+  wanted = wanted[0] is not None, wanted[1] is not None
+  x, embedding, labels, limit, _ = saved
   cotangents = tuple(
-    jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c
-    for c in cotangents[1:]
+    jnp.zeros(x.shape[:1], jnp.float32) if isinstance(c, SymbolicZero) else c
+    for c in cotangents
   )
 
-  def reference(x, embedding, labels, limit, _, cotangents):
+  def reference(*args):
     _, vjp = jax.vjp(
-      lambda *a: _statistics_reference(static, *a, labels, limit), x, embedding
+      lambda x, e: _statistics_reference(static, x, e, labels, limit),
+      x,
+      embedding,
     )
-    return tuple(
-      gradient if w else None
-      for gradient, w in zip(
-        vjp((jnp.zeros_like(cotangents[0]), *cotangents)), wanted, strict=True
-      )
-    )
+    gradients = zip(vjp(args[-1]), wanted, strict=True)
+    return tuple(gradient if w else None for gradient, w in gradients)
 
   tiles = static.tiles(static.config.backward_words, static.keep, x, embedding)
   kernel = sequential_vmap(functools.partial(backward, tiles, wanted))

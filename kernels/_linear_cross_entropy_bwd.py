@@ -340,7 +340,7 @@ def backward(
   labels: jax.Array,
   limit: jax.Array,
   statistics: tuple[jax.Array, ...],
-  cotangents: tuple[jax.Array, jax.Array],
+  cotangents: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[jax.Array | None, jax.Array | None]:
   """Gradients of x and the table.
 
@@ -355,8 +355,8 @@ def backward(
     labels: likewise.
     limit: likewise.
     statistics: what `forward` returned.
-    cotangents: of its second and third result; the first, a shift that
-      cancels, has no gradient.
+    cotangents: of its first three results; that of the first, a shift that
+      cancels, is of no account.
 
   Returns:
     [R, D] and [V, D], of the dtypes of x and the table.
@@ -364,7 +364,7 @@ def backward(
   n, d = x.shape
   top, _, target, *kept = statistics
   blocks = n // tiles.rows
-  stats = jnp.stack([top, *cotangents, target])
+  stats = jnp.stack([top, *cotangents[1:], target])
   one = functools.partial(_row_block, tiles, wanted)
   if blocks == 1:
     whole = like(embedding.shape, embedding.dtype, x)
@@ -386,8 +386,8 @@ def backward(
     dx, de = one(whole, embedding, jnp.append(limit, at), *rows, de)
     return de, dx
 
-  de, first = add(None, 0)
+  de, dx = add(None, 0)
   de, rest = jax.lax.scan(add, de, jnp.arange(1, blocks))
-  if wanted[0]:
-    first = jnp.concatenate([first[None], rest]).reshape(n, d)
-  return first, de[:v].astype(embedding.dtype) if wanted[1] else None
+  if dx is not None and rest is not None:
+    dx = jnp.concatenate([dx[None], rest]).reshape(n, d)
+  return dx, None if de is None else de[:v].astype(embedding.dtype)
