@@ -98,6 +98,9 @@ def linear_cross_entropy_reference(
 Mode = Literal["recompute", "chunked"]
 # A v5e has 128 MiB; the compiler keeps a little of it.
 _VMEM_BYTES = 126 << 20
+# What a v5e does in a cycle of 1.5 GHz.
+_PRODUCTS_PER_CYCLE = 4 * 128 * 128
+_BYTES_PER_CYCLE = 819 / 1.5
 # Widths of table tiles to choose from; wider ones only compile more slowly.
 _WORDS = (768, 512, 384, 256, 128)
 
@@ -171,8 +174,8 @@ class LinearCrossEntropyConfig:
   ) -> LinearCrossEntropyConfig:
     """The config for x [n, d] and a table [v, d] by a model of VMEM.
 
-    As few blocks of rows as let a table tile of some width fit: a block more
-    reads the table, and reads and writes its gradient, once more.
+    With more blocks of rows, tiles of the table may be wider, and traffic is
+    more: each reads the table, and reads and writes its gradient.
 
     Raises:
       ValueError: if not even the smallest tiles fit.
@@ -183,49 +186,65 @@ class LinearCrossEntropyConfig:
     )
     body = _body_rows(chunk, n)
 
-    def tiles(words: int, blocks: int) -> Tiles:
-      return Tiles(
+    def rows(blocks: int) -> int:
+      return round_up(pl.cdiv(n, blocks), body)
+
+    def fits(words: int, blocks: int, need: Callable[..., int], *more) -> bool:
+      keep = mode == "chunked"
+      tiles = Tiles(
         words=words,
-        rows=round_up(pl.cdiv(n, blocks), body),
+        rows=rows(blocks),
         chunk=chunk,
-        keep=mode == "chunked",
+        overlap=_overlap(need is forward_bytes, keep),
+        keep=keep,
         masked=True,
         soft_cap=None,
         vmem_bytes=_VMEM_BYTES,
       )
 
-    def fits(words: int, blocks: int, need: Callable[..., int], *more) -> bool:
-      take = need(tiles(words, blocks), d, x_dtype, table_dtype, *more)
-      return take <= _VMEM_BYTES
+      return need(tiles, d, x_dtype, table_dtype, *more) <= _VMEM_BYTES
 
-    def fastest(widths) -> int:
-      # A tile costs its words, and about ten words' time to start and stop.
-      return min(widths, key=lambda words: pl.cdiv(v, words) * (words + 10))
+    def cycles(words: int, blocks: int) -> float:
+      # Of the backward pass, but for D.  A tile costs its words, and about ten
+      # words' time to start and stop; each block moves the table and, to add
+      # to it, its float32 gradient.
+      products = 3 * rows(blocks) * pl.cdiv(v, words) * (words + 10)
+      moved = v * (table_dtype.itemsize + (8 if blocks > 1 else 4))
+      return blocks * max(
+        products / _PRODUCTS_PER_CYCLE, moved / _BYTES_PER_CYCLE
+      )
 
-    for blocks in range(1, pl.cdiv(n, body) + 1):
-      # Narrow tiles keep the matrix units waiting for their weights: better
-      # another block of rows, unless there is none to be had.
-      least = 256 if blocks < pl.cdiv(n, body) else LANES
-      backward_words = [
-        w
-        for w in _WORDS
-        if w >= least and fits(w, blocks, backward_bytes, blocks)
-      ]
-      forward_words = [
-        w for w in _WORDS if w >= least and fits(w, blocks, forward_bytes)
-      ]
-      if backward_words and forward_words:
-        return cls(
-          mode=mode,
-          forward_words=fastest(forward_words),
-          backward_words=fastest(backward_words),
-          rows=tiles(LANES, blocks).rows,
-          chunk=chunk,
-        )
-    raise ValueError(
-      f"linear_cross_entropy: wanted rows of which {body} fit VMEM beside a "
-      f"tile of the table, got D = {d}"
+    def several_or_narrow(words: int, blocks: int) -> bool:
+      # One block adds nothing up in HBM, for which a narrower table's gradient
+      # would need twice its memory: worth the few percent that a tile of
+      # middling width costs.
+      return blocks > 1 or words < min(v, 384)
+
+    backward = [
+      (several_or_narrow(words, blocks), cycles(words, blocks), -words, blocks)
+      for blocks in range(1, pl.cdiv(n, body) + 1)
+      for words in _WORDS
+      if fits(words, blocks, backward_bytes, blocks)
+      and fits(_WORDS[-1], blocks, forward_bytes)
+    ]
+    if not backward:
+      raise ValueError(
+        f"linear_cross_entropy: wanted rows of which {body} fit VMEM beside a "
+        f"tile of the table, got D = {d}"
+      )
+    *_, words, blocks = min(backward)
+    return cls(
+      mode=mode,
+      forward_words=next(w for w in _WORDS if fits(w, blocks, forward_bytes)),
+      backward_words=-words,
+      rows=rows(blocks),
+      chunk=chunk,
     )
+
+
+def _overlap(is_forward: bool, keep: bool) -> int:
+  """Chunks per loop body: two where it is long, having two products each."""
+  return 4 if is_forward or keep else 2
 
 
 def _body_rows(chunk: int, n: int) -> int:
@@ -247,15 +266,20 @@ class _Static:
     return self.config.mode == "chunked"
 
   def tiles(
-    self, words: int, keep: bool, x: jax.Array, embedding: jax.Array
+    self, is_forward: bool, keep: bool, x: jax.Array, embedding: jax.Array
   ) -> Tiles:
     """For x [R, D], padded as `_padded` does, and embedding [V, D]."""
     n, v = x.shape[0], embedding.shape[0]
+    # What is kept comes in the backward pass's tiles.
+    words = self.config.backward_words
+    if is_forward and not keep:
+      words = self.config.forward_words
     words = min(words, round_up(v, LANES))
     return Tiles(
       words=words,
       rows=n // pl.cdiv(n, self.config.rows),
       chunk=min(self.config.chunk, n),
+      overlap=_overlap(is_forward, keep),
       keep=keep,
       masked=self.limit != v or v % words != 0,
       soft_cap=self.soft_cap,
@@ -295,10 +319,7 @@ def _statistics_reference(
 
 
 def _forward(static, keep, x, embedding, labels, limit):
-  # What is kept comes in the backward pass's tiles.
-  config = static.config
-  words = config.backward_words if keep else config.forward_words
-  tiles = static.tiles(words, keep, x, embedding)
+  tiles = static.tiles(True, keep, x, embedding)
 
   def reference(*args):
     # Nothing off TPU reads what is kept, and XLA drops it.
@@ -348,7 +369,7 @@ def _statistics_bwd(static, saved, cotangents):
     gradients = zip(vjp(args[-1]), wanted, strict=True)
     return tuple(gradient if w else None for gradient, w in gradients)
 
-  tiles = static.tiles(static.config.backward_words, static.keep, x, embedding)
+  tiles = static.tiles(False, static.keep, x, embedding)
   kernel = sequential_vmap(functools.partial(backward, tiles, wanted))
   args = *saved, cotangents
   gradients = dispatch(static.implementation, kernel, reference, *args)

@@ -36,6 +36,9 @@ class Tiles:
     words: rows of the table per grid step.
     rows: rows of x that stay in VMEM while the table streams by.
     chunk: rows of x per matrix product.
+    overlap: chunks per loop body, at most: one's exponentials hide behind
+      another's product, those of the last one do not.  More chunks lengthen the
+      program, and the compiler's work on it.
     keep: whether the forward pass stores what the backward pass then need not
       compute again.
     masked: whether a table tile may hold rows that are not part of the
@@ -47,6 +50,7 @@ class Tiles:
   words: int
   rows: int
   chunk: int
+  overlap: int
   keep: bool
   masked: bool
   soft_cap: float | None
@@ -54,11 +58,9 @@ class Tiles:
 
   @property
   def at_once(self) -> int:
-    """Chunks per loop body: one's exponentials hide behind another's product.
-
-    Those of the last one do not.  More chunks lengthen the program.
-    """
-    return next(k for k in (4, 2, 1) if self.rows % (k * self.chunk) == 0)
+    """Chunks per loop body."""
+    choices = range(self.overlap, 0, -1)
+    return next(k for k in choices if self.rows % (k * self.chunk) == 0)
 
   def value_bytes(self) -> int:
     """VMEM for what a loop body holds: three float32 tiles of each chunk."""
