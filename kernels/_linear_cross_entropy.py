@@ -231,14 +231,16 @@ class LinearCrossEntropyConfig:
         products / _PRODUCTS_PER_CYCLE, moved / _BYTES_PER_CYCLE
       )
 
-    def several_or_narrow(words: int, blocks: int) -> bool:
-      # One block adds nothing up in HBM, for which a narrower table's gradient
-      # would need twice its memory: worth the few percent that a tile of
-      # middling width costs.
-      return blocks > 1 or words < min(v, 384)
+    def memory(words: int, blocks: int) -> int:
+      # One block adds nothing up in HBM, for which a table in fewer bits would
+      # need a float32 gradient as well: worth the few percent that a tile of
+      # middling width costs.  Tiles that hang over the table's end would too.
+      if blocks == 1:
+        return int(words < min(v, 384))
+      return 1 + (v % words != 0)
 
     backward = [
-      (several_or_narrow(words, blocks), cycles(words, blocks), -words, blocks)
+      (memory(words, blocks), cycles(words, blocks), -words, blocks)
       for blocks in range(1, pl.cdiv(n, body) + 1)
       for words in _WORDS
       if fits(words, blocks, backward_bytes, blocks)
