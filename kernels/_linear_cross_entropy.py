@@ -197,9 +197,13 @@ class LinearCrossEntropyConfig:
     Raises:
       ValueError: if not even the smallest tiles fit.
     """
+    # A product in float32 is six on the matrix units, and as long a program.
+    exact = x_dtype == jnp.float32
+    widths = [words for words in _WORDS if words <= 256 or not exact]
     # Half chunks where whole ones would mostly be padding.
     chunk = min(
-      (256, 128), key=lambda c: (1 + 8 / c) * round_up(n, _body_rows(c, n))
+      (128,) if exact else (256, 128),
+      key=lambda c: (1 + 8 / c) * round_up(n, _body_rows(c, n)),
     )
     body = _body_rows(chunk, n)
 
@@ -236,15 +240,15 @@ class LinearCrossEntropyConfig:
       # need a float32 gradient as well: worth the few percent that a tile of
       # middling width costs.  Tiles that hang over the table's end would too.
       if blocks == 1:
-        return int(words < min(v, 384))
+        return int(words < min(v, 384, widths[0]))
       return 1 + (v % words != 0)
 
     backward = [
       (memory(words, blocks), cycles(words, blocks), -words, blocks)
       for blocks in range(1, pl.cdiv(n, body) + 1)
-      for words in _WORDS
+      for words in widths
       if fits(words, blocks, backward_bytes, blocks)
-      and fits(_WORDS[-1], blocks, forward_bytes)
+      and fits(widths[-1], blocks, forward_bytes)
     ]
     if not backward:
       raise ValueError(
@@ -254,7 +258,7 @@ class LinearCrossEntropyConfig:
     *_, words, blocks = min(backward)
     return cls(
       mode=mode,
-      forward_words=next(w for w in _WORDS if fits(w, blocks, forward_bytes)),
+      forward_words=next(w for w in widths if fits(w, blocks, forward_bytes)),
       backward_words=-words,
       rows=rows(blocks),
       chunk=chunk,

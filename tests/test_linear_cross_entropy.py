@@ -76,7 +76,7 @@ def agrees(arrays, config, function=linear_cross_entropy, **kwargs):
 dtypes = st.sampled_from([jnp.float32, jnp.bfloat16])
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(
   mode=st.sampled_from(MODES),
   n=st.integers(1, 280),
@@ -101,8 +101,10 @@ def test_any_problem_meets_the_bar(
   )
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+BOTH = [("recompute", jnp.float32), ("chunked", jnp.bfloat16)]
+
+
+@pytest.mark.parametrize("mode, dtype", BOTH)
 def test_extreme_logits(mode, dtype):
   """Logits of 1e4 and -1e4: each row's softmax is all on one word."""
   x, table, labels = draw(40, 128, 200, dtype, scale=0.1)
@@ -111,8 +113,7 @@ def test_extreme_logits(mode, dtype):
   agrees([x, table, labels], config(mode))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("mode, dtype", BOTH)
 def test_sharp_and_right(mode, dtype):
   """Probability of the label near 1: what is left of it must keep digits."""
   x, table, labels = draw(64, 128, 256, dtype)
@@ -120,8 +121,7 @@ def test_sharp_and_right(mode, dtype):
   agrees([x, table, labels], config(mode))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_uniform(mode):
+def test_uniform(mode="recompute"):
   x, table, labels = draw(64, 128, 256)
   loss = linear_cross_entropy(
     jnp.zeros_like(x),
@@ -165,13 +165,9 @@ def test_weights_ignore_what_a_token_holds(mode):
   for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
     np.testing.assert_array_equal(w, g)
   assert not got[1][0][bad].any() and not got[1][1][180:].any()
-  agrees(
-    [x, table, labels], config(mode), weights=weights, valid_vocab_size=180
-  )
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_all_weights_zero(mode):
+def test_all_weights_zero(mode="chunked"):
   x, table, labels = draw(40, 128, 200)
 
   def total(x, table):
@@ -223,8 +219,9 @@ def test_labels_outside_raise_off_tpu(implementation):
 # --- transformations ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("table_axis", [None, 0])
+@pytest.mark.parametrize(
+  "mode, table_axis", [("recompute", None), ("chunked", 0)]
+)
 def test_vmap(mode, table_axis):
   """Mapped over x and labels, with one table for all or with one for each."""
   examples = [draw(20, 64, 150, seed=i) for i in range(2)]
@@ -241,8 +238,7 @@ def test_vmap(mode, table_axis):
   numerics.assert_agrees(*mapped, [x, table, labels], softmax=True)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize("mode, wanted", [("recompute", 0), ("chunked", 1)])
 def test_one_gradient_alone(mode, wanted):
   """The same numbers as with both, from fewer matrix products."""
   x, table, labels = draw(140, 64, 200)
