@@ -567,6 +567,20 @@ def test_bad_input_is_refused():
       linear_cross_entropy(x, table, labels, **kwargs)
 
 
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("table", [jnp.bfloat16, jnp.float32])
+def test_tiles_fit_the_problem(mode, table):
+  """One block of rows where it can be, else tiles that divide the table."""
+  types = jnp.dtype(jnp.bfloat16), jnp.dtype(table)
+  one = LinearCrossEntropyConfig.fitting(8192, 2048, 256128, *types, mode)
+  assert one.rows == 8192
+  many = LinearCrossEntropyConfig.fitting(32768, 3072, 256128, *types, mode)
+  assert many.rows < 32768 and 256128 % many.backward_words == 0
+  few = LinearCrossEntropyConfig.fitting(1, 2048, 256128, *types, mode)
+  assert few.rows == few.chunk == 128
+
+
 def test_too_wide_for_vmem_is_refused():
   dtype = jnp.dtype(jnp.float32)
   with pytest.raises(ValueError, match="got D = 1048576"):
