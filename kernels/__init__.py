@@ -27,6 +27,9 @@ from ._geglu import geglu_reference as geglu_reference
 from ._geglu_tiles import FeedForwardConfig as FeedForwardConfig
 from ._geglu_tiles import Tiles as Tiles
 from ._linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
+from ._linear_cross_entropy import (
+  LinearCrossEntropyConfig as LinearCrossEntropyConfig,
+)
 from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from ._linear_cross_entropy import (
   linear_cross_entropy_reference as linear_cross_entropy_reference,
