@@ -19,7 +19,7 @@ import numpy as np
 
 from ._chip import V5E, Chip
 from ._listing import Instruction, Listing, ListingError
-from ._scalar import Scalars
+from ._scalar import Scalars, signed
 from ._units import Copies, MatrixUnits, matmul_cycles, unit_of
 
 BRANCH_DELAY = 4
@@ -157,6 +157,8 @@ class _Machine:
       return functools.partial(self._wait, instruction)
     if opcode.startswith("dma."):
       return functools.partial(self._copy, instruction)
+    if opcode in ("vsyncadd", "vsyncpa"):
+      return functools.partial(self._synchronise, instruction)
     if opcode.startswith("v"):
       if instruction.dest and instruction.dest.startswith(("%s", "%p")):
         return functools.partial(self._scalars.forget, instruction.dest)
@@ -198,7 +200,10 @@ class _Machine:
       return
     if kind.endswith("_to_smem"):
       source = keywords.get("hbm", keywords.get("vmem", ""))
-      scalars.load_smem(scalars.value(source), scalars.value(keywords["smem"]))
+      words = granules * GRANULE_BYTES // 4
+      scalars.load_smem(
+        scalars.value(source), scalars.value(keywords["smem"]), words
+      )
     flag = keywords.get("dst_syncflagno")
     self._copies.issue(
       kind,
@@ -207,6 +212,20 @@ class _Machine:
       scalars.value(flag) if flag else None,
       self._now,
     )
+
+  def _synchronise(self, instruction: Instruction) -> None:
+    """`vsyncadd` adds to a flag, `vsyncpa` sets it."""
+    if not self._scalars.holds(instruction):
+      return
+    address, amount = map(self._scalars.value, instruction.operands[:2])
+    if amount is None:
+      self._scalars.unknown.add("what is added to a flag")
+      return
+    flag = self._copies.flag(address)
+    if instruction.opcode == "vsyncadd":
+      flag.add(signed(amount))
+    else:
+      flag.set(amount)
 
   def _wait(self, instruction: Instruction) -> None:
     if not self._scalars.holds(instruction):

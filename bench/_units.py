@@ -46,6 +46,37 @@ class MatrixUnits:
     return start
 
 
+class _SyncFlag:
+  """A counter that copies raise as they end, and programs read and set."""
+
+  def __init__(self) -> None:
+    self._value = 0
+    self._coming: collections.deque[tuple[int, int]] = collections.deque()
+
+  def set(self, value: int) -> None:
+    """Gives it a value."""
+    self._value = value
+
+  def add(self, amount: int) -> None:
+    """Adds to its value, at once."""
+    self._value += amount
+
+  def expect(self, when: int, amount: int) -> None:
+    """Adds to its value, once a copy has ended."""
+    self._coming.append((when, amount))
+
+  def reach(self, value: int, now: int) -> int | None:
+    """When it reaches a value, None if no copy will raise it so far."""
+    ready = now
+    while self._value < value:
+      if not self._coming:
+        return None
+      when, amount = self._coming.popleft()
+      ready = max(ready, when)
+      self._value += amount
+    return ready
+
+
 class Copies:
   """Copies between memories, and the flags that tell of their end.
 
@@ -60,12 +91,14 @@ class Copies:
   def __init__(self, chip: Chip):
     self._chip = chip
     self._hbm_free = 0.0
-    self._flags: dict[Flag, collections.deque[tuple[int, int]]] = (
-      collections.defaultdict(collections.deque)
-    )
+    self._flags: dict[Flag, _SyncFlag] = collections.defaultdict(_SyncFlag)
     self.bytes: collections.Counter[str] = collections.Counter()
     self.stall = 0
     self.unmatched = 0
+
+  def flag(self, address: Flag) -> _SyncFlag:
+    """The flag at an address."""
+    return self._flags[address]
 
   def issue(
     self, kind: str, size: int, granules: int, flag: Flag, now: int
@@ -77,14 +110,15 @@ class Copies:
     if "hbm" in kind or kind == "general":
       self._hbm_free = end
     if flag is not None:
-      self._flags[flag].append((granules, int(end) + 1))
+      self._flags[flag].expect(int(end) + 1, granules)
 
   def wait(self, flag: Flag, granules: int, now: int) -> int:
     """Blocks until a flag has reached `granules`; returns the time."""
-    ready, arrived = now, self._flags[flag]
-    while granules > 0 and arrived:
-      size, when = arrived.popleft()
-      granules, ready = granules - size, max(ready, when)
-    self.unmatched += granules > 0
+    ready = self._flags[flag].reach(granules, now)
+    if ready is None:
+      self.unmatched += 1
+      # The wait is over one day: what it waits for is taken as arrived.
+      self._flags[flag].set(granules)
+      ready = now
     self.stall += ready - now
     return ready
