@@ -37,7 +37,7 @@ class Step:
     times: how often the program runs it.
     cycles: of one run.
     copy_stall: cycles of one run spent waiting for copies.
-    matmul_stall: cycles of one run spent waiting for matrix units.
+    unit_stall: cycles of one run spent waiting for matrix and transpose units.
     hbm_bytes: of one run.
   """
 
@@ -46,7 +46,7 @@ class Step:
   times: int
   cycles: int
   copy_stall: int
-  matmul_stall: int
+  unit_stall: int
   hbm_bytes: int
 
 
@@ -218,7 +218,7 @@ class _Program:
       times,
       cycles.total,
       cycles.copy_stall,
-      cycles.matmul_stall,
+      cycles.queue_stall + cycles.result_stall,
       cycles.hbm_bytes,
     )
     self._result.steps.append(step)

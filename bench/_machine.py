@@ -3,8 +3,9 @@
 A program's time is the bundles that it issues, one per cycle, and its stalls:
 
     delays   `vdelay n` is n idle cycles
-    copies   `dma.done.wait` blocks until the bytes have arrived (_units.py)
-    matmuls  a bundle waits while the queue of its matrix unit is full
+    copies   `dma.done.wait` blocks until the bytes have arrived (_copies.py)
+    units    a bundle waits while the queue of a matrix or transpose unit is
+             full, and for results that are not there yet (_units.py)
 
 A branch takes effect four bundles after it was issued.
 """
@@ -18,9 +19,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ._chip import V5E, Chip
+from ._copies import Copies
 from ._listing import Instruction, Listing, ListingError
 from ._scalar import Scalars, signed
-from ._units import Copies, MatrixUnits, matmul_cycles, unit_of
+from ._units import Units, Work, popped, work
 
 BRANCH_DELAY = 4
 GRANULE_BYTES = 32  # unit of the listing's `size_in_granules`
@@ -39,7 +41,8 @@ class Cycles:
     total: cycles.
     bundles: issued bundles, delays included.
     copy_stall: cycles in which it waited for copies.
-    matmul_stall: cycles in which it waited for a matrix unit.
+    queue_stall: cycles in which it waited for room in a unit's queue.
+    result_stall: cycles in which it waited for a unit's result.
     copied: bytes by kind of copy.
     notes: what the model did not know; the total may then be too low.
   """
@@ -47,7 +50,8 @@ class Cycles:
   total: int
   bundles: int
   copy_stall: int
-  matmul_stall: int
+  queue_stall: int
+  result_stall: int
   copied: Mapping[str, int]
   notes: tuple[str, ...]
 
@@ -88,7 +92,7 @@ class _Machine:
   ):
     self._scalars = Scalars(operands)
     self._copies = Copies(chip)
-    self._matrix = MatrixUnits()
+    self._units = Units()
     self._regions = listing.regions
     self._now = 0
     self._branch: int | None = None  # where the bundle that issues jumps to
@@ -124,7 +128,8 @@ class _Machine:
       total=self._now,
       bundles=bundles,
       copy_stall=self._copies.stall,
-      matmul_stall=self._matrix.stall,
+      queue_stall=self._units.queue_stall,
+      result_stall=self._units.result_stall,
       copied=dict(self._copies.bytes),
       notes=tuple(sorted(notes)),
     )
@@ -146,9 +151,10 @@ class _Machine:
     opcode = instruction.opcode
     if opcode == "vdelay":
       return functools.partial(self._delay, int(instruction.operands[0]))
-    unit, cycles = unit_of(opcode), matmul_cycles(opcode)
-    if unit and cycles:
-      return functools.partial(self._matmul, unit, cycles)
+    if results := popped(opcode):
+      return functools.partial(self._pop, results)
+    if task := work(opcode):
+      return functools.partial(self._work, instruction, task)
     if opcode == "sbr.rel":
       return functools.partial(
         self._jump, instruction, self._target(instruction)
@@ -176,8 +182,12 @@ class _Machine:
   def _delay(self, cycles: int) -> None:
     self._now += cycles
 
-  def _matmul(self, unit: str, cycles: int) -> None:
-    self._now = self._matrix.issue(unit, cycles, self._now)
+  def _work(self, instruction: Instruction, task: Work) -> None:
+    if self._scalars.holds(instruction) is not False:
+      self._now = self._units.issue(task, self._now)
+
+  def _pop(self, results: str) -> None:
+    self._now = self._units.pop(results, self._now)
 
   def _jump(self, instruction: Instruction, target: int) -> None:
     taken = self._scalars.holds(instruction)
