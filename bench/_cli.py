@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import importlib.util
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from . import _program, _sweep, _table
 from ._job import Job
 from ._row import Row
 
-SUITES = ("registry",)
+SUITES = ("registry", "baselines", "gemma")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Arguments:
   from the compiler's own output.
   """
 
-  filter: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-k"])] = ()
+  filter: Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-k"])
+  ] = ()
   """Programs to run, such as 'rms_norm' or '*/gemma_2b_8k/*/pallas': parts of
   op/case/pass/implementation, or patterns of the whole."""
 
@@ -65,7 +68,9 @@ class _Choice:
   program: _program.Program
 
 
-def choose(arguments: Arguments) -> list[_Choice]:
+def choose(
+  arguments: Arguments, console: rich.console.Console
+) -> list[_Choice]:
   """The programs that the arguments ask for, one op and case after another."""
   choices = [
     _Choice(suite, program)
@@ -73,6 +78,10 @@ def choose(arguments: Arguments) -> list[_Choice]:
     for program in _program.suite(suite)
     if _wanted(program, arguments)
   ]
+  for package in sorted({c.program.needs for c in choices if c.program.needs}):
+    if importlib.util.find_spec(package) is None:
+      console.print(f"left out: what needs {package}, which is not installed")
+      choices = [c for c in choices if c.program.needs != package]
   # A baseline belongs beside the op that it is compared with.
   order: dict[tuple[str, str, str], int] = {}
   for choice in choices:
@@ -146,7 +155,7 @@ def main() -> None:
   # Progress goes where it does not disturb a pipe.
   progress = rich.console.Console(stderr=True)
   console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
-  choices = choose(arguments)
+  choices = choose(arguments, progress)
   if not choices:
     sys.exit(
       f"pallas-gemma-bench: no program matches {' '.join(arguments.filter)}; "

@@ -263,7 +263,9 @@ class _Program:
       twin = self._twin(instruction)
       if twin is None:
         if instruction.opcode not in ("iota", "copy", "broadcast"):
-          self._note(f"{printed}: no listing for this {instruction.opcode}")
+          target = re.search(r'custom_call_target="(\w+)"', instruction.text)
+          what = target[1] if target else instruction.opcode
+          self._note(f"{printed}: no listing for this {what}")
         return None
       printed = twin
     if printed not in self._counted:

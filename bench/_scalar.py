@@ -281,8 +281,8 @@ class Scalars:
     """Copies an operand into SMEM, as the chip lays it out.
 
     What is not known of it stays unknown there.  One dimension is tiles of 128
-    words whose narrow types pack tile rows; more are rows of 128 words whose
-    narrow types pack array rows.
+    words whose narrow types pack tile rows; more are rows padded to 128
+    words whose narrow types pack array rows.
     """
     if target is None:
       self.unknown.add("where a copy to SMEM goes")
@@ -314,7 +314,8 @@ def _layout(array: np.ndarray) -> list[int]:
     word, lane = flat // (128 * pack) * 128 + flat % 128, flat // 128 % pack
   else:
     row, column = np.divmod(flat, array.shape[-1])
-    word, lane = row // pack * array.shape[-1] + column, row % pack
+    width = -(-array.shape[-1] // 128) * 128
+    word, lane = row // pack * width + column, row % pack
   fields = array.reshape(-1).astype(np.int64) & ((1 << bits) - 1)
   words = np.zeros(int(word.max(initial=-1)) + 1, np.int64)
   np.bitwise_or.at(words, word, fields << (bits * lane))

@@ -55,10 +55,9 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
     program: what to compile.
     dump: where this process's compiler prints.
   """
-  compiled = _compiler.compile_program(program.function, program.specs)
-  operands = _prefetch.kernel_operands(
-    program.function, program.specs, program.values
-  )
+  built = program.build()
+  compiled = _compiler.compile_program(built.function, built.specs)
+  operands = _prefetch.kernel_operands(*built)
   result = _estimate.estimate(
     compiled.text, _listing.find_listings(dump), operands
   )
