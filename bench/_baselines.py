@@ -43,7 +43,7 @@ def programs() -> Iterator[Program]:
           **fields,
         )
       if op.name == "flash_attention" and _Attention.can_do(case):
-        yield from _attention(case, i == 0, fields)
+        yield from _attention(case, fields)
 
 
 # --- feed-forward -------------------------------------------------------------
@@ -99,9 +99,7 @@ class _Attention:
     return q, kv, kv
 
 
-def _attention(
-  case: Case, default: bool, fields: dict[str, Any]
-) -> Iterator[Program]:
+def _attention(case: Case, fields: dict[str, Any]) -> Iterator[Program]:
   problem = _Attention.of(case)
   if problem.heads == problem.kv_heads and problem.window is None:
     yield from passes(
@@ -114,7 +112,7 @@ def _attention(
     if problem.length % max(blocks):
       continue
     name = "x".join(map(str, blocks))
-    best = default and blocks == _BLOCKS[0]
+    best = blocks == _BLOCKS[0]
     for fused in (False, True):
       for program in passes(
         functools.partial(_jax_splash, problem, blocks, fused),
@@ -184,10 +182,9 @@ def splash_kernel(
   )
 
   q, kv, compute = (min(block, t) for block in blocks)
-  if window is None:
-    mask = masks.CausalMask((t, t))
-  else:
-    mask = masks.LocalMask((t, t), window, 0) & masks.CausalMask((t, t))
+  mask: Any = masks.CausalMask((t, t))
+  if window is not None:
+    mask = mask & masks.LocalMask((t, t), window, 0)
   sizes = lib.BlockSizes(
     block_q=q,
     block_kv=kv,

@@ -279,7 +279,9 @@ class _Program:
     text = self._listings[name].read_text(errors="replace")
     try:
       return _machine.count(
-        _listing.parse(text, name), self._kernel_operands(name), self._chip
+        _listing.parse_listing(text, name),
+        self._kernel_operands(name),
+        self._chip,
       )
     except _machine.Undecidable as error:
       self._note(f"{name}: not counted, {error}")

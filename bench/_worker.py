@@ -58,9 +58,13 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
   built = program.build()
   compiled = _compiler.compile_program(built.function, built.specs)
   operands = _prefetch.kernel_operands(*built)
-  result = _estimate.estimate(
-    compiled.text, _listing.find_listings(dump), operands
-  )
+  listings = _listing.find_listings(dump)
+  if not listings:
+    raise _listing.ListingError(
+      "this libtpu printed no bundle listings: its flags have changed, and "
+      "pallas-gemma-bench does not know the new ones"
+    )
+  result = _estimate.estimate(compiled.text, listings, operands)
   vmem = _compiler.vmem(dump)
   bound_cycles, bound_by = bound(program.costs)
   steps = sorted(result.steps, key=lambda s: -s.cycles * s.times)
@@ -75,6 +79,9 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
     lower_bound=result.lower_bound,
     bound_cycles=bound_cycles,
     bound_by=bound_by,
+    flops=sum(cost.flops for cost in program.costs),
+    least_bytes=sum(cost.hbm_bytes for cost in program.costs),
+    shapes=[spec.shape for spec in built.specs],
     hbm_bytes=result.hbm_bytes,
     temp_bytes=compiled.temp_bytes,
     vmem_bytes=vmem.total if vmem else None,
@@ -86,15 +93,26 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
   )
 
 
-def static_cycles(dump: pathlib.Path) -> int | None:
-  """The compiler's own estimate, from its static profile."""
-  total = None
-  for path in (dump / "static").rglob("*"):
-    if path.is_file():
-      text = path.read_text(errors="replace")
-      for cycles in re.findall(r"estimated_cycles\D+(\d+)", text):
-        total = (total or 0) + int(cycles)
-  return total
+def static_cycles(dump: pathlib.Path) -> dict[str, int]:
+  """The compiler's own estimate of each instruction that it profiled."""
+  found = {}
+  for path in (dump / "static").glob("*_static_llo_profile.textproto"):
+    text = path.read_text(errors="replace")
+    name = re.search(r'hlo_op_name: "(.*?)"', text)
+    cycles = re.search(r"estimated_cycles: (\d+)", text)
+    if name and cycles and int(cycles[1]):
+      found[name[1]] = int(cycles[1])
+  return found
+
+
+def against_static(row: Row, dump: pathlib.Path) -> dict[str, int]:
+  """Both models' cycles, summed over the instructions that both know."""
+  static = static_cycles(dump)
+  both = [step for step in row.steps if step["name"] in static]
+  return {
+    "model": sum(step["cycles"] for step in both),
+    "compiler": sum(static[step["name"]] for step in both),
+  }
 
 
 def versions() -> Mapping[str, str]:
@@ -111,7 +129,7 @@ def main() -> None:
     row, config=job.config, versions=versions()
   ).to_json()
   if job.static:
-    result["static_cycles"] = static_cycles(dump)
+    result["static"] = against_static(row, dump)
   print(MARK + json.dumps(result), flush=True)
 
 
