@@ -59,3 +59,11 @@ V5E = Chip(
   write_latency=450,
   peer_bytes_per_second=200e9,
 )
+
+# The same chip as the compiler's static model has it, for comparison.
+V5E_AS_COMPILED = dataclasses.replace(
+  V5E,
+  hbm_bytes_per_second=0.9 * V5E.hbm_bytes_per_second,
+  read_latency=1133,
+  write_latency=440,
+)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -44,6 +45,7 @@ class Cycles:
     queue_stall: cycles in which it waited for room in a unit's queue.
     result_stall: cycles in which it waited for a unit's result.
     copied: bytes by kind of copy.
+    visits: how often each bundle was issued.
     notes: what the model did not know; the total may then be too low.
   """
 
@@ -53,6 +55,7 @@ class Cycles:
   queue_stall: int
   result_stall: int
   copied: Mapping[str, int]
+  visits: tuple[int, ...] = dataclasses.field(repr=False)
   notes: tuple[str, ...]
 
   @property
@@ -101,6 +104,7 @@ class _Machine:
 
   def run(self) -> Cycles:
     pc = bundles = 0
+    entered = [0] * (len(self._code) + 1)  # of runs: +1 at the start, -1 after
     countdown, target, jumped = 0, 0, False
     while pc < len(self._code):
       step = self._idle_ahead[pc]
@@ -110,6 +114,8 @@ class _Machine:
         step = 1
         self._issue(self._code[pc], jumped)
       jumped = False
+      entered[pc] += 1
+      entered[pc + step] -= 1
       self._now += step
       bundles += step
       pc += step
@@ -131,6 +137,7 @@ class _Machine:
       queue_stall=self._units.queue_stall,
       result_stall=self._units.result_stall,
       copied=dict(self._copies.bytes),
+      visits=tuple(itertools.accumulate(entered[:-1])),
       notes=tuple(sorted(notes)),
     )
 

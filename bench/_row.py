@@ -83,17 +83,19 @@ class Row:
 
   def to_json(self) -> dict[str, Any]:
     """The fields, as JSON can hold them."""
-    return dataclasses.asdict(self)
+    return {
+      name: list(value) if isinstance(value, tuple) else value
+      for name, value in dataclasses.asdict(self).items()
+    }
 
   @classmethod
   def from_json(cls, fields: Mapping[str, Any]) -> Row:
     """The inverse of `to_json`."""
-    return cls(
-      **{
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in fields.items()
-      }
-    )
+    values: dict[str, Any] = {
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in fields.items()
+    }
+    return cls(**values)
 
 
 def bound(costs: Sequence[Cost], chip: Chip = V5E) -> tuple[int, str]:

@@ -15,8 +15,15 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from . import _compiler, _estimate, _listing, _prefetch, _program
-from ._chip import V5E
+from . import (
+  _compiler,
+  _estimate,
+  _listing,
+  _machine,
+  _prefetch,
+  _program,
+)
+from ._chip import V5E, V5E_AS_COMPILED
 from ._job import MARK, Job
 from ._row import Row, bound
 
@@ -57,14 +64,9 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
   """
   built = program.build()
   compiled = _compiler.compile_program(built.function, built.specs)
-  operands = _prefetch.kernel_operands(*built)
-  listings = _listing.find_listings(dump)
-  if not listings:
-    raise _listing.ListingError(
-      "this libtpu printed no bundle listings: its flags have changed, and "
-      "pallas-gemma-bench does not know the new ones"
-    )
-  result = _estimate.estimate(compiled.text, listings, operands)
+  result = _estimate.estimate(
+    compiled.text, _listings(dump), _prefetch.kernel_operands(*built)
+  )
   vmem = _compiler.vmem(dump)
   bound_cycles, bound_by = bound(program.costs)
   steps = sorted(result.steps, key=lambda s: -s.cycles * s.times)
@@ -81,7 +83,7 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
     bound_by=bound_by,
     flops=sum(cost.flops for cost in program.costs),
     least_bytes=sum(cost.hbm_bytes for cost in program.costs),
-    shapes=[spec.shape for spec in built.specs],
+    shapes=[list(spec.shape) for spec in built.specs],
     hbm_bytes=result.hbm_bytes,
     temp_bytes=compiled.temp_bytes,
     vmem_bytes=vmem.total if vmem else None,
@@ -91,6 +93,16 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
     collectives=[dataclasses.asdict(c) for c in result.collectives],
     notes=result.notes,
   )
+
+
+def _listings(dump: pathlib.Path) -> dict[str, pathlib.Path]:
+  found = _listing.find_listings(dump)
+  if not found:
+    raise _listing.ListingError(
+      "this libtpu printed no bundle listings: its flags have changed, and "
+      "pallas-gemma-bench does not know the new ones"
+    )
+  return found
 
 
 def static_cycles(dump: pathlib.Path) -> dict[str, int]:
@@ -105,14 +117,21 @@ def static_cycles(dump: pathlib.Path) -> dict[str, int]:
   return found
 
 
-def against_static(row: Row, dump: pathlib.Path) -> dict[str, int]:
-  """Both models' cycles, summed over the instructions that both know."""
-  static = static_cycles(dump)
-  both = [step for step in row.steps if step["name"] in static]
-  return {
-    "model": sum(step["cycles"] for step in both),
-    "compiler": sum(static[step["name"]] for step in both),
-  }
+def against_static(dump: pathlib.Path) -> dict[str, int]:
+  """Cycles of the instructions that the compiler profiled, by either model.
+
+  `model` is ours, `model_as_compiled` ours with the copies of the compiler's.
+  """
+  static, sums = static_cycles(dump), {"compiler": 0}
+  chips = {"model": V5E, "model_as_compiled": V5E_AS_COMPILED}
+  for name, path in _listings(dump).items():
+    if name in static:
+      listing = _listing.parse_listing(path.read_text(errors="replace"), name)
+      sums["compiler"] += static[name]
+      for model, chip in chips.items():
+        cycles = _machine.count(listing, chip=chip).total
+        sums[model] = sums.get(model, 0) + cycles
+  return sums
 
 
 def versions() -> Mapping[str, str]:
@@ -129,7 +148,7 @@ def main() -> None:
     row, config=job.config, versions=versions()
   ).to_json()
   if job.static:
-    result["static"] = against_static(row, dump)
+    result["static"] = against_static(dump)
   print(MARK + json.dumps(result), flush=True)
 
 

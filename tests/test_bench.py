@@ -3,6 +3,7 @@
 import json
 import pathlib
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -357,7 +358,7 @@ def test_a_program_that_fails_gives_a_row_that_says_why():
 
 
 def rows():
-  common = dict(
+  common: dict[str, Any] = dict(
     op="rms_norm",
     case="8k",
     which="fwd",
