@@ -17,8 +17,6 @@ class Chip:
     hbm_bytes_per_second: bandwidth of the memory, from the specification.
     read_latency: cycles from the issue of a copy from HBM to its first byte.
     write_latency: the same of a copy to HBM, or within the core.
-    peer_bytes_per_second: bandwidth of the links to other chips, both ways of
-      all of them together.
   """
 
   name: str
@@ -28,7 +26,6 @@ class Chip:
   hbm_bytes_per_second: float
   read_latency: int
   write_latency: int
-  peer_bytes_per_second: float
 
   @property
   def flops_per_cycle(self) -> int:
@@ -57,7 +54,6 @@ V5E = Chip(
   hbm_bytes_per_second=819e9,
   read_latency=760,
   write_latency=450,
-  peer_bytes_per_second=200e9,
 )
 
 # The same chip as the compiler's static model has it, for comparison.

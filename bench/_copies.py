@@ -6,7 +6,7 @@ import collections
 
 from ._chip import Chip
 
-Flag = int | bool | None  # its address, None where that is not known
+Flag = int | bool | None  # the flag's address, None where that is not known
 
 
 class _SyncFlag:

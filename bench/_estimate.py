@@ -258,13 +258,12 @@ class _Program:
     """One run of an instruction, from its own listing or that of its twin."""
     printed = instruction.name
     if printed not in self._listings:
-      if instruction.opcode in _hlo.FREE:
+      if instruction.is_free:
         return None
       twin = self._twin(instruction)
       if twin is None:
         if instruction.opcode not in ("iota", "copy", "broadcast"):
-          target = re.search(r'custom_call_target="(\w+)"', instruction.text)
-          what = target[1] if target else instruction.opcode
+          what = instruction.target or instruction.opcode
           self._note(f"{printed}: no listing for this {what}")
         return None
       printed = twin

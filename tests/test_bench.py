@@ -221,6 +221,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 copy-start(%a)
   %busy = f32[1024]{0} fusion(%again), kind=kOutput, calls=%long
   %fetched = f32[1048576]{0:S(1)} copy-done(%fetch)
+  %room = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
   %sum = f32[256]{0} all-reduce(%busy), to_apply=%add
   ROOT %loop = (s32[], f32[8]) while(%busy), condition=%cond, body=%body, \
 backend_config={"known_trip_count":{"n":"7"}}

@@ -153,10 +153,14 @@ def main() -> None:
     if name.startswith("<") or name == "TLP":
       continue
     text = path.read_text(errors="replace")
-    (out / f"{name}.bundles.txt").write_text(text)
     listing = bench.parse_listing(text, name)
     values = next((v for k, v in operands.items() if k in name), None)
-    counted.append((listing, bench.count(listing, values)))
+    cycles = bench.count(listing, values)
+    hot = [listing.texts[i] for i in hottest(listing, cycles)]
+    (out / f"{name}.bundles.txt").write_text(
+      "\n".join(["Hottest loop:", *hot, "", "Whole program:", text])
+    )
+    counted.append((listing, cycles))
   for listing, cycles in sorted(counted, key=lambda pair: -pair[1].total):
     show(console, listing, cycles)
   console.print(f"\nwrote jaxpr, Mosaic, HLO and listings to {out}")
