@@ -51,6 +51,7 @@ if TYPE_CHECKING:
   from ._program import Built as Built
   from ._program import Program as Program
   from ._program import config_class as config_class
+  from ._program import make_config as make_config
   from ._program import of_case as of_case
   from ._program import passes as passes
   from ._program import suite as suite
@@ -91,6 +92,7 @@ _HOMES = {
   "estimate": "_estimate",
   "find_listings": "_listing",
   "kernel_operands": "_prefetch",
+  "make_config": "_program",
   "measure": "_measured",
   "of_case": "_program",
   "parse_listing": "_listing",
