@@ -203,6 +203,11 @@ def main() -> None:
   """Entry point of `pallas-gemma-bench`."""
   arguments = tyro.cli(Arguments, prog="pallas-gemma-bench")
   console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+  if not measures(arguments) and importlib.util.find_spec("libtpu") is None:
+    sys.exit(
+      "pallas-gemma-bench: libtpu, the TPU compiler, is not installed: "
+      "pip install 'jax[tpu]' on x86-64 Linux"
+    )
   if arguments.calibrate:
     results = _results(arguments, _calibration.jobs())
     console.print(_calibration.table(results))
