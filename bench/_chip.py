@@ -15,9 +15,8 @@ class Chip:
     mxus: matrix units.
     mxu_size: rows and columns of one matrix unit.
     hbm_bytes_per_second: bandwidth of the memory, from the specification.
-    dma_latency: cycles from the issue of a copy to its first byte.
-    peer_bytes_per_second: bandwidth of the links to other chips, both ways of
-      all of them together.
+    read_latency: cycles from the issue of a copy from HBM to its first byte.
+    write_latency: the same of a copy to HBM, or within the core.
   """
 
   name: str
@@ -25,8 +24,8 @@ class Chip:
   mxus: int
   mxu_size: int
   hbm_bytes_per_second: float
-  dma_latency: int
-  peer_bytes_per_second: float
+  read_latency: int
+  write_latency: int
 
   @property
   def flops_per_cycle(self) -> int:
@@ -44,14 +43,23 @@ class Chip:
 
 
 # Bandwidths: cloud.google.com/tpu/docs/v5e.  The clock follows from 197 TFLOP/s
-# and four 128 x 128 units; the latency from hardware that waits 0.45 us for
-# small copies.
+# and four 128 x 128 units.  The read latency is the one that brings a matmul in
+# blocks of 128 to its published time (the compiler's own model has 1,133); the
+# write latency is the compiler's.
 V5E = Chip(
   name="v5e",
   clock_hz=1.5e9,
   mxus=4,
   mxu_size=128,
   hbm_bytes_per_second=819e9,
-  dma_latency=700,
-  peer_bytes_per_second=200e9,
+  read_latency=760,
+  write_latency=450,
+)
+
+# The same chip as the compiler's static model has it, for comparison.
+V5E_AS_COMPILED = dataclasses.replace(
+  V5E,
+  hbm_bytes_per_second=0.9 * V5E.hbm_bytes_per_second,
+  read_latency=1133,
+  write_latency=440,
 )

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import glob
+import importlib.util
 import json
 import os
 import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import rich.console
 import rich.progress
 import tyro
 
-from . import _program, _sweep, _table
+from . import _calibration, _measured, _program, _sweep, _table
 from ._job import Job
 from ._row import Row
 
-SUITES = ("registry",)
+SUITES = ("registry", "baselines", "gemma")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Arguments:
   from the compiler's own output.
   """
 
-  filter: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-k"])] = ()
+  filter: Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-k"])
+  ] = ()
   """Programs to run, such as 'rms_norm' or '*/gemma_2b_8k/*/pallas': parts of
   op/case/pass/implementation, or patterns of the whole."""
 
@@ -44,6 +48,13 @@ class Arguments:
   json: pathlib.Path | None = None
   """Also write one JSON line per program to this file."""
 
+  mode: Literal["auto", "compiled", "measured"] = "auto"
+  """Estimate from the compiled program, or measure by the clock; auto measures
+  where there is a TPU."""
+
+  runs: int = 20
+  """Runs of each program, of which the median counts, when measuring."""
+
   list: bool = False
   """Show the programs' names and run nothing."""
 
@@ -53,26 +64,34 @@ class Arguments:
   fresh: bool = False
   """Neither read nor write earlier results."""
 
+  calibrate: bool = False
+  """Show the timing model beside published measurements and the compiler's own
+  static model, and nothing else."""
+
   timeout: float = 900.0
   """Seconds after which a compilation is given up."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Choice:
+class Choice:
   """A program and the suite that lists it."""
 
   suite: str
   program: _program.Program
 
 
-def choose(arguments: Arguments) -> list[_Choice]:
+def choose(arguments: Arguments) -> list[Choice]:
   """The programs that the arguments ask for, one op and case after another."""
   choices = [
-    _Choice(suite, program)
+    Choice(suite, program)
     for suite in SUITES
     for program in _program.suite(suite)
     if _wanted(program, arguments)
   ]
+  for package in sorted({c.program.needs for c in choices if c.program.needs}):
+    if importlib.util.find_spec(package) is None:
+      print(f"left out: {package} is not installed", file=sys.stderr)
+      choices = [c for c in choices if c.program.needs != package]
   # A baseline belongs beside the op that it is compared with.
   order: dict[tuple[str, str, str], int] = {}
   for choice in choices:
@@ -94,12 +113,55 @@ def _wanted(program: _program.Program, arguments: Arguments) -> bool:
   )
 
 
-def estimate(
-  arguments: Arguments,
-  choices: Sequence[_Choice],
-  console: rich.console.Console,
-) -> list[Row]:
+def measures(arguments: Arguments) -> bool:
+  """Whether to run programs, not only to compile them."""
+  if arguments.mode == "auto":
+    # Asking JAX would take hold of the TPU, or wait long for none.
+    return any(glob.glob(p) for p in ("/dev/accel*", "/dev/vfio/[0-9]*"))
+  return arguments.mode == "measured"
+
+
+def run(arguments: Arguments, choices: Sequence[Choice]) -> list[Row]:
+  """Times programs in the way that the arguments ask for."""
+  if measures(arguments):
+    return measure(arguments, choices)
+  return estimate(arguments, choices)
+
+
+def _progress_console() -> rich.console.Console:
+  """Where progress does not disturb a pipe."""
+  return rich.console.Console(stderr=True)
+
+
+def measure(arguments: Arguments, choices: Sequence[Choice]) -> list[Row]:
+  """Runs the programs on the device at hand."""
+  import jax
+
+  console, rows = _progress_console(), []
+  for choice in choices:
+    program = choice.program
+    # Only kernels want a TPU; what XLA compiles runs anywhere.
+    if jax.default_backend() != "tpu" and "xla" not in program.implementation:
+      console.print(f"{program.key}: left out, needs a TPU", soft_wrap=True)
+      continue
+    rows.append(_measured.measure(program, arguments.runs))
+    state = rows[-1].error or f"{rows[-1].seconds * 1e3:.3f} ms"
+    console.print(f"{program.key}: {state}", soft_wrap=True)
+  return rows
+
+
+def estimate(arguments: Arguments, choices: Sequence[Choice]) -> list[Row]:
   """Compiles the programs and estimates their time."""
+  jobs = [Job(choice.suite, choice.program.key) for choice in choices]
+  results = _results(arguments, jobs)
+  for result in results:
+    result.pop("transient", None)
+  return [Row.from_json(result) for result in results]
+
+
+def _results(arguments: Arguments, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+  """Runs jobs, with a display of their progress."""
+  console = _progress_console()
   cache = arguments.cache or _sweep.cache_directory()
   with rich.progress.Progress(
     rich.progress.TextColumn("{task.completed}/{task.total}"),
@@ -110,7 +172,7 @@ def estimate(
     disable=not console.is_terminal,
     transient=True,
   ) as progress:
-    task = progress.add_task("compiling", total=len(choices))
+    task = progress.add_task("compiling", total=len(jobs))
 
     def done(job: Job, result: dict[str, Any]) -> None:
       progress.update(task, advance=1, description=job.key)
@@ -118,16 +180,13 @@ def estimate(
         state = result["error"] or f"{result['cycles']:,} cycles"
         console.print(f"{job.key}: {state}", soft_wrap=True)
 
-    results = _sweep.run_jobs(
-      [Job(c.suite, c.program.key) for c in choices],
+    return _sweep.run_jobs(
+      jobs,
       workers=arguments.jobs,
       timeout=arguments.timeout,
       cache=None if arguments.fresh else cache,
       done=done,
     )
-  for result in results:
-    result.pop("transient", None)
-  return [Row.from_json(result) for result in results]
 
 
 def write(path: pathlib.Path, rows: Sequence[Row], command: str) -> None:
@@ -143,9 +202,16 @@ def write(path: pathlib.Path, rows: Sequence[Row], command: str) -> None:
 def main() -> None:
   """Entry point of `pallas-gemma-bench`."""
   arguments = tyro.cli(Arguments, prog="pallas-gemma-bench")
-  # Progress goes where it does not disturb a pipe.
-  progress = rich.console.Console(stderr=True)
   console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+  if not measures(arguments) and importlib.util.find_spec("libtpu") is None:
+    sys.exit(
+      "pallas-gemma-bench: libtpu, the TPU compiler, is not installed: "
+      "pip install 'jax[tpu]' on x86-64 Linux"
+    )
+  if arguments.calibrate:
+    results = _results(arguments, _calibration.jobs())
+    console.print(_calibration.table(results))
+    return
   choices = choose(arguments)
   if not choices:
     sys.exit(
@@ -157,7 +223,7 @@ def main() -> None:
       console.print(choice.program.key, highlight=False)
     return
   try:
-    rows = estimate(arguments, choices, progress)
+    rows = run(arguments, choices)
   except KeyboardInterrupt:
     sys.exit("pallas-gemma-bench: stopped; finished programs are kept")
   _table.show(console, rows)

@@ -37,7 +37,7 @@ class Step:
     times: how often the program runs it.
     cycles: of one run.
     copy_stall: cycles of one run spent waiting for copies.
-    matmul_stall: cycles of one run spent waiting for matrix units.
+    unit_stall: cycles of one run spent waiting for matrix and transpose units.
     hbm_bytes: of one run.
   """
 
@@ -46,7 +46,7 @@ class Step:
   times: int
   cycles: int
   copy_stall: int
-  matmul_stall: int
+  unit_stall: int
   hbm_bytes: int
 
 
@@ -218,7 +218,7 @@ class _Program:
       times,
       cycles.total,
       cycles.copy_stall,
-      cycles.matmul_stall,
+      cycles.queue_stall + cycles.result_stall,
       cycles.hbm_bytes,
     )
     self._result.steps.append(step)
@@ -258,12 +258,13 @@ class _Program:
     """One run of an instruction, from its own listing or that of its twin."""
     printed = instruction.name
     if printed not in self._listings:
-      if instruction.opcode in _hlo.FREE:
+      if instruction.is_free:
         return None
       twin = self._twin(instruction)
       if twin is None:
         if instruction.opcode not in ("iota", "copy", "broadcast"):
-          self._note(f"{printed}: no listing for this {instruction.opcode}")
+          what = instruction.target or instruction.opcode
+          self._note(f"{printed}: no listing for this {what}")
         return None
       printed = twin
     if printed not in self._counted:
@@ -277,7 +278,9 @@ class _Program:
     text = self._listings[name].read_text(errors="replace")
     try:
       return _machine.count(
-        _listing.parse(text, name), self._kernel_operands(name), self._chip
+        _listing.parse_listing(text, name),
+        self._kernel_operands(name),
+        self._chip,
       )
     except _machine.Undecidable as error:
       self._note(f"{name}: not counted, {error}")

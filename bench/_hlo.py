@@ -17,6 +17,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLS = re.compile(
   r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 COLLECTIVES = (
@@ -30,6 +31,7 @@ COLLECTIVES = (
   "send",
   "recv",
 )
+FREE_TARGETS = frozenset({"AllocateBuffer", "ConcatBitcast"})  # custom calls
 FREE = frozenset(
   "parameter constant tuple get-tuple-element bitcast after-all partition-id "
   "replica-id opt-barrier optimization-barrier add-dependency".split()
@@ -53,6 +55,17 @@ class Instruction:
   type: str
   operands: tuple[str, ...]
   text: str
+
+  @property
+  def target(self) -> str | None:
+    """What a `custom-call` calls."""
+    match = _TARGET.search(self.text)
+    return match[1] if match else None
+
+  @property
+  def is_free(self) -> bool:
+    """Whether it takes no time: it names, allocates or views memory."""
+    return self.opcode in FREE or self.target in FREE_TARGETS
 
   @property
   def trip_count(self) -> int | None:

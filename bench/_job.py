@@ -16,7 +16,17 @@ from typing import Any
 MARK = "pallas-gemma-bench-row: "  # starts the line that holds the result
 
 # What a number does not depend on: how it is shown, chosen and kept.
-_PRESENTATION = {"_cli", "_table", "_sweep", "_cache", "_measured", "report"}
+_PRESENTATION = {
+  "__init__",
+  "_cli",
+  "_measured",
+  "_sweep",
+  "_table",
+  "bench_ops",
+  "conftest",
+  "report",
+}
+_SUITES = {"_registry", "_baselines", "_gemma", "_calibration"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +77,10 @@ def _hash(paths: Iterable[pathlib.Path]) -> str:
 def _sources(suite: str, op: str) -> frozenset[pathlib.Path]:
   """The files that a program's number depends on."""
   bench = pathlib.Path(__file__).parent
-  files = {
-    p
-    for p in bench.glob("*.py")
-    if p.stem not in _PRESENTATION and not p.stem.startswith("bench_")
-  }
+  others = _PRESENTATION | _SUITES - {f"_{suite}"}
+  if suite == "gemma":
+    others -= {"_baselines"}  # its splash attention
+  files = {p for p in bench.glob("*.py") if p.stem not in others}
   kernels, gemma = _folder("kernels"), _folder("gemma")
   if suite.endswith(".py"):
     files.add(pathlib.Path(suite))

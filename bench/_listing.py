@@ -84,7 +84,7 @@ def find_listings(directory: pathlib.Path) -> dict[str, pathlib.Path]:
   return found
 
 
-def parse(text: str, name: str = "listing") -> Listing:
+def parse_listing(text: str, name: str = "listing") -> Listing:
   """The program in a listing's text.
 
   Raises:

@@ -3,8 +3,9 @@
 A program's time is the bundles that it issues, one per cycle, and its stalls:
 
     delays   `vdelay n` is n idle cycles
-    copies   `dma.done.wait` blocks until the bytes have arrived (_units.py)
-    matmuls  a bundle waits while the queue of its matrix unit is full
+    copies   `dma.done.wait` blocks until the bytes have arrived (_copies.py)
+    units    a bundle waits while the queue of a matrix or transpose unit is
+             full, and for results that are not there yet (_units.py)
 
 A branch takes effect four bundles after it was issued.
 """
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from ._chip import V5E, Chip
+from ._copies import Copies
 from ._listing import Instruction, Listing, ListingError
-from ._scalar import Scalars
-from ._units import Copies, MatrixUnits, matmul_cycles, unit_of
+from ._scalar import Scalars, signed
+from ._units import Units, Work, popped, work
 
 BRANCH_DELAY = 4
 GRANULE_BYTES = 32  # unit of the listing's `size_in_granules`
@@ -39,16 +42,20 @@ class Cycles:
     total: cycles.
     bundles: issued bundles, delays included.
     copy_stall: cycles in which it waited for copies.
-    matmul_stall: cycles in which it waited for a matrix unit.
+    queue_stall: cycles in which it waited for room in a unit's queue.
+    result_stall: cycles in which it waited for a unit's result.
     copied: bytes by kind of copy.
+    visits: how often each bundle was issued.
     notes: what the model did not know; the total may then be too low.
   """
 
   total: int
   bundles: int
   copy_stall: int
-  matmul_stall: int
+  queue_stall: int
+  result_stall: int
   copied: Mapping[str, int]
+  visits: tuple[int, ...] = dataclasses.field(repr=False)
   notes: tuple[str, ...]
 
   @property
@@ -88,7 +95,7 @@ class _Machine:
   ):
     self._scalars = Scalars(operands)
     self._copies = Copies(chip)
-    self._matrix = MatrixUnits()
+    self._units = Units()
     self._regions = listing.regions
     self._now = 0
     self._branch: int | None = None  # where the bundle that issues jumps to
@@ -97,6 +104,7 @@ class _Machine:
 
   def run(self) -> Cycles:
     pc = bundles = 0
+    entered = [0] * (len(self._code) + 1)  # of runs: +1 at the start, -1 after
     countdown, target, jumped = 0, 0, False
     while pc < len(self._code):
       step = self._idle_ahead[pc]
@@ -106,6 +114,8 @@ class _Machine:
         step = 1
         self._issue(self._code[pc], jumped)
       jumped = False
+      entered[pc] += 1
+      entered[pc + step] -= 1
       self._now += step
       bundles += step
       pc += step
@@ -124,8 +134,10 @@ class _Machine:
       total=self._now,
       bundles=bundles,
       copy_stall=self._copies.stall,
-      matmul_stall=self._matrix.stall,
+      queue_stall=self._units.queue_stall,
+      result_stall=self._units.result_stall,
       copied=dict(self._copies.bytes),
+      visits=tuple(itertools.accumulate(entered[:-1])),
       notes=tuple(sorted(notes)),
     )
 
@@ -146,9 +158,10 @@ class _Machine:
     opcode = instruction.opcode
     if opcode == "vdelay":
       return functools.partial(self._delay, int(instruction.operands[0]))
-    unit, cycles = unit_of(opcode), matmul_cycles(opcode)
-    if unit and cycles:
-      return functools.partial(self._matmul, unit, cycles)
+    if results := popped(opcode):
+      return functools.partial(self._pop, results)
+    if task := work(opcode):
+      return functools.partial(self._work, instruction, task)
     if opcode == "sbr.rel":
       return functools.partial(
         self._jump, instruction, self._target(instruction)
@@ -157,6 +170,8 @@ class _Machine:
       return functools.partial(self._wait, instruction)
     if opcode.startswith("dma."):
       return functools.partial(self._copy, instruction)
+    if opcode in ("vsyncadd", "vsyncpa"):
+      return functools.partial(self._synchronise, instruction)
     if opcode.startswith("v"):
       if instruction.dest and instruction.dest.startswith(("%s", "%p")):
         return functools.partial(self._scalars.forget, instruction.dest)
@@ -174,8 +189,12 @@ class _Machine:
   def _delay(self, cycles: int) -> None:
     self._now += cycles
 
-  def _matmul(self, unit: str, cycles: int) -> None:
-    self._now = self._matrix.issue(unit, cycles, self._now)
+  def _work(self, instruction: Instruction, task: Work) -> None:
+    if self._scalars.holds(instruction) is not False:
+      self._now = self._units.issue(task, self._now)
+
+  def _pop(self, results: str) -> None:
+    self._now = self._units.pop(results, self._now)
 
   def _jump(self, instruction: Instruction, target: int) -> None:
     taken = self._scalars.holds(instruction)
@@ -198,7 +217,10 @@ class _Machine:
       return
     if kind.endswith("_to_smem"):
       source = keywords.get("hbm", keywords.get("vmem", ""))
-      scalars.load_smem(scalars.value(source), scalars.value(keywords["smem"]))
+      words = granules * GRANULE_BYTES // 4
+      scalars.load_smem(
+        scalars.value(source), scalars.value(keywords["smem"]), words
+      )
     flag = keywords.get("dst_syncflagno")
     self._copies.issue(
       kind,
@@ -207,6 +229,20 @@ class _Machine:
       scalars.value(flag) if flag else None,
       self._now,
     )
+
+  def _synchronise(self, instruction: Instruction) -> None:
+    """`vsyncadd` adds to a flag, `vsyncpa` sets it."""
+    if not self._scalars.holds(instruction):
+      return
+    address, amount = map(self._scalars.value, instruction.operands[:2])
+    if amount is None:
+      self._scalars.unknown.add("what is added to a flag")
+      return
+    flag = self._copies.flag(address)
+    if instruction.opcode == "vsyncadd":
+      flag.add(signed(amount))
+    else:
+      flag.set(amount)
 
   def _wait(self, instruction: Instruction) -> None:
     if not self._scalars.holds(instruction):

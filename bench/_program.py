@@ -20,6 +20,20 @@ from pallas_gemma.kernels import Case, Cost, Integers, Op
 Pass = Literal["fwd", "fwd+bwd"]
 
 
+class Built(typing.NamedTuple):
+  """What of a program is compiled or run.
+
+  Attributes:
+    function: of the arrays alone.
+    specs: shape and dtype of each array.
+    values: of the integer arrays, None for the others.
+  """
+
+  function: Callable[..., Any]
+  specs: tuple[jax.ShapeDtypeStruct, ...]
+  values: tuple[np.ndarray | None, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
   """A function to compile and time.
@@ -29,9 +43,7 @@ class Program:
     case: the problem, named.
     implementation: whose it is: `pallas`, `xla`, or a baseline's name.
     which: `fwd`, or `fwd+bwd`: the result and every gradient.
-    function: of the arrays alone.
-    specs: shape and dtype of each array.
-    values: of the integer arrays, None for the others.
+    build: makes the function and describes its arguments.
     costs: of each pass, for the bound.
     default: whether the table shows it unless asked for more.
     needs: a package without which it cannot run.
@@ -41,9 +53,7 @@ class Program:
   case: str
   implementation: str
   which: Pass
-  function: Callable[..., Any] = dataclasses.field(repr=False)
-  specs: tuple[jax.ShapeDtypeStruct, ...]
-  values: tuple[np.ndarray | None, ...] = dataclasses.field(repr=False)
+  build: Callable[[], Built] = dataclasses.field(repr=False)
   costs: tuple[Cost, ...]
   default: bool = True
   needs: str | None = None
@@ -87,51 +97,47 @@ def with_gradients(
 
 
 def passes(
-  function: Callable[..., Any],
-  specs: Sequence[jax.ShapeDtypeStruct],
-  values: Sequence[np.ndarray | None],
+  build: Callable[[], Built],
   costs: tuple[Cost, Cost | None],
   **fields: Any,
 ) -> list[Program]:
-  """The programs of one implementation: forward, and with its gradients."""
+  """The programs of one implementation: forward, and with its gradients.
+
+  Args:
+    build: makes the forward function.
+    costs: of the forward pass and of the backward, None if there is none.
+    **fields: the others of `Program`.
+  """
   forward, backward = costs
-  programs = [
-    Program(
-      which="fwd",
-      function=function,
-      specs=tuple(specs),
-      values=tuple(values),
-      costs=(forward,),
-      **fields,
-    )
-  ]
+  programs = [Program(which="fwd", build=build, costs=(forward,), **fields)]
   if backward is not None:
-    both, cotangents = with_gradients(function, specs)
+
+    def build_both() -> Built:
+      function, specs, values = build()
+      both, cotangents = with_gradients(function, specs)
+      none = (None,) * len(cotangents)
+      return Built(both, (*cotangents, *specs), (*none, *values))
+
     programs.append(
       Program(
-        which="fwd+bwd",
-        function=both,
-        specs=(*cotangents, *specs),
-        values=(*[None] * len(cotangents), *values),
-        costs=(forward, backward),
-        **fields,
+        which="fwd+bwd", build=build_both, costs=(forward, backward), **fields
       )
     )
   return programs
 
 
-def integer_values(case: Case, seed: int = 0) -> list[np.ndarray | None]:
+def integer_values(case: Case, seed: int = 0) -> tuple[np.ndarray | None, ...]:
   """Drawn values of a case's integer arrays, None for its float ones."""
   leaves = jax.tree.leaves(
     (case.args, dict(case.kwargs)),
     is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct | Integers),
   )
   rng = np.random.default_rng(seed)
-  return [
+  return tuple(
     np.asarray(leaf.draw(rng), np.int32) if isinstance(leaf, Integers) else None
     for leaf in leaves
     if isinstance(leaf, jax.ShapeDtypeStruct | Integers)
-  ]
+  )
 
 
 def of_case(
@@ -146,9 +152,7 @@ def of_case(
   if config is not None:
     function = functools.partial(function, config=make_config(op, config))
   return passes(
-    case.bind(function),
-    case.specs,
-    integer_values(case),
+    lambda: Built(case.bind(function), case.specs, integer_values(case)),
     op.cost(*case.args, **case.kwargs),
     op=op.name,
     case=case.name,

@@ -14,4 +14,6 @@ def programs() -> Iterator[Program]:
   for op in OPS:
     for i, case in enumerate(op.benches):
       for implementation in ("pallas", "xla") if op.pallas else ("xla",):
-        yield from of_case(op, case, implementation, default=i == 0)
+        # The reference of one case shows what XLA does; it compiles slowly.
+        default = i == 0 or implementation == "pallas"
+        yield from of_case(op, case, implementation, default=default)

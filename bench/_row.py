@@ -26,6 +26,9 @@ class Row:
     lower_bound: whether the truth may be more; `notes` say why.
     bound_cycles: the least that the chip allows.
     bound_by: what allows no less, "MXU" or "HBM".
+    flops: of the matrix unit, at least.
+    least_bytes: compulsory traffic.
+    shapes: of the arguments.
     hbm_bytes: traffic of one run, None where it was not seen.
     temp_bytes: HBM for temporaries at the peak.
     vmem_bytes: VMEM of the instruction that needs most.
@@ -34,6 +37,7 @@ class Row:
     steps: HLO instructions, those that cost most first.
     collectives: communication that the time leaves out.
     notes: what could not be decided.
+    samples: seconds of each run, where it was measured.
     error: why there are no numbers, None if there are.
     versions: of jax, libtpu and python, and the device.
     config: of the kernel, None for its own choice.
@@ -49,6 +53,9 @@ class Row:
   lower_bound: bool = False
   bound_cycles: int = 0
   bound_by: str = ""
+  flops: int = 0
+  least_bytes: int = 0
+  shapes: Sequence[Sequence[int]] = ()
   hbm_bytes: int | None = None
   temp_bytes: int | None = None
   vmem_bytes: int | None = None
@@ -57,6 +64,7 @@ class Row:
   steps: Sequence[Mapping[str, Any]] = ()
   collectives: Sequence[Mapping[str, Any]] = ()
   notes: Sequence[str] = ()
+  samples: Sequence[float] = ()
   error: str | None = None
   versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
   config: Mapping[str, Any] | None = None
@@ -75,12 +83,19 @@ class Row:
 
   def to_json(self) -> dict[str, Any]:
     """The fields, as JSON can hold them."""
-    return dataclasses.asdict(self)
+    return {
+      name: list(value) if isinstance(value, tuple) else value
+      for name, value in dataclasses.asdict(self).items()
+    }
 
   @classmethod
   def from_json(cls, fields: Mapping[str, Any]) -> Row:
     """The inverse of `to_json`."""
-    return cls(**fields)
+    values: dict[str, Any] = {
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in fields.items()
+    }
+    return cls(**values)
 
 
 def bound(costs: Sequence[Cost], chip: Chip = V5E) -> tuple[int, str]:

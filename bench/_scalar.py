@@ -47,7 +47,8 @@ _LOGIC: Mapping[str, Callable[..., bool]] = {
 }
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
+  """A 32-bit word as a signed number; addresses stay as they are."""
   return x - (1 << 32) if x < _LOWEST_POINTER and x & 0x80000000 else x
 
 
@@ -61,7 +62,7 @@ def _arithmetic(name: str, kind: str, a: int, b: int) -> Value:
   mask = -1 if pointer else _WORD
   match name:
     case "sadd":
-      return (_signed(a) + _signed(b)) if pointer else (a + b) & _WORD
+      return (signed(a) + signed(b)) if pointer else (a + b) & _WORD
     case "ssub":
       return (a - b) & mask
     case "smul":
@@ -77,12 +78,12 @@ def _arithmetic(name: str, kind: str, a: int, b: int) -> Value:
     case "sshrl":
       return a >> b
     case "sshra":
-      return (_signed(a) >> b) & mask
+      return (signed(a) >> b) & mask
     case "smin" | "smax":
       pick = min if name == "smin" else max
       if kind == "u32":
         return pick(a, b)
-      return pick(_signed(a), _signed(b)) & mask
+      return pick(signed(a), signed(b)) & mask
     case "sc":  # the carry of an addition
       return a + b > _WORD
   return None
@@ -208,7 +209,7 @@ class Scalars:
       comparison, _, rest = kind.partition(".")
       a, b = (int(v or 0) for v in values)
       if rest.startswith("s32"):
-        a, b = _signed(a), _signed(b)
+        a, b = signed(a), signed(b)
       return _COMPARE[comparison](a, b)
     if len(values) == 2:
       a, b = (int(v or 0) for v in values)
@@ -251,7 +252,7 @@ class Scalars:
     address = self.address(where["address"]) if where else None
     if instruction.opcode.startswith("sld"):
       if instruction.dest is not None:
-        known = None if address is None else self._smem.get(address, 0)
+        known = None if address is None else self._smem.get(address)
         self._registers[instruction.dest] = known
       return
     rest = where["rest"] if where else ""
@@ -276,32 +277,46 @@ class Scalars:
 
   # --- copies into SMEM -------------------------------------------------------
 
-  def load_smem(self, source: Value, target: Value) -> None:
-    """Copies an operand of known value into SMEM, as the chip lays it out.
+  def load_smem(self, source: Value, target: Value, words: int) -> None:
+    """Copies an operand into SMEM, as the chip lays it out.
 
-    One dimension is tiles of 128 words whose narrow types pack tile rows; more
-    are rows of 128 words whose narrow types pack array rows.
+    What is not known of it stays unknown there.  One dimension is tiles of 128
+    words whose narrow types pack tile rows; more are rows padded to 128
+    words whose narrow types pack array rows.
     """
-    name = next(
-      (n for n, base in self._bases.items() if source in (base, base << 4)), ""
-    )
-    index = name.removeprefix("operand")
-    if not index.isdigit() or int(index) not in self._operands:
-      self.unknown.add(f"values copied to SMEM from {name or 'an offset'}")
-      return
     if target is None:
+      self.unknown.add("where a copy to SMEM goes")
       return
-    array = np.asarray(self._operands[int(index)])
-    pack, bits = 4 // array.dtype.itemsize, 8 * array.dtype.itemsize
-    flat = np.arange(array.size)
-    if array.ndim <= 1:
-      word, lane = flat // (128 * pack) * 128 + flat % 128, flat // 128 % pack
-    else:
-      row, column = np.divmod(flat, array.shape[-1])
-      word, lane = row // pack * array.shape[-1] + column, row % pack
-    fields = array.reshape(-1).astype(np.int64) & ((1 << bits) - 1)
-    words = np.zeros(int(word.max(initial=-1)) + 1, np.int64)
-    np.bitwise_or.at(words, word, fields << (bits * lane))
+    contents = self._words(source)
     self._smem.update(
-      (int(target) + i, int(content)) for i, content in enumerate(words)
+      (int(target) + i, contents[i] if i < len(contents) else None)
+      for i in range(words)
     )
+
+  def _words(self, source: Value) -> list[int]:
+    """An operand's words from an address on, none where it is not known."""
+    for index, array in self._operands.items():
+      base = self._bases.get(f"operand{index}")
+      if source is None or base is None:
+        continue
+      # Copies address HBM in units of 1/16 of a word of 512 bytes.
+      offset = int(source) - (base << 4)
+      if source == base or 0 <= offset < array.size:
+        return _layout(array) if offset <= 0 else []
+    return []
+
+
+def _layout(array: np.ndarray) -> list[int]:
+  """An integer array's words in SMEM."""
+  pack, bits = 4 // array.dtype.itemsize, 8 * array.dtype.itemsize
+  flat = np.arange(array.size)
+  if array.ndim <= 1:
+    word, lane = flat // (128 * pack) * 128 + flat % 128, flat // 128 % pack
+  else:
+    row, column = np.divmod(flat, array.shape[-1])
+    width = -(-array.shape[-1] // 128) * 128
+    word, lane = row // pack * width + column, row % pack
+  fields = array.reshape(-1).astype(np.int64) & ((1 << bits) - 1)
+  words = np.zeros(int(word.max(initial=-1)) + 1, np.int64)
+  np.bitwise_or.at(words, word, fields << (bits * lane))
+  return words.tolist()

@@ -65,12 +65,12 @@ def versions(rows: Sequence[Row]) -> str:
 def _numbers(row: Row) -> list[str]:
   if row.error:
     return ["failed", *[""] * 6]
-  at_least = "≥ " if row.lower_bound else ""
+  at_least, at_most = ("≥ ", "≤ ") if row.lower_bound else ("", "")
   fraction = row.of_bound
   return [
-    f"{at_least}{row.cycles:,}",
+    f"{at_least}{row.cycles:,}" if row.cycles else "",
     f"{row.seconds * 1e3:.3f}",
-    "" if fraction is None else f"{fraction:.1%} {row.bound_by}",
+    "" if fraction is None else f"{at_most}{fraction:.1%} {row.bound_by}",
     _mebibytes(row.hbm_bytes),
     _mebibytes(row.temp_bytes),
     _mebibytes(row.vmem_bytes),

@@ -1,90 +1,111 @@
-"""Queues of work beside the bundles: the matrix units and the copies."""
+"""Queues of work beside the bundles: the matrix and transpose units.
+
+A unit works through what it is given in order.  A bundle that gives it more
+than its queue holds waits; so does a `vpop` of a result that is not there yet.
+How long units take is read off the critical paths that the compiler's own
+static model prints.
+"""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
 
-from ._chip import Chip
-
-Flag = int | bool | None  # its address, None where that is not known
-
-_UNIT = re.compile(r"\.(mxu|xlu)(\d+)")
-_QUEUE_CYCLES = 32  # work that a matrix unit accepts ahead of time
-
-
-def unit_of(opcode: str) -> str | None:
-  """Name of the matrix or transpose unit that an opcode addresses."""
-  match = _UNIT.search(opcode)
-  return match[1] + match[2] if match else None
+_UNIT = re.compile(r"\.((?:mxu|xlu)\d+)")
+_QUEUE_CYCLES = 32  # work that a unit accepts ahead of time
+_MATMUL_LATENCY = 125  # to the first 8 rows of a product
+_LANES_LATENCY = {"xlu2": 92}  # to the result of a reduction or rotation
+_OTHER_LANES_LATENCY = 115
+_TRANSPOSE_LATENCY = {8: 44, 16: 116}  # from the last operand
+_ROWS = 8  # rows of a register, at one of which per cycle units work
 
 
-def matmul_cycles(opcode: str) -> int:
-  """Cycles that a `vmatmul` or `vmatpush` occupies its matrix unit, 0 for none.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+  """What an instruction gives a unit to do.
+
+  Attributes:
+    pipe: the part of the unit that does it.
+    cycles: that it occupies it.
+    results: the queue that its results go to.
+    ready: when each result is there, in cycles from the start.
+  """
+
+  pipe: str
+  cycles: int
+  results: str = ""
+  ready: tuple[int, ...] = ()
+
+
+def work(opcode: str) -> Work | None:
+  """What an opcode gives a matrix or transpose unit to do, None for nothing.
 
   A packed bfloat16 operand is 16 rows of 128 and takes a cycle for each; a
   float32 register, or half of a packed one (`lmr`), is 8.
   """
+  match = _UNIT.search(opcode)
+  if match is None or opcode.startswith("vpop"):
+    return None
+  unit = match[1]
   if opcode.startswith("vmatmul"):
-    return 16 if "bf16" in opcode and ".lmr." not in opcode else 8
-  return 0
+    halves = 2 if "bf16" in opcode and ".lmr." not in opcode else 1
+    ready = tuple(_MATMUL_LATENCY + _ROWS * i for i in range(halves))
+    return Work(unit, _ROWS * halves, f"mrf.{unit}", ready)
+  if opcode.startswith("vmatpush"):
+    if "xpose" in opcode:
+      return Work(f"{unit}.push", 8)
+    return Work(f"{unit}.push", 4 if "bf16" in opcode else 2)
+  if opcode.startswith("vxpose"):
+    cycles = 16 if "b16" in opcode else 8
+    last = opcode.endswith(".end")
+    ready = (_TRANSPOSE_LATENCY[cycles],) if last else ()
+    return Work(unit, cycles, f"trf.{unit}", ready)
+  if ".xlane" in opcode or opcode.startswith(("vrot", "vperm")):
+    kind = "xlane" if ".xlane" in opcode else "permute"
+    latency = _LANES_LATENCY.get(unit, _OTHER_LANES_LATENCY)
+    return Work(unit, _ROWS, f"{kind}.{unit}", (latency,))
+  return None
 
 
-class MatrixUnits:
-  """Matrix units: each works through what it was given, in order."""
-
-  def __init__(self) -> None:
-    self.stall = 0
-    self._free: dict[str, int] = collections.defaultdict(int)
-
-  def issue(self, unit: str, cycles: int, now: int) -> int:
-    """Gives a unit work; returns when the bundle that does so can issue."""
-    wait = max(0, self._free[unit] - now - _QUEUE_CYCLES)
-    self.stall += wait
-    start = now + wait
-    self._free[unit] = max(self._free[unit], start) + cycles
-    return start
+def popped(opcode: str) -> str | None:
+  """The queue of results that a `vpop` takes from, None for another opcode."""
+  if not opcode.startswith("vpop."):
+    return None
+  match = re.search(r"(mrf|trf|xlane|permute)\.((?:mxu|xlu)\d+)$", opcode)
+  return match[0] if match else None
 
 
-class Copies:
-  """Copies between memories, and the flags that tell of their end.
-
-  Those that touch HBM share one channel and go in the order of their issue.
+class Units:
+  """Matrix and transpose units.
 
   Attributes:
-    bytes: moved so far, by kind, such as `hbm_to_vmem`.
-    stall: cycles that waits have cost.
-    unmatched: waits for which no copy was issued.
+    queue_stall: cycles in which a bundle waited for room in a queue.
+    result_stall: cycles in which it waited for a result.
   """
 
-  def __init__(self, chip: Chip):
-    self._chip = chip
-    self._hbm_free = 0.0
-    self._flags: dict[Flag, collections.deque[tuple[int, int]]] = (
-      collections.defaultdict(collections.deque)
+  def __init__(self) -> None:
+    self.queue_stall = 0
+    self.result_stall = 0
+    self._free: dict[str, int] = collections.defaultdict(int)
+    self._results: dict[str, collections.deque[int]] = collections.defaultdict(
+      lambda: collections.deque(maxlen=4096)
     )
-    self.bytes: collections.Counter[str] = collections.Counter()
-    self.stall = 0
-    self.unmatched = 0
 
-  def issue(
-    self, kind: str, size: int, granules: int, flag: Flag, now: int
-  ) -> None:
-    """Starts a copy of `size` bytes that adds `granules` to a flag."""
-    self.bytes[kind] += size
-    start = max(now + self._chip.dma_latency, self._hbm_free)
-    end = start + size / self._chip.hbm_bytes_per_cycle
-    if "hbm" in kind or kind == "general":
-      self._hbm_free = end
-    if flag is not None:
-      self._flags[flag].append((granules, int(end) + 1))
+  def issue(self, task: Work, now: int) -> int:
+    """Gives a unit work; returns when the bundle that does so can issue."""
+    free = self._free[task.pipe]
+    wait = max(0, free - now - _QUEUE_CYCLES)
+    self.queue_stall += wait
+    now += wait
+    start = max(free, now)
+    self._free[task.pipe] = start + task.cycles
+    self._results[task.results].extend(start + r for r in task.ready)
+    return now
 
-  def wait(self, flag: Flag, granules: int, now: int) -> int:
-    """Blocks until a flag has reached `granules`; returns the time."""
-    ready, arrived = now, self._flags[flag]
-    while granules > 0 and arrived:
-      size, when = arrived.popleft()
-      granules, ready = granules - size, max(ready, when)
-    self.unmatched += granules > 0
-    self.stall += ready - now
+  def pop(self, results: str, now: int) -> int:
+    """Takes a result; returns when it is there."""
+    waiting = self._results[results]
+    ready = max(waiting.popleft(), now) if waiting else now
+    self.result_stall += ready - now
     return ready

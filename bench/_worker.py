@@ -15,8 +15,15 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from . import _compiler, _estimate, _listing, _prefetch, _program
-from ._chip import V5E
+from . import (
+  _compiler,
+  _estimate,
+  _listing,
+  _machine,
+  _prefetch,
+  _program,
+)
+from ._chip import V5E, V5E_AS_COMPILED
 from ._job import MARK, Job
 from ._row import Row, bound
 
@@ -55,12 +62,10 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
     program: what to compile.
     dump: where this process's compiler prints.
   """
-  compiled = _compiler.compile_program(program.function, program.specs)
-  operands = _prefetch.kernel_operands(
-    program.function, program.specs, program.values
-  )
+  built = program.build()
+  compiled = _compiler.compile_program(built.function, built.specs)
   result = _estimate.estimate(
-    compiled.text, _listing.find_listings(dump), operands
+    compiled.text, _listings(dump), _prefetch.kernel_operands(*built)
   )
   vmem = _compiler.vmem(dump)
   bound_cycles, bound_by = bound(program.costs)
@@ -76,6 +81,9 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
     lower_bound=result.lower_bound,
     bound_cycles=bound_cycles,
     bound_by=bound_by,
+    flops=sum(cost.flops for cost in program.costs),
+    least_bytes=sum(cost.hbm_bytes for cost in program.costs),
+    shapes=[list(spec.shape) for spec in built.specs],
     hbm_bytes=result.hbm_bytes,
     temp_bytes=compiled.temp_bytes,
     vmem_bytes=vmem.total if vmem else None,
@@ -87,15 +95,43 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
   )
 
 
-def static_cycles(dump: pathlib.Path) -> int | None:
-  """The compiler's own estimate, from its static profile."""
-  total = None
-  for path in (dump / "static").rglob("*"):
-    if path.is_file():
-      text = path.read_text(errors="replace")
-      for cycles in re.findall(r"estimated_cycles\D+(\d+)", text):
-        total = (total or 0) + int(cycles)
-  return total
+def _listings(dump: pathlib.Path) -> dict[str, pathlib.Path]:
+  found = _listing.find_listings(dump)
+  if not found:
+    raise _listing.ListingError(
+      "this libtpu printed no bundle listings: its flags have changed, and "
+      "pallas-gemma-bench does not know the new ones"
+    )
+  return found
+
+
+def static_cycles(dump: pathlib.Path) -> dict[str, int]:
+  """The compiler's own estimate of each instruction that it profiled."""
+  found = {}
+  for path in (dump / "static").glob("*_static_llo_profile.textproto"):
+    text = path.read_text(errors="replace")
+    name = re.search(r'hlo_op_name: "(.*?)"', text)
+    cycles = re.search(r"estimated_cycles: (\d+)", text)
+    if name and cycles and int(cycles[1]):
+      found[name[1]] = int(cycles[1])
+  return found
+
+
+def against_static(dump: pathlib.Path) -> dict[str, int]:
+  """Cycles of the instructions that the compiler profiled, by either model.
+
+  `model` is ours, `model_as_compiled` ours with the copies of the compiler's.
+  """
+  static, sums = static_cycles(dump), {"compiler": 0}
+  chips = {"model": V5E, "model_as_compiled": V5E_AS_COMPILED}
+  for name, path in _listings(dump).items():
+    if name in static:
+      listing = _listing.parse_listing(path.read_text(errors="replace"), name)
+      sums["compiler"] += static[name]
+      for model, chip in chips.items():
+        cycles = _machine.count(listing, chip=chip).total
+        sums[model] = sums.get(model, 0) + cycles
+  return sums
 
 
 def versions() -> Mapping[str, str]:
@@ -112,7 +148,7 @@ def main() -> None:
     row, config=job.config, versions=versions()
   ).to_json()
   if job.static:
-    result["static_cycles"] = static_cycles(dump)
+    result["static"] = against_static(dump)
   print(MARK + json.dumps(result), flush=True)
 
 

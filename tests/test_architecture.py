@@ -38,6 +38,26 @@ def test_gemma_knows_no_pallas_and_has_one_door():
       assert not any("kernels" in m for m in names), path.name
 
 
+@pytest.mark.parametrize(
+  "room, below",
+  [
+    ("kernels", set()),
+    ("gemma", {"kernels"}),
+    ("bench", {"gemma", "kernels"}),
+    ("tools", {"bench", "gemma", "kernels"}),
+  ],
+)
+def test_arrows_point_one_way(room, below):
+  files = list((ROOT / room).glob("*.py"))
+  assert files
+  for path in files:
+    names = imports(path)
+    rooms = {m.split(".")[1] for m in names if m.startswith("pallas_gemma.")}
+    assert rooms <= below | {room}, f"{path.name} imports {rooms}"
+    own = {"tests", "tools", "numerics", "mutation", "v5e"}
+    assert not own & names, path.name
+
+
 def test_exports_do_not_shadow_modules():
   modules = {p.stem for p in (ROOT / "kernels").glob("*.py")}
   assert not modules & {n for n in vars(kernels) if not n.startswith("_")}

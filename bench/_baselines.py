@@ -1,0 +1,270 @@
+"""The strongest things that a JAX user can call instead of our kernels.
+
+Attention kernels get their arguments in the layout that suits them, queries
+already scaled, so that neither a transpose nor a multiplication counts against
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from pallas_gemma.kernels import OPS, Case
+
+from ._program import Built, Program, passes
+
+_BLOCKS = (  # query, key/value, key/value computed at a time
+  (1024, 1024, 512),
+  (1024, 1024, 1024),
+  (512, 1024, 512),
+  (512, 512, 512),
+)
+
+
+def programs() -> Iterator[Program]:
+  """Baselines of every case that they can do."""
+  for op in OPS:
+    for i, case in enumerate(op.benches):
+      fields: dict[str, Any] = dict(
+        costs=op.cost(*case.args, **case.kwargs), op=op.name, case=case.name
+      )
+      if op.name == "feed_forward":
+        yield from passes(
+          functools.partial(_with_barrier, case),
+          implementation="xla-barrier",
+          default=i == 0,
+          **fields,
+        )
+      if op.name == "flash_attention" and _Attention.can_do(case):
+        yield from _attention(case, fields)
+
+
+# --- feed-forward -------------------------------------------------------------
+
+
+def feed_forward_with_barrier(
+  x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
+) -> jax.Array:
+  """XLA's, kept from computing the gated units twice: worth 3 % and memory."""
+  h = jax.nn.gelu(x @ w_gate, approximate=True) * (x @ w_up)
+  return jax.lax.optimization_barrier(h) @ w_down
+
+
+def _with_barrier(case: Case) -> Built:
+  specs = case.specs
+  return Built(feed_forward_with_barrier, specs, (None,) * len(specs))
+
+
+# --- attention ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+  """A causal attention problem; letters as in `kernels`."""
+
+  batch: int
+  length: int
+  heads: int
+  kv_heads: int
+  size: int
+  dtype: Any
+  window: tuple[int, int] | None
+
+  @staticmethod
+  def can_do(case: Case) -> bool:
+    return set(case.kwargs) <= {"is_causal", "local_window_size"} and bool(
+      case.kwargs.get("is_causal")
+    )
+
+  @classmethod
+  def of(cls, case: Case) -> _Attention:
+    q, k = case.args[:2]
+    b, t, n, h = q.shape
+    window = case.kwargs.get("local_window_size")
+    return cls(b, t, n, k.shape[2], h, q.dtype, window)
+
+  @property
+  def grouped_specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """q [B, K, N / K, T, H], k and v [B, K, T, H]."""
+    b, t, k, h = self.batch, self.length, self.kv_heads, self.size
+    q = jax.ShapeDtypeStruct((b, k, self.heads // k, t, h), self.dtype)
+    kv = jax.ShapeDtypeStruct((b, k, t, h), self.dtype)
+    return q, kv, kv
+
+
+def _attention(case: Case, fields: dict[str, Any]) -> Iterator[Program]:
+  problem = _Attention.of(case)
+  if problem.heads == problem.kv_heads and problem.window is None:
+    yield from passes(
+      functools.partial(_jax_flash, problem),
+      implementation="jax-flash",
+      default=False,
+      **fields,
+    )
+  for blocks in _BLOCKS:
+    if problem.length % max(blocks):
+      continue
+    name = "x".join(map(str, blocks))
+    # Compiles slowly: the others for those who ask.
+    best = blocks == _BLOCKS[0] and case.name.startswith("gemma_2b")
+    for fused in (False, True):
+      for program in passes(
+        functools.partial(_jax_splash, problem, blocks, fused),
+        implementation=f"jax-splash-{name}" + ("-fused" if fused else ""),
+        default=best and not fused,
+        **fields,
+      ):
+        if not fused or program.which != "fwd":
+          yield program
+    if problem.kv_heads == 1 and problem.window is None:
+      yield from passes(
+        functools.partial(_tokamax_splash, problem, blocks),
+        implementation=f"tokamax-splash-{name}",
+        default=best,
+        needs="tokamax",
+        **fields,
+      )
+
+
+def _jax_flash(problem: _Attention) -> Built:
+  from jax.experimental.pallas.ops.tpu import flash_attention as lib
+
+  b, t, n, h = problem.batch, problem.length, problem.heads, problem.size
+  block = min(t, 1024)
+  sizes = lib.BlockSizes(
+    **{
+      field.name: 1 if field.name == "block_b" else block
+      for field in dataclasses.fields(lib.BlockSizes)
+    }
+  )
+  spec = jax.ShapeDtypeStruct((b, n, t, h), problem.dtype)
+  return Built(
+    functools.partial(lib.flash_attention, causal=True, block_sizes=sizes),
+    (spec,) * 3,
+    (None,) * 3,
+  )
+
+
+def _grouped(kernel: Callable[..., Any], problem: _Attention) -> Built:
+  """A kernel of q [N / K, T, H], k and v [T, H], on all batches and groups."""
+  function = jax.vmap(jax.vmap(lambda q, k, v: kernel(q, k, v)))
+  return Built(function, problem.grouped_specs, (None,) * 3)
+
+
+def splash_kernel(
+  t: int,
+  heads: int,
+  blocks: tuple[int, int, int] = _BLOCKS[0],
+  *,
+  window: tuple[int, int] | None = None,
+  fused: bool = False,
+) -> Callable[..., Any]:
+  """JAX's splash attention of q [heads, T, H], k and v [T, H], causal.
+
+  Args:
+    t: T.
+    heads: of q.
+    blocks: query, key/value, and key/value computed at a time.
+    window: local_window_size as in our kernel.
+    fused: one kernel for all gradients, instead of two.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as lib,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+  )
+
+  q, kv, compute = (min(block, t) for block in blocks)
+  mask: Any = masks.CausalMask((t, t))
+  if window is not None:
+    mask = mask & masks.LocalMask((t, t), window, 0)
+  sizes = lib.BlockSizes(
+    block_q=q,
+    block_kv=kv,
+    block_kv_compute=compute,
+    block_q_dkv=q,
+    block_kv_dkv=kv,
+    block_kv_dkv_compute=compute,
+    block_q_dq=None if fused else q,
+    block_kv_dq=None if fused else kv,
+    use_fused_bwd_kernel=fused,
+  )
+  return lib.make_splash_mqa_single_device(
+    masks.MultiHeadMask([mask] * heads), block_sizes=sizes
+  )
+
+
+def _jax_splash(
+  problem: _Attention, blocks: tuple[int, int, int], fused: bool
+) -> Built:
+  kernel = splash_kernel(
+    problem.length,
+    problem.heads // problem.kv_heads,
+    blocks,
+    window=problem.window,
+    fused=fused,
+  )
+  return _grouped(kernel, problem)
+
+
+def _tokamax_splash(problem: _Attention, blocks: tuple[int, int, int]) -> Built:
+  package = "tokamax._src.ops.experimental.tpu.splash_attention"
+  lib = importlib.import_module(f"{package}.splash_attention_kernel")
+  masks = importlib.import_module(f"{package}.splash_attention_mask")
+  q, kv, compute = blocks
+  config = lib.SplashConfig(
+    block_q=q,
+    block_kv=kv,
+    block_kv_compute=compute,
+    block_q_dkv=q,
+    block_kv_dkv=kv,
+    block_kv_dkv_compute=compute,
+    use_fused_bwd_kernel=True,
+  )
+  t = problem.length
+  kernel = lib.make_splash_mqa_single_device(
+    masks.CausalMask((t, t)), config=config
+  )
+  return _grouped(kernel, problem)
+
+
+def splash_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any
+) -> jax.Array:
+  """JAX's splash attention with the signature of our `flash_attention`.
+
+  What a model does that calls it: rotate by its own means, scale the queries,
+  and transpose to the layout that it wants.
+  """
+  from pallas_gemma.kernels import apply_rope
+
+  rope = kwargs.pop("rope", None)
+  if not kwargs.pop("is_causal") or any(kwargs.values()):
+    raise ValueError(f"splash_attention: wanted is_causal alone, got {kwargs}")
+  if rope is not None:
+    rotate = functools.partial(
+      apply_rope,
+      positions=rope.positions,
+      base_frequency=rope.base_frequency,
+      implementation="xla",
+    )
+    q, k = rotate(q), rotate(k)
+  b, t, n, h = q.shape
+  groups = k.shape[2]
+  scaled = q * jnp.asarray(1 / math.sqrt(h), q.dtype)
+  grouped = scaled.reshape(b, t, groups, n // groups, h)
+  kernel = splash_kernel(t, n // groups)
+  out = jax.vmap(jax.vmap(lambda q, k, v: kernel(q, k, v)))(
+    grouped.transpose(0, 2, 3, 1, 4),
+    k.transpose(0, 2, 1, 3),
+    v.transpose(0, 2, 1, 3),
+  )
+  return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

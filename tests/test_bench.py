@@ -1,0 +1,403 @@
+"""The timing model and the lab around it, on listings of a few bundles."""
+
+import json
+import pathlib
+import textwrap
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from pallas_gemma import bench
+from pallas_gemma.bench import V5E, report
+from pallas_gemma.kernels import OPS, Cost
+
+pytestmark = pytest.mark.no_interpreter
+
+
+def listing(*bundles):
+  """A listing in the compiler's form, from the slots of its bundles."""
+  lines = [
+    f"{'0' if i == 0 else hex(i):>6}   : > {{ {slots} }}"
+    for i, slots in enumerate(bundles)
+  ]
+  return bench.parse_listing("header\n\n" + "\n".join(lines))
+
+
+def cycles(*bundles, operands=None):
+  return bench.count(listing(*bundles), operands)
+
+
+# --- listings -----------------------------------------------------------------
+
+
+def test_parses_an_instruction():
+  (bundle,) = listing(
+    "%5 = dma.hbm_to_vmem [thread:$0]  (!%p2), /*hbm=*/%s3,"
+    " /*size_in_granules=*/64, /*dst_syncflagno=*/[#allocation2 + $0x1]"
+    "  ;;  %v1_v0 = vld [vmem:[%s4 + $0x8] sm:$0xff] /* a, comment */"
+  ).bundles
+  copy, load = bundle
+  assert (copy.opcode, copy.dest) == ("dma.hbm_to_vmem", "%5")
+  assert copy.predicate == ("%p2", False)
+  assert copy.keywords == {
+    "hbm": "%s3",
+    "size_in_granules": "64",
+    "dst_syncflagno": "[#allocation2 + $0x1]",
+  }
+  assert (load.opcode, load.dest, load.predicate) == ("vld", "%v1_v0", None)
+
+
+@pytest.mark.parametrize("text", ["", "bundle 0: sadd r1, r2", "{}"])
+def test_another_format_is_one_clear_error(text):
+  with pytest.raises(bench.ListingError, match="prints a format"):
+    bench.parse_listing(text, "fusion.1")
+
+
+def test_a_malformed_slot_is_an_error():
+  with pytest.raises(bench.ListingError, match="not an instruction"):
+    listing("%s1 <- add 2 3")
+
+
+# --- control flow -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("move", ["smov", "smov.u32"])
+def test_counts_a_loop(move):
+  """A branch takes effect four bundles later."""
+  program = textwrap.dedent(
+    f"""\
+         0   : {{ %s1 = {move} 0 }}
+       0x1 LB: > {{ %s2 = sphi %s1, %s3 }} /* Start region 1 */
+       0x2   : > {{ %s3 = sadd.s32 1, %s2 }}
+       0x3   : > {{ %p4 = scmp.ge.s32.totalorder %s3, 10 }}
+       0x4   : > {{ %5 = sbr.rel (!%p4) target = $region1 }}
+       0x5   : > {{ %v1 = vadd.f32 %v2, %v3 }}
+       0x6   :  {{}}
+       0x7   :  {{}}
+       0x8   :  {{}}
+    """
+  )
+  assert bench.count(bench.parse_listing(program)).total == 1 + 10 * 8
+
+
+def test_a_branch_on_an_unknown_value_is_undecidable():
+  program = "\n".join(
+    [
+      "0 : { %p1 = vcmp.any %v1 } /* Start region 1 */",
+      "0x1 : { %2 = sbr.rel (%p1) target = $region1 }",
+    ]
+  )
+  with pytest.raises(bench.Undecidable, match="%p1"):
+    bench.count(bench.parse_listing(program))
+
+
+def test_division_gives_quotient_and_remainder():
+  wait = "%9 = vdelay {}"
+  got = cycles(
+    "%1 = sdivrem.u32 20, 6",
+    "%s2 = spop.drf %1",
+    "%s3 = spop.drf %1",
+    "%4 = vsyncpa [#allocation1], %s2",
+    "%5 = vsyncadd [#allocation1], %s3",
+    "%6 = dma.done.wait [#allocation1], 5",
+    wait.format(7),
+  )
+  assert got.total == 7 + 7 and not got.notes
+  short = cycles(
+    "%1 = sdivrem.u32 20, 6",
+    "%s2 = spop.drf %1",
+    "%4 = vsyncpa [#allocation1], %s2",
+    "%6 = dma.done.wait [#allocation1], 5",
+  )
+  assert short.notes == ("waits without a copy",)
+
+
+# --- copies -------------------------------------------------------------------
+
+
+def copy_in(granules, flag="[#allocation1]", kind="hbm_to_vmem"):
+  return (
+    f"%1 = dma.{kind} /*hbm=*/%s1, /*size_in_granules=*/{granules}, "
+    f"/*vmem=*/%s2, /*dst_syncflagno=*/{flag}"
+  )
+
+
+def test_a_wait_lasts_until_the_bytes_are_there():
+  granules = 32768
+  got = cycles(
+    copy_in(granules), f"%2 = dma.done.wait [#allocation1], {granules}"
+  )
+  transfer = granules * 32 / V5E.hbm_bytes_per_cycle
+  assert got.total == pytest.approx(V5E.read_latency + transfer, abs=4)
+  assert got.hbm_bytes == granules * 32 and not got.notes
+
+
+def test_copies_share_the_channel():
+  granules, flags = 32768, ("[#allocation1]", "[#allocation2]")
+  got = cycles(
+    *(copy_in(granules, flag) for flag in flags),
+    *(f"%2 = dma.done.wait {flag}, {granules}" for flag in flags),
+  )
+  transfer = 2 * granules * 32 / V5E.hbm_bytes_per_cycle
+  assert got.total == pytest.approx(V5E.read_latency + transfer, abs=5)
+
+
+def test_a_short_copy_is_topped_up_by_the_program():
+  """The last window of a ragged array: its flag gets the rest by vsyncadd."""
+  got = cycles(
+    copy_in(40),
+    "%2 = vsyncadd [#allocation1], 24",
+    "%3 = dma.done.wait [#allocation1], 64",
+    "%4 = vsyncadd [#allocation1], 4294967232",
+    copy_in(64),
+    "%5 = dma.done.wait [#allocation1], 64",
+  )
+  assert not got.notes and got.copy_stall > 2 * V5E.read_latency - 10
+
+
+def test_a_copy_of_unknown_size_is_said():
+  got = cycles(copy_in("%s77"))
+  assert got.notes == ("the size of a hbm_to_vmem copy",)
+
+
+# --- units --------------------------------------------------------------------
+
+
+def test_a_matrix_unit_takes_a_cycle_for_each_row():
+  matmul = "%1 = vmatmul.bf16.gmra.mxu0 %v1"
+  got = cycles(*[matmul] * 100)
+  assert got.queue_stall == pytest.approx(100 * 15, abs=50)
+  assert (
+    cycles(*[matmul.replace("mxu0", f"mxu{i % 4}") for i in range(8)]).total
+    == 8
+  )
+  half = matmul.replace(".bf16.gmra", ".lmr.bf16.gmra.16")
+  assert cycles(*[half] * 100).total == pytest.approx(got.total / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+  "gives, takes",
+  [
+    ("vmatmul.bf16.gmra.mxu1", "vpop.f32.mrf.mxu1"),
+    ("vadd.xlane.f32.xlu0", "vpop.xlane.xlu0"),
+    ("vrot.lane.b32.xlu1", "vpop.permute.xlu1"),
+    ("vxpose.xlu0.b32.end", "vpop.trf.xlu0"),
+  ],
+)
+def test_a_result_is_waited_for(gives, takes):
+  work, take = f"%1 = {gives} %v1", f"%v2 = {takes} %1"
+  at_once = cycles(work, take)
+  assert at_once.result_stall > 40
+  # The time is hidden where there is something else to do.
+  hidden = cycles(work, *["%v3 = vadd.f32 %v4, %v5"] * 200, take)
+  assert hidden.result_stall == 0
+  other = takes[:-1] + str(int(takes[-1]) + 1)
+  assert cycles(work, f"%v2 = {other} %1").result_stall == 0
+
+
+# --- whole programs -----------------------------------------------------------
+
+HLO = """\
+HloModule jit_f, is_scheduled=true
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  ROOT %inner = (s32[], f32[8]) fusion(%p), kind=kLoop, calls=%work
+}
+
+%cond (q: (s32[], f32[8])) -> pred[] {
+  ROOT %q = pred[] parameter(0)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[1024]{0} parameter(0)
+  %first = f32[1024]{0} fusion(%a), kind=kLoop, calls=%work
+  %again = f32[1024]{0} fusion(%first), kind=kLoop, calls=%work
+  %fetch = (f32[1048576]{0:S(1)}, f32[1048576]{0}, u32[]{:S(2)}) \
+copy-start(%a)
+  %busy = f32[1024]{0} fusion(%again), kind=kOutput, calls=%long
+  %fetched = f32[1048576]{0:S(1)} copy-done(%fetch)
+  %room = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %sum = f32[256]{0} all-reduce(%busy), to_apply=%add
+  ROOT %loop = (s32[], f32[8]) while(%busy), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"7"}}
+}
+"""
+
+
+@pytest.fixture
+def listings(tmp_path):
+  """`first` takes 10 cycles, `busy` 500, `inner` 3."""
+  found = {}
+  for name, length in dict(first=10, busy=500, inner=3).items():
+    found[name] = tmp_path / name
+    bundles = [f"{hex(i) if i else 0:>6} : {{}}" for i in range(length)]
+    found[name].write_text("\n".join(bundles))
+  return found
+
+
+def test_sums_a_program(listings):
+  got = bench.estimate(HLO, listings)
+  fetch = (1 << 22) / V5E.hbm_bytes_per_cycle
+  # `again` equals `first` and is printed once; `busy` hides part of the fetch.
+  assert got.cycles == round(10 + 10 + fetch + 7 * 3)
+  assert [(s.name, s.times, s.cycles) for s in got.steps] == [
+    ("first", 1, 10),
+    ("again", 1, 10),
+    ("busy", 1, 500),
+    ("inner", 7, 3),
+  ]
+  assert got.hbm_bytes == 1 << 22
+  assert [(c.name, c.nbytes) for c in got.collectives] == [("sum", 1024)]
+  assert not got.lower_bound and not got.notes
+
+
+def test_says_what_it_leaves_out(listings):
+  del listings["busy"]
+  unknown = HLO.replace('"known_trip_count":{"n":"7"}', "")
+  got = bench.estimate(unknown, listings)
+  assert got.lower_bound
+  assert got.notes == [
+    "busy: no listing for this fusion",
+    "loop: trip count unknown, counted once",
+  ]
+
+
+def test_the_bound_is_the_larger_of_both_units():
+  mxu, hbm = Cost(V5E.flops_per_cycle * 1000, 8), Cost(8, 546_000)
+  assert bench.bound([mxu]) == (1000, "MXU")
+  assert bench.bound([hbm]) == (1000, "HBM")
+  assert bench.bound([mxu, hbm, hbm])[1] == "HBM"
+
+
+def test_finds_values_that_kernels_branch_on():
+  def kernel(lengths_ref, x_ref, o_ref):
+    o_ref[...] = x_ref[...] * lengths_ref[0]
+
+  def function(x, lengths):
+    doubled = jax.jit(lambda n: jax.lax.cumsum(n) * 2)(lengths)
+    grid = pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(1,),
+      in_specs=[pl.BlockSpec((8, 128), lambda i, n: (0, 0))],
+      out_specs=pl.BlockSpec((8, 128), lambda i, n: (0, 0)),
+    )
+    call = pl.pallas_call(
+      kernel,
+      grid_spec=grid,
+      out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+      name="scaled",
+    )
+    return jax.lax.platform_dependent(
+      doubled, x, tpu=call, default=lambda n, x: x
+    )
+
+  specs = (
+    jax.ShapeDtypeStruct((8, 128), jnp.float32),
+    jax.ShapeDtypeStruct((3,), jnp.int32),
+  )
+  values = (None, np.array([1, 2, 3], np.int32))
+  found = bench.kernel_operands(function, specs, values)
+  assert list(found) == ["scaled"]
+  np.testing.assert_array_equal(found["scaled"][0], [2, 6, 12])
+  assert not bench.kernel_operands(function, specs, (None, None))
+
+
+# --- the lab ------------------------------------------------------------------
+
+
+def test_lists_every_op_of_the_registry():
+  keys = {c.program.key for c in bench.choose(bench.Arguments(all=True))}
+  for op in OPS:
+    for case in op.benches:
+      assert f"{op.name}/{case.name}/fwd/xla" in keys
+      kernel = f"{op.name}/{case.name}/fwd/pallas"
+      assert (kernel in keys) == op.pallas
+  assert len(keys) == len(bench.choose(bench.Arguments(all=True)))
+
+
+def test_filters_by_part_and_by_pattern():
+  by_part = bench.choose(bench.Arguments(filter=("rms_norm",)))
+  assert {c.program.op for c in by_part} == {"rms_norm"}
+  (one,) = bench.choose(
+    bench.Arguments(filter=("rms_norm/gemma_7b_8k/fwd/pal*",))
+  )
+  assert one.program.key == "rms_norm/gemma_7b_8k/fwd/pallas"
+  assert not bench.choose(bench.Arguments(filter=("no_such_op",)))
+
+
+def test_measures_on_the_device_at_hand():
+  function = jax.jit(lambda x: x @ x)
+  spec = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+  (program,) = bench.passes(
+    lambda: bench.Built(function, (spec,), (None,)),
+    (Cost(2 * 64**3, 3 * 64**2 * 4), None),
+    op="matmul",
+    case="64",
+    implementation="xla",
+  )
+  row = bench.measure(program, runs=5)
+  assert row.error is None and len(row.samples) == 5
+  assert min(row.samples) <= row.seconds <= max(row.samples)
+  assert row.method.startswith("measured on ")
+  again = bench.Row.from_json(json.loads(json.dumps(row.to_json())))
+  assert again.seconds == row.seconds and again.key == row.key
+
+
+def test_a_program_that_fails_gives_a_row_that_says_why():
+  def build():
+    raise ValueError("wanted more, got less")
+
+  (program,) = bench.passes(
+    build, (Cost(0, 0), None), op="a", case="b", implementation="xla"
+  )
+  assert bench.measure(program).error == "ValueError: wanted more, got less"
+
+
+def rows():
+  common: dict[str, Any] = dict(
+    op="rms_norm",
+    case="8k",
+    which="fwd",
+    method="estimated from the compiled program",
+    bound_cycles=900,
+    bound_by="HBM",
+    versions={"jax": "1.2.3"},
+  )
+  ours = bench.Row(implementation="pallas", seconds=1e-3, cycles=1000, **common)
+  xla = bench.Row(implementation="xla", seconds=2e-3, cycles=2000, **common)
+  return [ours, xla]
+
+
+def test_the_report_computes_the_table():
+  table = report.markdown(rows(), ["pallas-gemma-bench"])
+  assert (
+    "| `rms_norm` | 8k | fwd | 1.000 | 90.0% HBM | 2.000 | xla | 2.00 |"
+    in table
+  )
+  assert "estimated from the compiled program" in table and "jax 1.2.3" in table
+  readme = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
+  assert report.insert(readme, table) == (
+    f"before\n<!-- bench -->\n{table}\n<!-- /bench -->\nafter\n"
+  )
+  with pytest.raises(ValueError, match="<!-- bench -->"):
+    report.insert("no markers", table)
+
+
+def test_the_report_draws(tmp_path):
+  drawn = report.draw(rows(), tmp_path)
+  assert [p.name for p in drawn] == ["roofline.png", "attention.png"]
+  assert all(p.stat().st_size > 1000 for p in drawn)
+
+
+def test_results_survive_a_round_trip(tmp_path):
+  line = json.dumps(rows()[0].to_json() | {"command": "pallas-gemma-bench"})
+  (tmp_path / "v5e.json").write_text(line + "\n")
+  read, commands = report.read(tmp_path)
+  assert read == rows()[:1] and commands == ["pallas-gemma-bench"]
+  with pytest.raises(ValueError, match="no results"):
+    report.read(pathlib.Path(tmp_path / "elsewhere"))

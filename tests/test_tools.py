@@ -1,0 +1,143 @@
+"""The tuner and the dumper."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from pallas_gemma import bench
+from pallas_gemma.kernels import OPS, Case, Cost, Op
+
+pytestmark = pytest.mark.no_interpreter
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def tool(name) -> Any:
+  spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module
+  spec.loader.exec_module(module)
+  return module
+
+
+TUNE, DUMP = tool("tune"), tool("dump")
+
+
+def test_neighbours_change_one_field():
+  config = {"rows": 64, "odd": 7, "fused": True, "kept": 8}
+  assert list(TUNE.neighbours(config, ("kept",))) == [
+    config | {"rows": 128},
+    config | {"rows": 32},
+    config | {"odd": 14},
+    config | {"fused": False},
+  ]
+
+
+def test_search_goes_down_to_the_best(monkeypatch):
+  """Cycles are least at 256; above 512 a config is refused."""
+
+  def measure(arguments, configs):
+    return [
+      {
+        "error": "too large" if c["rows"] > 512 else None,
+        "lower_bound": False,
+        "cycles": 1000 + abs(c["rows"] - 256),
+      }
+      for c in configs
+    ]
+
+  monkeypatch.setattr(TUNE, "measure", measure)
+  arguments = TUNE.Arguments("rms_norm", "gemma_2b_8k")
+  assert TUNE.search(arguments, {"rows": 16}) == ({"rows": 256}, 1000)
+  assert TUNE.search(arguments, {"rows": 1024}) == ({"rows": 256}, 1000)
+
+
+def test_the_key_is_what_the_op_asks_for():
+  tuned = sys.modules[OPS[0].function.__module__].__package__
+  ask = importlib.import_module(f"{tuned}._tuned").tuned_config
+
+  def function(x):
+    ask("asking", length=x.shape[0], causal=True)
+    return x
+
+  case = Case("case", (jax.ShapeDtypeStruct((8, 128), jnp.float32),))
+  op = Op(
+    name="asking",
+    function=function,
+    reference=function,
+    cost=lambda x: (Cost(0, 0), None),
+    tests=(),
+    benches=(case,),
+  )
+  key = {"causal": True, "chip": "v5e", "length": 8}
+  assert TUNE.table_key(op, case) == key
+  silent = dataclasses.replace(op, function=lambda x: x)
+  assert TUNE.table_key(silent, case) is None
+
+
+def test_an_entry_replaces_the_one_with_its_key(tmp_path, monkeypatch):
+  tuned = importlib.import_module("pallas_gemma.kernels._tuned")
+  monkeypatch.setattr(tuned, "__file__", str(tmp_path / "_tuned.py"))
+  (tmp_path / "tuned").mkdir()
+  first = {"key": {"heads": 1}, "config": {"rows": 16}, "cycles": 2}
+  other = {"key": {"heads": 2}, "config": {"rows": 16}, "cycles": 2}
+  better = {"key": {"heads": 1}, "config": {"rows": 32}, "cycles": 1}
+  for entry in (other, first, better):
+    path = TUNE.write("rms_norm", entry)
+  assert json.loads(path.read_text()) == [better, other]
+
+
+def test_refuses_what_is_not_there():
+  with pytest.raises(ValueError, match="op must be one of rms_norm"):
+    TUNE.find(TUNE.Arguments("no_op", "case"))
+  with pytest.raises(ValueError, match="case must be one of gemma_2b"):
+    TUNE.find(TUNE.Arguments("rms_norm", "no_case"))
+
+
+def test_tuned_configs_are_ones_that_their_ops_take():
+  for op in OPS:
+    path = ROOT / f"kernels/tuned/{op.name}.json"
+    for entry in json.loads(path.read_text()) if path.exists() else []:
+      bench.make_config(op, entry["config"])
+      assert {"key", "config", "cycles", "jax", "libtpu"} == set(entry)
+
+
+def test_finds_the_hottest_loop():
+  program = "\n".join(
+    [
+      "  0   : { %s1 = smov 0 }",
+      "0x1   : { %s2 = sphi %s1, %s3 } /* Start region 1 */",
+      "0x2   : { %s3 = sadd.s32 1, %s2 ;; %v1 = vmatmul.bf16.gmra.mxu0 %v2 }",
+      "0x3   : { %p4 = scmp.ge.s32.totalorder %s3, 9 ;; %v3 = vld [vmem:%s9] }",
+      "0x4   : { %5 = sbr.rel (!%p4) target = $region1 }",
+      *(f"{hex(i)} : {{}}" for i in range(5, 30)),
+    ]
+  )
+  listing = bench.parse_listing(program)
+  cycles = bench.count(listing)
+  assert DUMP.hottest(listing, cycles) == range(1, 9)
+  assert cycles.visits[:10] == (1, *[9] * 8, 1)
+  units = [DUMP.unit(i.opcode) for b in listing.bundles for i in b]
+  assert units.count("matrix unit") == units.count("load") == 1
+
+
+@pytest.mark.parametrize(
+  "opcode, unit",
+  [
+    ("vpop.f32.mrf.mxu0", "matrix unit"),
+    ("vadd.xlane.f32.xlu0", "transpose unit"),
+    ("vst.msk", "store"),
+    ("vstv", "vector"),
+    ("vpop.eup", "extended (exp, tanh, ...)"),
+    ("dma.done.wait", "copies"),
+    ("sadd.s32", "scalar"),
+  ],
+)
+def test_names_units(opcode, unit):
+  assert DUMP.unit(opcode) == unit

@@ -1,0 +1,190 @@
+"""Searches the block sizes of an op by the cycles of the compiled program.
+
+    python -P tools/tune.py flash_attention gemma_2b_8k
+    python -P tools/tune.py rms_norm gemma_2b_8k --start '{"rows": 64}'
+
+Starts from a config, and changes one field at a time, integers to their double
+and half, for as long as that helps.  A config that is refused, or that does not
+fit the chip, is passed over.  The best goes into `kernels/tuned/OP.json`, under
+the key that the op itself asks its table for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import jax
+import tyro
+from pallas_gemma import bench
+from pallas_gemma.kernels import OPS, Case, Op
+
+Config = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+  """Finds the fastest config of an op on one of its bench cases."""
+
+  op: tyro.conf.Positional[str]
+  """Name in the registry."""
+
+  case: tyro.conf.Positional[str]
+  """Name of one of its bench cases."""
+
+  which: str = "fwd+bwd"
+  """Pass to make fast; an op without a gradient has `fwd` alone."""
+
+  start: str | None = None
+  """Config to start from, as JSON; default: the config's own defaults."""
+
+  fix: tuple[str, ...] = ()
+  """Fields to leave as they are."""
+
+  jobs: Annotated[int, tyro.conf.arg(aliases=["-j"])] = os.cpu_count() or 1
+  """Compilations at a time."""
+
+  dry_run: bool = False
+  """Print the entry, but do not write the table."""
+
+
+def find(arguments: Arguments) -> tuple[Op, Case]:
+  """The op and the case that are meant.
+
+  Raises:
+    ValueError: if there is no such op or case.
+  """
+  for op in OPS:
+    if op.name == arguments.op:
+      for case in op.benches:
+        if case.name == arguments.case:
+          return op, case
+      names = ", ".join(case.name for case in op.benches)
+      raise ValueError(f"tune: case must be one of {names}")
+  raise ValueError(f"tune: op must be one of {', '.join(o.name for o in OPS)}")
+
+
+def neighbours(config: Config, fixed: tuple[str, ...]) -> Iterator[Config]:
+  """Configs that differ in one field."""
+  for name, value in config.items():
+    if name in fixed:
+      continue
+    if isinstance(value, bool):
+      yield config | {name: not value}
+    elif isinstance(value, int):
+      yield config | {name: value * 2}
+      if value % 2 == 0:
+        yield config | {name: value // 2}
+
+
+def measure(
+  arguments: Arguments, configs: list[Config | None]
+) -> list[dict[str, Any]]:
+  """The results of configs, None for the one that the op picks itself."""
+  which = arguments.which
+  jobs = [
+    bench.Job(
+      "registry", f"{arguments.op}/{arguments.case}/{which}/pallas", config
+    )
+    for config in configs
+  ]
+  return bench.run_jobs(
+    jobs, workers=arguments.jobs, cache=bench.cache_directory()
+  )
+
+
+def search(arguments: Arguments, start: Config) -> tuple[Config, int]:
+  """Coordinate descent; returns the best config and its cycles."""
+  seen = {json.dumps(start): measure(arguments, [start])[0]}
+  best, cycles = start, _cycles(seen[json.dumps(start)])
+  print(f"{cycles or 'refused'}: {start}", flush=True)
+  while True:
+    new = [
+      config
+      for config in neighbours(best, arguments.fix)
+      if json.dumps(config) not in seen
+    ]
+    results = measure(arguments, [*new])
+    seen |= {json.dumps(c): r for c, r in zip(new, results, strict=True)}
+    better = [
+      (_cycles(result), config)
+      for config, result in zip(new, results, strict=True)
+      if _cycles(result) and (not cycles or _cycles(result) < cycles)
+    ]
+    if not better:
+      return best, cycles
+    cycles, best = min(better, key=lambda pair: pair[0])
+    print(f"{cycles:,}: {best}", flush=True)
+
+
+def _cycles(result: Mapping[str, Any]) -> int:
+  """0 for a config that was refused or is not known well enough."""
+  return 0 if result["error"] or result["lower_bound"] else result["cycles"]
+
+
+def table_key(op: Op, case: Case) -> Mapping[str, Any] | None:
+  """What the op asks its tuned table for on a case, None if it does not ask."""
+  tuned: Any = importlib.import_module("pallas_gemma.kernels._tuned")
+  asked: list[frozenset] = []
+
+  class Recorder(dict):
+    def get(self, key, default=None):
+      asked.append(key)
+      return default
+
+  table, tuned._table = tuned._table, lambda name: Recorder()
+  try:
+    jax.eval_shape(case.bind(op.function), *case.specs)
+  finally:
+    tuned._table = table
+  return dict(sorted(asked[0])) if asked else None
+
+
+def write(op: str, entry: Mapping[str, Any]) -> pathlib.Path:
+  """Puts an entry into an op's table, in place of one with its key."""
+  tuned: Any = importlib.import_module("pallas_gemma.kernels._tuned")
+  path = pathlib.Path(str(tuned.__file__)).parent / "tuned" / f"{op}.json"
+  entries = json.loads(path.read_text()) if path.exists() else []
+  entries = [e for e in entries if e["key"] != entry["key"]] + [entry]
+  entries.sort(key=lambda e: json.dumps(e["key"], sort_keys=True))
+  lines = ",\n".join(f"  {json.dumps(e, sort_keys=True)}" for e in entries)
+  path.write_text(f"[\n{lines}\n]\n")
+  return path
+
+
+def main() -> None:
+  """Entry point."""
+  arguments = tyro.cli(Arguments, prog="tune")
+  op, case = find(arguments)
+  defaults = bench.config_class(op)
+  start = (
+    json.loads(arguments.start)
+    if arguments.start
+    else dataclasses.asdict(defaults())
+  )
+  (own,) = measure(arguments, [None])
+  best, cycles = search(arguments, start)
+  if not cycles:
+    sys.exit("tune: every config was refused; give another with --start")
+  if own["error"]:
+    print(f"the op's own choice fails: {own['error']}")
+  else:
+    gain = own["cycles"] / cycles - 1
+    print(f"the op's own choice takes {own['cycles']:,} cycles, {gain:+.2%}")
+  key = table_key(op, case)
+  entry = {"key": key, "config": best, "cycles": cycles} | own["versions"]
+  print(json.dumps(entry))
+  if key is None:
+    print(f"{op.name} asks no tuned table: nothing to write")
+  elif not arguments.dry_run:
+    print(f"wrote {write(op.name, entry)}")
+
+
+if __name__ == "__main__":
+  main()
