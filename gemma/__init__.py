@@ -45,6 +45,7 @@ if TYPE_CHECKING:
   from ._optimizer import make_optimizer as make_optimizer
   from ._sampler import Completion as Completion
   from ._sampler import Sampler as Sampler
+  from ._step import choose_head as choose_head
   from ._step import loss_and_gradient as loss_and_gradient
   from ._step import token_losses as token_losses
   from ._tokenizer import Tokenizer as Tokenizer
@@ -76,6 +77,7 @@ _HOMES = {
   "TrainConfig": "_train_config",
   "TrainResult": "_train",
   "UserError": "_errors",
+  "choose_head": "_step",
   "describe_ops": "ops",
   "evaluation_batches": "_data",
   "flops_per_token": "_flops",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +15,54 @@ from ._checkpoint import Params, model_params
 from ._model import Gemma
 from ._optimizer import make_optimizer
 from ._train_config import TrainConfig
-from .ops import KERNELS
+from .ops import KERNELS, LinearCrossEntropyConfig
 
 Batch = dict[str, jax.Array]
+Head = Literal["recompute", "chunked"]
 State = tuple[Params, optax.OptState]
 
 
 def token_losses(
-  model: Gemma, batch: Batch, valid_vocab_size: int, z_loss: float = 0.0
+  model: Gemma,
+  batch: Batch,
+  valid_vocab_size: int,
+  z_loss: float = 0.0,
+  head: Head = "recompute",
 ) -> jax.Array:
   """[B, T] float32 next-token losses, 0 where the weight is 0."""
   hidden = model.hidden_states(
     batch["tokens"], segment_ids=batch["segment_ids"]
   )
+  table = model.embedder.embedding[...]
+  rows = hidden.reshape(-1, hidden.shape[-1])
   return KERNELS.linear_cross_entropy(
     hidden,
-    model.embedder.embedding[...],
+    table,
     batch["labels"],
     weights=batch["weights"],
     z_loss=z_loss,
     valid_vocab_size=valid_vocab_size,
+    config=LinearCrossEntropyConfig.for_problem(rows, table, head),
   )
+
+
+def choose_head(config: TrainConfig, memory: int | None) -> Head:
+  """What `TrainConfig.head` comes to on a device.
+
+  Args:
+    config: of the run.
+    memory: bytes of the device, or None where it does not say.
+  """
+  if config.head != "auto":
+    return config.head
+  if memory is None:
+    return "recompute"
+  # float32 weights, two moments and a gradient.
+  weights = jax.tree.leaves(abstract_model(config)[1])
+  state = 16 * sum(math.prod(w.shape) for w in weights)
+  rows = config.batch_size // config.accumulation * config.sequence_length
+  kept = rows * config.model.vocab_size * jnp.dtype(config.model.dtype).itemsize
+  return "chunked" if 4 * kept <= memory - state else "recompute"
 
 
 def loss_and_gradient(
@@ -82,11 +110,12 @@ def make_steps(
     function of (params, batch) to the sums of losses and of weights.
   """
   graph, _ = abstract_model(config)
+  head = choose_head(config, device_memory())
   optimizer = make_optimizer(config.optimizer, config.steps)
 
   def loss_sum(params: Params, batch: Batch, z_loss: float) -> jax.Array:
     model = nnx.merge(graph, nnx.State(params))
-    return token_losses(model, batch, valid_vocab_size, z_loss).sum()
+    return token_losses(model, batch, valid_vocab_size, z_loss, head).sum()
 
   def train_step(params, state, batch):
     loss, gradient = loss_and_gradient(
@@ -103,6 +132,11 @@ def make_steps(
     return loss_sum(params, batch, 0.0), batch["weights"].sum()
 
   return jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(evaluate)
+
+
+def device_memory() -> int | None:
+  """Bytes that the first device has for arrays, None where it does not say."""
+  return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def fresh_state(config: TrainConfig) -> State:

@@ -23,7 +23,7 @@ from ._loop import Loop
 from ._metrics import Metrics, plot_losses, read_metrics
 from ._progress import Progress
 from ._run import Run, open_run
-from ._step import abstract_model
+from ._step import abstract_model, choose_head, device_memory
 from ._train_config import TrainConfig
 from .ops import KERNELS, describe_ops
 
@@ -105,6 +105,8 @@ def _describe(run: Run, done: int) -> Iterator[str]:
   )
   for line in describe_ops(KERNELS, device.platform):
     yield f"op        {line}"
+  if device.platform == "tpu":
+    yield f"head      {choose_head(config, device_memory())}"
   parameters = jax.tree.leaves(abstract_model(config)[1])
   yield (
     f"model     {sum(math.prod(p.shape) for p in parameters):,} parameters in "

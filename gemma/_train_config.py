@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Literal
 
 from ._config import GemmaConfig
 from ._errors import UserError
@@ -73,6 +74,11 @@ class TrainConfig:
     sequence_length: tokens per row.
     seed: of the initial weights, the held-out choice and the order of rows.
     held_out: share of the text to evaluate on and never train on.
+    head: what the loss keeps for its backward pass on a TPU: "recompute"
+      nothing of the vocabulary's size, "chunked" the softmax of all tokens of a
+      pass, for a quarter less arithmetic in the head; "auto" the latter if it
+      takes at most a quarter of the memory that weights, moments and gradient
+      leave free.
     z_loss: weight of the squared log-normaliser in the training loss; PaLM
       used 1e-4.
     evaluate_every: steps between evaluations on the held-out text.
@@ -95,6 +101,7 @@ class TrainConfig:
   sequence_length: int = 128
   seed: int = 0
   held_out: float = 0.1
+  head: Literal["auto", "recompute", "chunked"] = "auto"
   z_loss: float = 0.0
   evaluate_every: int = 40
   save_every: int = 80

@@ -12,6 +12,9 @@ from typing import Any
 
 from pallas_gemma import kernels
 from pallas_gemma.kernels import FeedForwardConfig as FeedForwardConfig
+from pallas_gemma.kernels import (
+  LinearCrossEntropyConfig as LinearCrossEntropyConfig,
+)
 from pallas_gemma.kernels import Rope as Rope
 
 

@@ -31,6 +31,7 @@ from pallas_gemma.gemma import (
   Tokenizer,
   TrainConfig,
   UserError,
+  choose_head,
   flops_per_token,
   learning_rate_schedule,
   load_checkpoint,
@@ -417,6 +418,28 @@ def test_rows_past_the_tokenizer_get_no_probability(problem, model):
     hidden, table[:100], few["labels"], weights=few["weights"]
   )
   np.testing.assert_allclose(before, wanted, rtol=1e-6)
+
+
+def test_the_head_keeps_the_softmax_where_it_fits():
+  settings = TrainConfig(batch_size=8, accumulation=2, sequence_length=128)
+  model = nnx.eval_shape(lambda: Gemma(settings.model, rngs=nnx.Rngs(0)))
+  state = 16 * sum(w.size for w in jax.tree.leaves(model))
+  kept = 4 * 128 * settings.model.vocab_size * 4  # float32
+  assert choose_head(settings, state + 4 * kept) == "chunked"
+  assert choose_head(settings, state + 4 * kept - 1) == "recompute"
+  assert choose_head(settings, None) == "recompute"
+  assert (
+    choose_head(dataclasses.replace(settings, head="chunked"), 1) == "chunked"
+  )
+
+
+@pytest.mark.parametrize("head", ["recompute", "chunked"])
+def test_the_head_is_told_what_to_keep(problem, model, head):
+  def loss(model):
+    return token_losses(model, problem[1], 400, head=head).sum()
+
+  jaxpr = str(jax.make_jaxpr(jax.grad(loss))(model))
+  assert ("linear_cross_entropy_kept" in jaxpr) == (head == "chunked")
 
 
 def test_z_loss_is_added(problem, model):
