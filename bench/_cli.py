@@ -177,7 +177,8 @@ def _results(arguments: Arguments, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     def done(job: Job, result: dict[str, Any]) -> None:
       progress.update(task, advance=1, description=job.key)
       if not console.is_terminal:
-        state = result["error"] or f"{result['cycles']:,} cycles"
+        at_least = "at least " if result["lower_bound"] else ""
+        state = result["error"] or f"{at_least}{result['cycles']:,} cycles"
         console.print(f"{job.key}: {state}", soft_wrap=True)
 
     return _sweep.run_jobs(

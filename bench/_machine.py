@@ -199,7 +199,11 @@ class _Machine:
   def _jump(self, instruction: Instruction, target: int) -> None:
     taken = self._scalars.holds(instruction)
     if taken is None:
-      raise Undecidable(f"a branch depends on {instruction.predicate}")
+      unknown = ", ".join(sorted(self._scalars.unknown))
+      raise Undecidable(
+        f"a branch depends on {instruction.predicate}, which is not known"
+        + (f"; nor is: {unknown}" if unknown else "")
+      )
     if taken:
       self._branch = target
 

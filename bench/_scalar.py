@@ -67,6 +67,10 @@ def _arithmetic(name: str, kind: str, a: int, b: int) -> Value:
       return (a - b) & mask
     case "smul":
       return (a * b) & _WORD
+    case "smulhi":  # the upper word: division by a constant
+      if kind == "u32":
+        return (a * b) >> 32
+      return ((signed(a) * signed(b)) >> 32) & _WORD
     case "sand":
       return a & b
     case "sor":

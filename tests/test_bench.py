@@ -116,6 +116,21 @@ def test_division_gives_quotient_and_remainder():
   assert short.notes == ("waits without a copy",)
 
 
+def test_division_by_a_constant_multiplies_into_the_upper_word():
+  """20 / 3 = 6, as the compiler writes it."""
+  got = cycles(
+    "%s1 = smulhi.u32 2863311531, 20",
+    "%s2 = sshrl.u32 %s1, 1",
+    "%3 = vsyncpa [#allocation1], %s2",
+    "%4 = dma.done.wait [#allocation1], 6",
+  )
+  assert not got.notes
+
+
+def test_an_opcode_that_is_not_modelled_is_said():
+  assert cycles("%s1 = snew.u32 1, 2").notes == ("snew.u32",)
+
+
 # --- copies -------------------------------------------------------------------
 
 
