@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import eval_jaxpr
 
 _MAX_SIZE = 1 << 22
-_SUBPROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_SUBPROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 _NOT_INLINED = ("pallas_call", "while", "scan", "cond")
 
 

@@ -171,11 +171,17 @@ def _kernel(
     lse_ref[:, g] = lse
 
 
+# In `pl` up to JAX 0.10, deprecated there since.
+_approximate_reciprocal = (
+  pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal
+)
+
+
 def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
   """1 / x, well within dtype's precision."""
   if dtype == jnp.float32:
     return 1.0 / x
-  guess = pltpu.reciprocal(x, approx=True)
+  guess = _approximate_reciprocal(x, approx=True)
   return guess * (2.0 - x * guess)
 
 
