@@ -174,12 +174,20 @@ def per_device(
       jax.sharding.reshard(a, s) for a, s in zip(args, in_specs, strict=True)
     ]
 
-  def block(*args):
-    results = function(*vary_alike(*args))
-    return finish(results, axes) if finish else results
+  def finished(*blocks):
+    assert finish is not None
+    return finish(function(*vary_alike(*blocks)), axes)
 
+  # Without the check of varying axes, cotangents of replicated arguments are
+  # summed over the mesh, which is what a replicated scale or weight needs.  The
+  # check leaves that to the casts of vary_alike, and then a sum over the mesh
+  # in `finish` is not summed once more on the way back.
   mapped = jax.shard_map(
-    block, mesh=mesh, in_specs=in_specs, out_specs=out_specs
+    finished if finish else function,
+    mesh=mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=finish is not None,
   )
   return mapped(*args)
 
