@@ -161,7 +161,7 @@ def _kernel(
     m = as_lanes(m_ref[g, :])
     total = jnp.sum(l_ref[g, :], axis=1, keepdims=True)
     inverse = _reciprocal(total, o_ref.dtype)
-    total = as_lanes(jnp.broadcast_to(total, (g.size, LANES)))
+    total = as_lanes(jnp.broadcast_to(total, (total.shape[0], LANES)))
     lse = m + jnp.log2(total) * (1 / p.base2)
     if not p.sees_itself:
       # A row that has seen nothing.
@@ -172,9 +172,7 @@ def _kernel(
 
 
 # In `pl` up to JAX 0.10, deprecated there since.
-_approximate_reciprocal = (
-  pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal
-)
+_approximate_reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
 
 
 def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
