@@ -25,8 +25,15 @@ _CASES = (
   ("gemma_2b_4x2k", GemmaConfig.gemma_2b(), 4, 2048),
   ("gemma_7b_1x4k", GemmaConfig.gemma_7b(), 1, 4096),
 )
+_KERNELS = {op.name: op.function for op in OPS}
 _IMPLEMENTATIONS = {
   "pallas": KERNELS,
+  # With the norms as kernels too, which `KERNELS` leaves to XLA.
+  "pallas-norms": dataclasses.replace(
+    KERNELS,
+    rms_norm=_KERNELS["rms_norm"],
+    add_rms_norm=_KERNELS["add_rms_norm"],
+  ),
   "xla-splash": dataclasses.replace(
     REFERENCE,
     flash_attention=splash_attention,
@@ -36,7 +43,7 @@ _IMPLEMENTATIONS = {
 
 
 def programs() -> Iterator[Program]:
-  """The block with our kernels, and with XLA and JAX's splash attention."""
+  """The block with our kernels, also with norms, and with XLA and splash."""
   for name, config, batch, length in _CASES:
     for implementation in _IMPLEMENTATIONS:
       yield from passes(
@@ -45,7 +52,8 @@ def programs() -> Iterator[Program]:
         op="gemma_block",
         case=name,
         implementation=implementation,
-        default=config.num_kv_heads == 1,  # 7B compiles for minutes
+        # Compiling 7B takes minutes.
+        default=config.num_kv_heads == 1 and implementation != "pallas-norms",
       )
 
 
