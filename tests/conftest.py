@@ -55,6 +55,13 @@ def pytest_configure():
   sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != root]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_end_with_their_module():
+  """They add up to gigabytes, and no other module calls them."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def tpu_or_interpreter(request):
   """Kernels run on the TPU if there is one, else in JAX's TPU interpreter."""
