@@ -175,13 +175,20 @@ def config_class(op: Op) -> type:
 
 
 def make_config(op: Op, fields: Mapping[str, Any]) -> Any:
-  """An op's config from JSON: lists become tuples."""
-  return config_class(op)(
-    **{
-      name: tuple(value) if isinstance(value, list) else value
-      for name, value in fields.items()
-    }
-  )
+  """An op's config from JSON: lists become tuples, objects dataclasses."""
+  return _from_json(config_class(op), fields)
+
+
+def _from_json(cls: type, fields: Mapping[str, Any]) -> Any:
+  hints = typing.get_type_hints(cls)
+
+  def converted(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+      inner = filter(dataclasses.is_dataclass, typing.get_args(hints[name]))
+      return _from_json(typing.cast(type, next(inner)), value)
+    return tuple(value) if isinstance(value, list) else value
+
+  return cls(**{name: converted(name, v) for name, v in fields.items()})
 
 
 def suite(name: str) -> tuple[Program, ...]:

@@ -62,7 +62,7 @@ def test_the_key_is_what_the_op_asks_for():
   tuned = sys.modules[OPS[0].function.__module__].__package__
   ask = importlib.import_module(f"{tuned}._tuned").tuned_config
 
-  def function(x):
+  def function(x, implementation=None):
     ask("asking", length=x.shape[0], causal=True)
     return x
 
@@ -76,9 +76,22 @@ def test_the_key_is_what_the_op_asks_for():
     benches=(case,),
   )
   key = {"causal": True, "chip": "v5e", "length": 8}
-  assert TUNE.table_key(op, case) == key
-  silent = dataclasses.replace(op, function=lambda x: x)
-  assert TUNE.table_key(silent, case) is None
+  assert TUNE.table_keys(op, case, "fwd") == [key]
+  silent = dataclasses.replace(op, function=lambda x, implementation: x)
+  assert TUNE.table_keys(silent, case, "fwd") == []
+
+
+def test_a_config_of_two_kernels_is_searched_and_entered_by_part():
+  op = next(op for op in OPS if op.name == "feed_forward")
+  start = {"residuals": "none", "forward": {"rows": 64, "cols": 256}}
+  near = list(TUNE.neighbours(start, ("cols",)))
+  assert [c["forward"]["rows"] for c in near] == [128, 32]
+  assert bench.make_config(op, start).forward.rows == 64
+  keys = TUNE.table_keys(op, op.tests[0], "fwd+bwd")
+  assert {key["which"] for key in keys} == {"forward", "backward"}
+  written = TUNE.entries(keys, start | {"backward": None}, cycles=1)
+  assert {e["key"]["which"] for e in written} == {"forward"}
+  assert all(e["config"] == start["forward"] for e in written)
 
 
 def test_an_entry_replaces_the_one_with_its_key(tmp_path, monkeypatch):

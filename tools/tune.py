@@ -2,11 +2,14 @@
 
     python -P tools/tune.py flash_attention gemma_2b_8k
     python -P tools/tune.py rms_norm gemma_2b_8k --start '{"rows": 64}'
+    python -P tools/tune.py feed_forward gemma_2b_8k --which fwd \\
+      --start '{"forward": {"rows": 1024, "cols": 512}}'
 
 Starts from a config, and changes one field at a time, integers to their double
 and half, for as long as that helps.  A config that is refused, or that does not
 fit the chip, is passed over.  The best goes into `kernels/tuned/OP.json`, under
-the key that the op itself asks its table for.
+the key that the op itself asks its table for; where an op asks for each of its
+kernels, that of a kernel is the part of the config that is named in the key.
 """
 
 from __future__ import annotations
@@ -75,7 +78,10 @@ def neighbours(config: Config, fixed: tuple[str, ...]) -> Iterator[Config]:
   for name, value in config.items():
     if name in fixed:
       continue
-    if isinstance(value, bool):
+    if isinstance(value, dict):
+      for part in neighbours(value, fixed):
+        yield config | {name: part}
+    elif isinstance(value, bool):
       yield config | {name: not value}
     elif isinstance(value, int):
       yield config | {name: value * 2}
@@ -128,8 +134,8 @@ def _cycles(result: Mapping[str, Any]) -> int:
   return 0 if result["error"] or result["lower_bound"] else result["cycles"]
 
 
-def table_key(op: Op, case: Case) -> Mapping[str, Any] | None:
-  """What the op asks its tuned table for on a case, None if it does not ask."""
+def table_keys(op: Op, case: Case, which: str) -> list[dict[str, Any]]:
+  """What the op asks its tuned table for in a pass of a case, if anything."""
   tuned: Any = importlib.import_module("pallas_gemma.kernels._tuned")
   asked: list[frozenset] = []
 
@@ -140,10 +146,25 @@ def table_key(op: Op, case: Case) -> Mapping[str, Any] | None:
 
   table, tuned._table = tuned._table, lambda name: Recorder()
   try:
-    jax.eval_shape(case.bind(op.function), *case.specs)
+    programs = bench.of_case(op, case, "pallas")
+    built = next(p for p in programs if p.which == which).build()
+    jax.eval_shape(built.function, *built.specs)
   finally:
     tuned._table = table
-  return dict(sorted(asked[0])) if asked else None
+  return [dict(sorted(key)) for key in dict.fromkeys(asked)]
+
+
+def entries(
+  keys: list[dict[str, Any]], config: Config, **facts: Any
+) -> list[dict[str, Any]]:
+  """The table's entries for a config, or for its parts if the keys name them.
+
+  A part that is None was the op's own choice, and gets no entry.
+  """
+  parts = [
+    (key, config[key["which"]] if "which" in key else config) for key in keys
+  ]
+  return [{"key": k, "config": part, **facts} for k, part in parts if part]
 
 
 def write(op: str, entry: Mapping[str, Any]) -> pathlib.Path:
@@ -168,6 +189,8 @@ def main() -> None:
     if arguments.start
     else dataclasses.asdict(defaults())
   )
+  if not any(neighbours(start, arguments.fix)):
+    sys.exit(f"tune: there is no number to change in {start}; give --start")
   (own,) = measure(arguments, [None])
   best, cycles = search(arguments, start)
   if not cycles:
@@ -177,13 +200,13 @@ def main() -> None:
   else:
     gain = own["cycles"] / cycles - 1
     print(f"the op's own choice takes {own['cycles']:,} cycles, {gain:+.2%}")
-  key = table_key(op, case)
-  entry = {"key": key, "config": best, "cycles": cycles} | own["versions"]
-  print(json.dumps(entry))
-  if key is None:
+  keys = table_keys(op, case, arguments.which)
+  if not keys:
     print(f"{op.name} asks no tuned table: nothing to write")
-  elif not arguments.dry_run:
-    print(f"wrote {write(op.name, entry)}")
+  for entry in entries(keys, best, cycles=cycles, **own["versions"]):
+    print(json.dumps(entry))
+    if not arguments.dry_run:
+      print(f"wrote {write(op.name, entry)}")
 
 
 if __name__ == "__main__":
