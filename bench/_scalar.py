@@ -231,7 +231,7 @@ class Scalars:
     index = int(match[1])
     by_value = "no memory space" in instruction.opcode + text
     if by_value and index in self._operands:
-      return int(self._operands[index])
+      return int(np.asarray(self._operands[index]).item())
     return self._base(f"operand{index}")
 
   def _move(self, instruction: Instruction) -> None:
