@@ -17,6 +17,7 @@ class Chip:
     hbm_bytes_per_second: bandwidth of the memory, from the specification.
     read_latency: cycles from the issue of a copy from HBM to its first byte.
     write_latency: the same of a copy to HBM, or within the core.
+    shared_channel: whether copies under way together share HBM's bandwidth.
   """
 
   name: str
@@ -26,6 +27,7 @@ class Chip:
   hbm_bytes_per_second: float
   read_latency: int
   write_latency: int
+  shared_channel: bool = True
 
   @property
   def flops_per_cycle(self) -> int:
@@ -56,10 +58,12 @@ V5E = Chip(
   write_latency=450,
 )
 
-# The same chip as the compiler's static model has it, for comparison.
+# The same chip as the compiler's static model has it, for comparison: there,
+# each copy has the whole bandwidth.
 V5E_AS_COMPILED = dataclasses.replace(
   V5E,
   hbm_bytes_per_second=0.9 * V5E.hbm_bytes_per_second,
   read_latency=1133,
   write_latency=440,
+  shared_channel=False,
 )

@@ -73,7 +73,7 @@ class Copies:
     latency = chip.read_latency if reads else chip.write_latency
     start = max(now + latency, self._hbm_free)
     end = start + size / chip.hbm_bytes_per_cycle
-    if "hbm" in kind or kind == "general":
+    if chip.shared_channel and ("hbm" in kind or kind == "general"):
       self._hbm_free = end
     if flag is not None:
       self._flags[flag].expect(int(end) + 1, granules)

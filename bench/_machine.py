@@ -23,7 +23,7 @@ from ._chip import V5E, Chip
 from ._copies import Copies
 from ._listing import Instruction, Listing, ListingError
 from ._scalar import Scalars, signed
-from ._units import Units, Work, popped, work
+from ._units import Units, Work, popped, results_of_transpositions, work
 
 BRANCH_DELAY = 4
 GRANULE_BYTES = 32  # unit of the listing's `size_in_granules`
@@ -99,6 +99,9 @@ class _Machine:
     self._regions = listing.regions
     self._now = 0
     self._branch: int | None = None  # where the bundle that issues jumps to
+    self._transposed = results_of_transpositions(
+      i.opcode for bundle in listing.bundles for i in bundle
+    )
     self._code = [self._bundle(bundle) for bundle in listing.bundles]
     self._idle_ahead = _runs_of_idle(self._code)
 
@@ -160,7 +163,7 @@ class _Machine:
       return functools.partial(self._delay, int(instruction.operands[0]))
     if results := popped(opcode):
       return functools.partial(self._pop, results)
-    if task := work(opcode):
+    if task := work(opcode, self._transposed):
       return functools.partial(self._work, instruction, task)
     if opcode == "sbr.rel":
       return functools.partial(

@@ -11,13 +11,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 
 _UNIT = re.compile(r"\.((?:mxu|xlu)\d+)")
 _QUEUE_CYCLES = 32  # work that a unit accepts ahead of time
 _MATMUL_LATENCY = 125  # to the first 8 rows of a product
 _LANES_LATENCY = {"xlu2": 92}  # to the result of a reduction or rotation
 _OTHER_LANES_LATENCY = 115
-_TRANSPOSE_LATENCY = {8: 44, 16: 116}  # from the last operand
+_TRANSPOSE_LATENCY = {8: 44, 16: 58}  # from the last operand to 8 rows
 _ROWS = 8  # rows of a register, at one of which per cycle units work
 
 
@@ -38,11 +39,15 @@ class Work:
   ready: tuple[int, ...] = ()
 
 
-def work(opcode: str) -> Work | None:
+def work(opcode: str, transposed: Mapping[str, int]) -> Work | None:
   """What an opcode gives a matrix or transpose unit to do, None for nothing.
 
   A packed bfloat16 operand is 16 rows of 128 and takes a cycle for each; a
   float32 register, or half of a packed one (`lmr`), is 8.
+
+  Args:
+    opcode: of the instruction.
+    transposed: results of one transposition, by unit.
   """
   match = _UNIT.search(opcode)
   if match is None or opcode.startswith("vpop"):
@@ -58,9 +63,10 @@ def work(opcode: str) -> Work | None:
     return Work(f"{unit}.push", 4 if "bf16" in opcode else 2)
   if opcode.startswith("vxpose"):
     cycles = 16 if "b16" in opcode else 8
+    first = _TRANSPOSE_LATENCY[cycles]
+    ready = [first + _ROWS * i for i in range(transposed.get(unit, 1))]
     last = opcode.endswith(".end")
-    ready = (_TRANSPOSE_LATENCY[cycles],) if last else ()
-    return Work(unit, cycles, f"trf.{unit}", ready)
+    return Work(unit, cycles, f"trf.{unit}", tuple(ready) if last else ())
   if ".xlane" in opcode or opcode.startswith(("vrot", "vperm")):
     kind = "xlane" if ".xlane" in opcode else "permute"
     latency = _LANES_LATENCY.get(unit, _OTHER_LANES_LATENCY)
@@ -74,6 +80,24 @@ def popped(opcode: str) -> str | None:
     return None
   match = re.search(r"(mrf|trf|xlane|permute)\.((?:mxu|xlu)\d+)$", opcode)
   return match[0] if match else None
+
+
+def results_of_transpositions(opcodes: Iterable[str]) -> dict[str, int]:
+  """How many results one transposition has, by unit.
+
+  They are queued while the next transposition is under way, and a listing does
+  not tell which is whose: but every result is popped once, so there are as many
+  as it has pops for each end.
+  """
+  pops: collections.Counter[str] = collections.Counter()
+  ends: collections.Counter[str] = collections.Counter()
+  for opcode in opcodes:
+    unit = _UNIT.search(opcode)
+    if unit and opcode.startswith("vpop.trf"):
+      pops[unit[1]] += 1
+    elif unit and opcode.startswith("vxpose") and opcode.endswith(".end"):
+      ends[unit[1]] += 1
+  return {unit: max(1, pops[unit] // ends[unit]) for unit in ends}
 
 
 class Units:

@@ -214,6 +214,19 @@ def test_a_result_is_waited_for(gives, takes):
   assert cycles(work, f"%v2 = {other} %1").result_stall == 0
 
 
+def test_results_of_a_transposition_outlast_the_end_of_the_next():
+  push = "%1 = vxpose.binary.xlu0.c.b16.cont %v1"
+  end = "%1 = vxpose.binary.xlu0.c.b16.end %v1"
+  pop, other = "%v2 = vpop.trf.xlu0 %1", "%v3 = vadd.f32 %v4, %v5"
+  whole = [push, *[other] * 15] * 7 + [end]  # with four results in this test
+  first = [*whole, *[other] * 200]
+  assert cycles(*first, *[pop] * 4).result_stall == 0
+  # The last two of the first are taken after the second has ended.
+  between = [*first, pop, pop, *whole, pop, pop]
+  assert 50 < cycles(*between, *[pop] * 4).result_stall < 100
+  assert cycles(*between, *[other] * 100, *[pop] * 4).result_stall == 0
+
+
 # --- whole programs -----------------------------------------------------------
 
 HLO = """\
