@@ -50,6 +50,7 @@ from ._op import (
   nbytes,
 )
 from ._sharding import like, per_device
+from ._sincos import sin_cos
 
 # --- specification ------------------------------------------------------------
 
@@ -145,7 +146,8 @@ def _kernel(
 ):
   half = x_ref.shape[-1] // 2
   angle = _by_token(positions_ref[...]) / timescale_ref[...]  # [rows, h]
-  sin, cos = sign * jnp.sin(angle), jnp.cos(angle)
+  sin, cos = sin_cos(angle)
+  sin *= sign
   if x_ref.ndim == 3:
     sin, cos = sin[:, None, :], cos[:, None, :]
   x = x_ref[...].astype(jnp.float32)

@@ -1,0 +1,88 @@
+"""Sine and cosine of one angle, for kernels.
+
+`jnp.sin` and `jnp.cos` each reduce their argument to a quadrant in a way that
+is right for every float32, which on a vector unit takes far longer than the
+two polynomials.  Here the reduction is shared, and is for the angles of
+rotations: |angle| < 2^31, as int32 positions give.
+
+Reduction, without more precision than float32 has: an angle is a sum of digits
+
+    angle = 2^20 d2 + 2^9 d1 + d0 + rest        d integers, |rest| <= 1/2
+
+of 12, 11 and 9 bits, sign included.  A digit's unit is w turns, modulo whole
+ones, and w = high + low, where high has so few bits that its product with the
+digit is exact; so is the sum of the three, less than 2^10 turns in 2^-14.  When
+quarter turns have been taken from it, what is added, the low parts and the
+rest, is small, and its rounding is.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_TURN = Fraction("6.283185307179586476925286766559005768394338798750")
+# Units of the digits, in radians, and what the high parts are multiples of.
+_PLACES = ((1 << 20, 2**-12), (1 << 9, 2**-14), (1, 2**-14))
+
+# Of sin(r) / r - 1 and cos(r) - 1 in powers of r^2, for |r| <= pi / 4: least
+# errors of 2e-9 and 3e-9, a tenth of float32's.
+_SIN = (-0.16666654, 0.0083321608, -0.00019515296)
+_COS = (-0.5, 0.041666646, -0.0013887316, 2.4433157e-05)
+
+
+def _parts(place: int, unit: float) -> tuple[float, float]:
+  """A place's turns, modulo whole ones: a multiple of `unit`, and the rest."""
+  turns = Fraction(place) / _TURN
+  turns -= round(turns)
+  high = round(turns / Fraction(unit)) * Fraction(unit)
+  return float(high), float(np.float32(turns - high))
+
+
+_WEIGHTS = tuple(_parts(*place) for place in _PLACES)
+_TURNS_PER_RADIAN = float(1 / _TURN)
+
+
+def sin_cos(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Sine and cosine of angles in radians, |angle| < 2^31.
+
+  Args:
+    angle: float32 of any shape.
+
+  Returns:
+    Two arrays of that shape, float32, within 1.2e-7 of the truth.
+  """
+  rest, high, low = angle, 0.0, 0.0
+  for (place, _), (high_part, low_part) in zip(_PLACES, _WEIGHTS, strict=True):
+    digit = _round(rest * (1 / place))
+    rest -= digit * place
+    high += digit * high_part
+    low += digit * low_part
+  low += rest * _TURNS_PER_RADIAN
+  quarter = _round((high + low) * 4.0)
+  r = ((high - quarter * 0.25) + low) * (2 * math.pi)
+  square = r * r
+  sin = r + r * square * _polynomial(square, _SIN)
+  cos = 1.0 + square * _polynomial(square, _COS)
+  # A quarter turn further on, sine is cosine and cosine is minus sine.
+  quarter = quarter.astype(jnp.int32)
+  odd = (quarter & 1) == 1
+  sin, cos = jnp.where(odd, cos, sin), jnp.where(odd, sin, cos)
+  sin = jnp.where((quarter & 2) == 2, -sin, sin)
+  cos = jnp.where(((quarter + 1) & 2) == 2, -cos, cos)
+  return sin, cos
+
+
+def _round(x: jax.Array) -> jax.Array:
+  return jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def _polynomial(x: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
+  total = jnp.full_like(x, coefficients[-1])
+  for coefficient in coefficients[-2::-1]:
+    total = total * x + coefficient
+  return total
