@@ -28,7 +28,6 @@ from ._flash_attention_tiles import (
   Problem,
   Turns,
   as_column,
-  as_lanes,
   dot,
   for_blocks,
   from_keys,
@@ -43,9 +42,11 @@ from ._flash_attention_tiles import (
   rope_operands,
   segment_operands,
   spans_of,
+  store_lanes,
   taker,
   tiles,
   to_keys,
+  to_lanes,
   to_rows,
   turned,
   visible,
@@ -96,11 +97,13 @@ def _kernel(*refs, p: Problem, block_kv: int, kv_heads: int, ragged: bool):
       dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
       dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
 
+  columns = []
   for r in range(0, rows, LANES):
     part = pl.ds(r, LANES)
     o, do = (x[part, :].astype(jnp.float32) for x in (o_ref, do_ref))
     di = jnp.sum(o * do, axis=1, keepdims=True)
-    di_ref[:, part] = as_lanes(jnp.broadcast_to(di, (LANES, LANES)))
+    columns.append(jnp.broadcast_to(di, (LANES, LANES)))
+  store_lanes(di_ref, to_lanes(columns))
   # An infinite lse gives weights of 0: to a row that sees nothing, and below to
   # those past the end.
   lse = lse_in_ref[...]

@@ -20,7 +20,6 @@ from ._flash_attention_tiles import (
   Problem,
   Turns,
   as_column,
-  as_lanes,
   dot,
   for_blocks,
   from_rows,
@@ -34,9 +33,11 @@ from ._flash_attention_tiles import (
   rope_operands,
   segment_operands,
   spans_of,
+  store_lanes,
   taker,
   tiles,
   to_keys,
+  to_lanes,
   to_rows,
   turned,
   visible,
@@ -157,18 +158,19 @@ def _kernel(
 
   for_blocks(p, bounds, q0, block_q, block_kv, attend_block)
 
-  for g in groups:
-    m = as_lanes(m_ref[g, :])
-    total = jnp.sum(l_ref[g, :], axis=1, keepdims=True)
+  parts = [pl.ds(r, LANES) for r in range(0, rows, LANES)]
+  totals = [jnp.sum(l_ref[r, :], axis=1, keepdims=True) for r in parts]
+  for r, total in zip(parts, totals, strict=True):
     inverse = _reciprocal(total, o_ref.dtype)
-    total = as_lanes(jnp.broadcast_to(total, (total.shape[0], LANES)))
-    lse = m + jnp.log2(total) * (1 / p.base2)
-    if not p.sees_itself:
-      # A row that has seen nothing.
-      inverse = jnp.where(m_ref[g, :1] > MASKED / 2, inverse, 0.0)
-      lse = jnp.where(m > MASKED / 2, lse, -jnp.inf)
-    o_ref[g, :] = (acc_ref[g, :] * inverse).astype(o_ref.dtype)
-    lse_ref[:, g] = lse
+    if not p.sees_itself:  # a row may have seen nothing
+      inverse = jnp.where(m_ref[r, :1] > MASKED / 2, inverse, 0.0)
+    o_ref[r, :] = (acc_ref[r, :] * inverse).astype(o_ref.dtype)
+  columns = [jnp.broadcast_to(total, (LANES, LANES)) for total in totals]
+  m, total = jnp.split(to_lanes([m_ref[r, :] for r in parts] + columns), 2)
+  lse = m + jnp.log2(total) * (1 / p.base2)
+  if not p.sees_itself:
+    lse = jnp.where(m > MASKED / 2, lse, -jnp.inf)
+  store_lanes(lse_ref, lse)
 
 
 # In `pl` up to JAX 0.10, deprecated there since.

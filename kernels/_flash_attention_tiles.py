@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+
+from ._sincos import sin_cos
 
 LANES = 128
 LOG2_E = math.log2(math.e)
@@ -281,7 +283,16 @@ def for_blocks(
     return
   if p.window is not None:
     loop(first, full_first, True)
-  loop(full_first, full_last, False)
+  # Two at a time: the matrix unit starts on one while the vector unit ends the
+  # other.
+  pairs = (full_last - full_first) >> 1
+
+  def pair(i: Any, _: None) -> None:
+    attend(full_first + 2 * i, False)
+    attend(full_first + 2 * i + 1, False)
+
+  jax.lax.fori_loop(0, pairs, pair, None)
+  loop(full_first + 2 * pairs, full_last, False)
   if last is not full_last:
     loop(full_last, last, True)
 
@@ -356,12 +367,25 @@ def as_column(lanes: jax.Array) -> jax.Array:
   )
 
 
-def as_lanes(column: jax.Array) -> jax.Array:
-  """[R, LANES], equal in all lanes, to [1, R]."""
-  return jnp.concatenate(
-    [column[r : r + LANES].T[:1] for r in range(0, column.shape[0], LANES)],
-    axis=1,
-  )
+def to_lanes(columns: Sequence[jax.Array]) -> jax.Array:
+  """Arrays [LANES, LANES], each equal in all lanes, to the rows of one.
+
+  They share a transposition, each in a lane of its own.
+  """
+  lane = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
+  rows = []
+  for start in range(0, len(columns), LANES):
+    merged, *others = columns[start : start + LANES]
+    for i, column in enumerate(others, 1):
+      merged = jnp.where(lane == i, column, merged)
+    rows.append(merged.T[: 1 + len(others)])
+  return jnp.concatenate(rows)
+
+
+def store_lanes(ref: Any, rows: jax.Array) -> None:
+  """[n, LANES] into a ref [1, n LANES]."""
+  for i in range(rows.shape[0]):
+    ref[:, pl.ds(i * LANES, LANES)] = rows[i : i + 1]
 
 
 def wide(x: jax.Array, width: int) -> jax.Array:
@@ -386,7 +410,7 @@ def phases(
   lanes = timescale_ref.shape[1]
   positions = wide(as_column(positions_ref[...]), lanes).astype(jnp.float32)
   angle = positions / timescale_ref[...]
-  return jnp.sin(angle), jnp.cos(angle)
+  return sin_cos(angle)
 
 
 def turned(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
