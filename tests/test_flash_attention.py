@@ -137,6 +137,7 @@ PROBLEMS = {
   "grouped": ((1, 40, 40, 4, 2, 64), {"is_causal": True}),
   "ragged": ((1, 150, 130, 1, 1, 64), {"return_lse": True}),
   "more keys": ((1, 100, 300, 1, 1, 64), {"is_causal": True}),
+  "many keys": ((1, 40, 400, 1, 1, 64), {}),
   "window": ((1, 150, 150, 2, 1, 64), {"local_window_size": (20, 5)}),
   "soft cap": ((1, 40, 40, 1, 1, 64), {"logits_soft_cap": 2.0}),
   "segments": (
@@ -165,6 +166,17 @@ MUTANTS = {
     ("(ahead - right) *", "(ahead - right + 1) *"),
   ),
   "keys past the end": (TILES, "ragged", ("key < p.s", "key < p.s + 9")),
+  "one of two blocks twice": (
+    TILES,
+    "many keys",
+    ("attend(full_first + 2 * i + 1, False)", "attend(full_first + i, False)"),
+  ),
+  "no odd block": (
+    TILES,
+    "many keys",
+    ("loop(full_first + 2 * pairs, full_last", "loop(full_last, full_last"),
+  ),
+  "rows' statistics mixed": (TILES, "ragged", ("lane == i", "lane == i - 1")),
   "no rescale of out": (
     FORWARD,
     "causal",
