@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from pallas_gemma.kernels import OPS, Case
+import numpy as np
+from pallas_gemma.kernels import OPS, Case, Integers
 
 from ._program import Built, Program, passes
 
@@ -85,19 +86,25 @@ class _Attention:
   size: int
   dtype: Any
   window: tuple[int, int] | None
+  segments: Integers | None
 
   @staticmethod
   def can_do(case: Case) -> bool:
-    return set(case.kwargs) <= {"is_causal", "local_window_size"} and bool(
-      case.kwargs.get("is_causal")
-    )
+    able = {"is_causal", "local_window_size", "segment_ids"}
+    return bool(case.kwargs.get("is_causal")) and set(case.kwargs) <= able
+
+  @property
+  def is_plain(self) -> bool:
+    """Causal and nothing else."""
+    return self.window is None and self.segments is None
 
   @classmethod
   def of(cls, case: Case) -> _Attention:
     q, k = case.args[:2]
     b, t, n, h = q.shape
     window = case.kwargs.get("local_window_size")
-    return cls(b, t, n, k.shape[2], h, q.dtype, window)
+    segments = case.kwargs.get("segment_ids")
+    return cls(b, t, n, k.shape[2], h, q.dtype, window, segments)
 
   @property
   def grouped_specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -110,7 +117,7 @@ class _Attention:
 
 def _attention(case: Case, fields: dict[str, Any]) -> Iterator[Program]:
   problem = _Attention.of(case)
-  if problem.heads == problem.kv_heads and problem.window is None:
+  if problem.heads == problem.kv_heads and problem.is_plain:
     yield from passes(
       functools.partial(_jax_flash, problem),
       implementation="jax-flash",
@@ -121,18 +128,17 @@ def _attention(case: Case, fields: dict[str, Any]) -> Iterator[Program]:
     if problem.length % max(blocks):
       continue
     name = "x".join(map(str, blocks))
-    # Compiles slowly: the others for those who ask.
-    best = blocks == _BLOCKS[0] and case.name.startswith("gemma_2b")
+    best = blocks == _BLOCKS[0]  # the others for those who ask
     for fused in (False, True):
       for program in passes(
         functools.partial(_jax_splash, problem, blocks, fused),
         implementation=f"jax-splash-{name}" + ("-fused" if fused else ""),
-        default=best and not fused,
+        default=best,
         **fields,
       ):
         if not fused or program.which != "fwd":
           yield program
-    if problem.kv_heads == 1 and problem.window is None:
+    if problem.is_plain:
       yield from passes(
         functools.partial(_tokamax_splash, problem, blocks),
         implementation=f"tokamax-splash-{name}",
@@ -146,12 +152,16 @@ def _jax_flash(problem: _Attention) -> Built:
   from jax.experimental.pallas.ops.tpu import flash_attention as lib
 
   b, t, n, h = problem.batch, problem.length, problem.heads, problem.size
-  block = min(t, 1024)
+
+  def block(name: str) -> int:
+    if name == "block_b":
+      return 1
+    # A backward in blocks of 1024 does not fit the VMEM that it asks for.
+    backward = name.endswith(("_dkv", "_dq"))
+    return min(t, 512 if backward else 1024)
+
   sizes = lib.BlockSizes(
-    **{
-      field.name: 1 if field.name == "block_b" else block
-      for field in dataclasses.fields(lib.BlockSizes)
-    }
+    **{f.name: block(f.name) for f in dataclasses.fields(lib.BlockSizes)}
   )
   spec = jax.ShapeDtypeStruct((b, n, t, h), problem.dtype)
   return Built(
@@ -163,8 +173,16 @@ def _jax_flash(problem: _Attention) -> Built:
 
 def _grouped(kernel: Callable[..., Any], problem: _Attention) -> Built:
   """A kernel of q [N / K, T, H], k and v [T, H], on all batches and groups."""
-  function = jax.vmap(jax.vmap(lambda q, k, v: kernel(q, k, v)))
-  return Built(function, problem.grouped_specs, (None,) * 3)
+
+  def of_example(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array):
+    return jax.vmap(lambda q, k, v: kernel(q, k, v, *ids))(q, k, v)
+
+  specs: tuple[Any, ...] = problem.grouped_specs
+  values: tuple[Any, ...] = (None,) * 3
+  if (ids := problem.segments) is not None:
+    specs += (jax.ShapeDtypeStruct(ids.shape, ids.dtype),)
+    values += (np.asarray(ids.draw(np.random.default_rng(0)), np.int32),)
+  return Built(jax.vmap(of_example), specs, values)
 
 
 def splash_kernel(
@@ -221,7 +239,15 @@ def _jax_splash(
     window=problem.window,
     fused=fused,
   )
-  return _grouped(kernel, problem)
+  if problem.segments is None:
+    return _grouped(kernel, problem)
+
+  def packed(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> Any:
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+    return kernel(q, k, v, segment_ids=lib.SegmentIds(q=ids, kv=ids))
+
+  return _grouped(packed, problem)
 
 
 def _tokamax_splash(problem: _Attention, blocks: tuple[int, int, int]) -> Built:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
@@ -79,16 +80,26 @@ def describe(topology: str = "v5e:1x1") -> Sequence[Any]:
 
 
 def compile_program(
-  function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct]
+  function: Callable[..., Any],
+  specs: Sequence[jax.ShapeDtypeStruct],
+  *,
+  free_layouts: bool = False,
 ) -> Compiled:
-  """`function` compiled for one v5e chip."""
+  """`function` compiled for one v5e chip.
+
+  Args:
+    function: of arrays.
+    specs: of its arguments.
+    free_layouts: whether the compiler chooses how they, and the results, lie in
+      memory.
+  """
   mesh = Mesh([describe()[0]], ("chip",))
   whole = NamedSharding(mesh, PartitionSpec())
-  placed = [
-    jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole) for s in specs
-  ]
+  # Either says that the arrays are on the chip, and how they lie there.
+  placed: Any = Format(Layout.AUTO, whole) if free_layouts else whole
+  jitted = jax.jit(function, in_shardings=placed, out_shardings=placed)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    lowered = jax.jit(function).lower(*placed)
+    lowered = jitted.lower(*specs)
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 
 from ._chip import V5E
 from ._program import Built, Program
@@ -44,7 +45,7 @@ def measure(program: Program, runs: int = 20) -> Row:
     versions=versions(),
   )
   try:
-    seconds, temp_bytes = _run(program.build(), runs)
+    seconds, temp_bytes = _run(program, runs)
   except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
     return Row(error=f"{type(error).__name__}: {error}"[:400], **fields)
   median = statistics.median(seconds)
@@ -75,10 +76,14 @@ def versions() -> dict[str, str]:
   return found | {"device": jax.devices()[0].device_kind}
 
 
-def _run(built: Built, runs: int) -> tuple[list[float], int]:
+def _run(program: Program, runs: int) -> tuple[list[float], int]:
   """Seconds of each run, and bytes of temporaries."""
+  built = program.build()
   arrays = _arrays(built)
-  compiled = jax.jit(built.function).lower(*arrays).compile()
+  layouts: Any = Format(Layout.AUTO) if program.free_layouts else None
+  jitted = jax.jit(built.function, in_shardings=layouts, out_shardings=layouts)
+  compiled = jitted.lower(*built.specs).compile()
+  arrays = jax.device_put(arrays, list(compiled.input_formats[0]))
   for _ in range(_WARM_UP):
     jax.block_until_ready(compiled(*arrays))
   with tempfile.TemporaryDirectory() as directory:

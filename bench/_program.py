@@ -47,6 +47,8 @@ class Program:
     costs: of each pass, for the bound.
     default: whether the table shows it unless asked for more.
     needs: a package without which it cannot run.
+    free_layouts: whether the compiler lays out arguments and results, as it
+      does with what a model's other operations make and take; row-major if not.
   """
 
   op: str
@@ -57,6 +59,7 @@ class Program:
   costs: tuple[Cost, ...]
   default: bool = True
   needs: str | None = None
+  free_layouts: bool = False
 
   @property
   def key(self) -> str:
@@ -144,19 +147,31 @@ def of_case(
   op: Op,
   case: Case,
   implementation: str,
-  config: Mapping[str, Any] | None = None,
+  config: Any = None,
+  label: str | None = None,
   **fields: Any,
 ) -> list[Program]:
-  """The programs of a registered op on one of its cases."""
+  """The programs of a registered op on one of its cases.
+
+  Args:
+    op: the op.
+    case: the case.
+    implementation: as the op takes it.
+    config: the op's config, or its fields as JSON has them.
+    label: what the programs call the implementation.
+    **fields: the others of `Program`.
+  """
   function = functools.partial(op.function, implementation=implementation)
+  if isinstance(config, Mapping):
+    config = make_config(op, config)
   if config is not None:
-    function = functools.partial(function, config=make_config(op, config))
+    function = functools.partial(function, config=config)
   return passes(
     lambda: Built(case.bind(function), case.specs, integer_values(case)),
     op.cost(*case.args, **case.kwargs),
     op=op.name,
     case=case.name,
-    implementation=implementation,
+    implementation=label or implementation,
     **fields,
   )
 

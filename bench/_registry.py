@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pallas_gemma.kernels import OPS
+from pallas_gemma.kernels import OPS, Case, Op
 
 from ._program import Program, of_case
 
@@ -13,7 +13,22 @@ def programs() -> Iterator[Program]:
   """The kernel's programs where there is one, and the reference's."""
   for op in OPS:
     for i, case in enumerate(op.benches):
-      for implementation in ("pallas", "xla") if op.pallas else ("xla",):
-        # The reference of one case shows what XLA does; it compiles slowly.
-        default = i == 0 or implementation == "pallas"
-        yield from of_case(op, case, implementation, default=default)
+      if op.pallas:
+        yield from of_case(op, case, "pallas")
+        yield from _other_ways(op, case, default=i == 0)
+      # The reference of one case shows what XLA does; it compiles slowly.
+      yield from of_case(op, case, "xla", default=i == 0 or not op.pallas)
+
+
+def _other_ways(op: Op, case: Case, *, default: bool) -> Iterator[Program]:
+  """The kernel with another config, or other layouts, than by default."""
+  for mode, choose in op.modes.items():
+    config = choose(*case.args, **case.kwargs)
+    # The forward pass alone keeps nothing in any mode.
+    label = f"pallas-{mode}"
+    yield of_case(op, case, "pallas", config, label, default=default)[-1]
+  if op.name == "flash_attention" and case.args[1].shape[2] > 1:
+    # Heads first, which projections give for nothing; all baselines get it.
+    yield from of_case(
+      op, case, "pallas", label="pallas-own-layout", free_layouts=True
+    )

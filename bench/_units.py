@@ -64,9 +64,9 @@ def work(opcode: str, transposed: Mapping[str, int]) -> Work | None:
   if opcode.startswith("vxpose"):
     cycles = 16 if "b16" in opcode else 8
     first = _TRANSPOSE_LATENCY[cycles]
-    ready = [first + _ROWS * i for i in range(transposed.get(unit, 1))]
-    last = opcode.endswith(".end")
-    return Work(unit, cycles, f"trf.{unit}", tuple(ready) if last else ())
+    count = transposed.get(unit, 1) if opcode.endswith(".end") else 0
+    ready = tuple(first + _ROWS * i for i in range(count))
+    return Work(unit, cycles, f"trf.{unit}", ready)
   if ".xlane" in opcode or opcode.startswith(("vrot", "vperm")):
     kind = "xlane" if ".xlane" in opcode else "permute"
     latency = _LANES_LATENCY.get(unit, _OTHER_LANES_LATENCY)

@@ -63,7 +63,9 @@ def measure(program: _program.Program, dump: pathlib.Path) -> Row:
     dump: where this process's compiler prints.
   """
   built = program.build()
-  compiled = _compiler.compile_program(built.function, built.specs)
+  compiled = _compiler.compile_program(
+    built.function, built.specs, free_layouts=program.free_layouts
+  )
   result = _estimate.estimate(
     compiled.text, _listings(dump), _prefetch.kernel_operands(*built)
   )

@@ -38,6 +38,11 @@ class Arguments:
   plots: Annotated[bool, tyro.conf.arg(help="Also draw the plots.")] = True
 
 
+def is_ours(row: Row) -> bool:
+  """Whether a row is of this package: `pallas`, `pallas-chunked`."""
+  return row.implementation.partition("-")[0] == _OURS
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
   """The rows of one op, case and pass."""
@@ -48,14 +53,14 @@ class Problem:
   rows: tuple[Row, ...]
 
   @property
-  def ours(self) -> Row | None:
-    """The kernel's."""
-    return next((r for r in self.rows if r.implementation == _OURS), None)
+  def ours(self) -> list[Row]:
+    """The kernel's, and those of its other modes."""
+    return [r for r in self.rows if is_ours(r)]
 
   @property
   def best_other(self) -> Row | None:
     """The fastest of the others."""
-    others = [r for r in self.rows if r.implementation != _OURS]
+    others = [r for r in self.rows if not is_ours(r)]
     return min(
       others, key=lambda row: (row.lower_bound, row.seconds), default=None
     )
@@ -100,13 +105,18 @@ def markdown(rows: Sequence[Row], commands: Sequence[str]) -> str:
     "speed-up |",
     "|---|---|---|---:|---:|---:|---|---:|",
   ]
-  lines += [_line(problem) for problem in problems(rows)]
+  lines += [
+    _line(problem, ours)
+    for problem in problems(rows)
+    for ours in problem.ours or (None,)
+  ]
   lines += ["", "Made by " + ", ".join(f"`{c}`" for c in commands) + "."]
   return "\n".join(lines)
 
 
-def _line(problem: Problem) -> str:
-  ours, other = problem.ours, problem.best_other
+def _line(problem: Problem, ours: Row | None) -> str:
+  other = problem.best_other
+  mode = ours.implementation.partition("-")[2] if ours else ""
   gain = (
     f"{other.seconds / ours.seconds:.2f}"
     if ours and other and not (ours.lower_bound or other.lower_bound)
@@ -114,7 +124,7 @@ def _line(problem: Problem) -> str:
   )
   cells = [
     f"`{problem.op}`",
-    problem.case,
+    f"{problem.case}, {mode}" if mode else problem.case,
     problem.which,
     _milliseconds(ours),
     f"{ours.of_bound:.1%} {ours.bound_by}" if ours and ours.of_bound else "",

@@ -36,6 +36,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ._activation import Activation, activate
 from ._geglu import (
+  MODES,
   by_rows,
   check,
   gate_and_up,
@@ -307,4 +308,5 @@ OP = Op(
   cost=_cost,
   tests=small_cases(down=True),
   benches=model_cases(down=True),
+  modes=MODES,
 )

@@ -323,11 +323,18 @@ def _cost(x, w_gate, w_up, **_) -> tuple[Cost, Cost]:
 
 
 def _case(
-  name: str, rows: tuple[int, ...], d: int, f: int, dtype, down: bool, **kwargs
+  name: str,
+  rows: tuple[int, ...],
+  d: int,
+  f: int,
+  dtype,
+  down: bool,
+  weight_dtype=None,
+  **kwargs,
 ) -> Case:
   x = jax.ShapeDtypeStruct((*rows, d), dtype)
-  up = jax.ShapeDtypeStruct((d, f), dtype)
-  weights = (up, up, jax.ShapeDtypeStruct((f, d), dtype)) if down else (up, up)
+  up = jax.ShapeDtypeStruct((d, f), weight_dtype or dtype)
+  weights = (up, up, jax.ShapeDtypeStruct((f, d), up.dtype))[: 2 + down]
   return Case(name, (x, *weights), kwargs)
 
 
@@ -345,11 +352,16 @@ def small_cases(*, down: bool) -> tuple[Case, ...]:
 
 
 def model_cases(*, down: bool) -> tuple[Case, ...]:
-  """Gemma's own problems of either gated op."""
+  """Gemma's own problems of either gated op; the last is the trainer's."""
+  f32, bf16 = jnp.float32, jnp.bfloat16
   return (
-    _case("gemma_2b_8k", (8192,), 2048, 16384, jnp.bfloat16, down),
-    _case("gemma_7b_4k", (4096,), 3072, 24576, jnp.bfloat16, down),
+    _case("gemma_2b_8k", (8192,), 2048, 16384, bf16, down),
+    _case("gemma_7b_4k", (4096,), 3072, 24576, bf16, down),
+    _case("gemma_2b_8k_f32_weights", (8192,), 2048, 16384, bf16, down, f32),
   )
+
+
+MODES = {"residuals-none": lambda *_, **__: FeedForwardConfig(residuals="none")}
 
 
 OP = Op(
@@ -359,4 +371,5 @@ OP = Op(
   cost=_cost,
   tests=small_cases(down=False),
   benches=model_cases(down=False),
+  modes=MODES,
 )

@@ -632,5 +632,11 @@ OP = Op(
   benches=(
     _case("gemma_2b_2k", (2048,), 2048, 256128),
     _case("gemma_2b_8k", (8192,), 2048, 256128),
+    _case("gemma_7b_4k", (4096,), 3072, 256128),
   ),
+  modes={
+    "chunked": lambda x, embedding, *_, **__: (
+      LinearCrossEntropyConfig.for_problem(x, embedding, mode="chunked")
+    )
+  },
 )

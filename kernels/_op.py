@@ -120,6 +120,8 @@ class Op:
     tests: small problems; at least one ragged and one bfloat16.
     benches: problems of real models.
     pallas: whether a Pallas kernel stands behind `implementation="pallas"`.
+    modes: other ways for its gradient than the default's, by name: each maps a
+      case's arguments to a `config`.
   """
 
   name: str
@@ -129,6 +131,9 @@ class Op:
   tests: tuple[Case, ...]
   benches: tuple[Case, ...]
   pallas: bool = True
+  modes: Mapping[str, Callable[..., Any]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 def dispatch(

@@ -8,9 +8,9 @@ import jax
 import mutation
 import numpy as np
 import pytest
-from pallas_gemma.kernels._sincos import sin_cos
 
 MODULE = importlib.import_module("pallas_gemma.kernels._sincos")
+sin_cos = MODULE.sin_cos
 TURN = 2 * np.pi
 MUTANTS = {
   "quarters in the wrong order": (
