@@ -128,7 +128,8 @@ def _attention(case: Case, fields: dict[str, Any]) -> Iterator[Program]:
     if problem.length % max(blocks):
       continue
     name = "x".join(map(str, blocks))
-    best = blocks == _BLOCKS[0]  # the others for those who ask
+    # The others for those who ask.  Larger ones do not fit beside a window.
+    best = blocks == _BLOCKS[0 if problem.window is None else -1]
     for fused in (False, True):
       for program in passes(
         functools.partial(_jax_splash, problem, blocks, fused),

@@ -1,5 +1,7 @@
 """The timing model and the lab around it, on listings of a few bundles."""
 
+import dataclasses
+import importlib
 import json
 import pathlib
 import textwrap
@@ -348,6 +350,19 @@ def test_lists_every_op_of_the_registry():
   assert len(keys) == len(bench.choose(bench.Arguments(all=True)))
 
 
+def test_the_default_table_leaves_out_what_is_slow():
+  cli: Any = importlib.import_module("pallas_gemma.bench._cli")
+  default = {c.program.key for c in bench.choose(bench.Arguments())}
+  for pattern in cli._SLOW:
+    slow = {
+      choice.program.key
+      for choice in bench.choose(bench.Arguments(filter=(pattern,)))
+    }
+    assert slow and not slow & default, pattern
+  first = {(op.name, op.benches[0].name) for op in OPS}
+  assert first <= {tuple(key.split("/")[:2]) for key in default}
+
+
 def test_filters_by_part_and_by_pattern():
   by_part = bench.choose(bench.Arguments(filter=("rms_norm",)))
   assert {c.program.op for c in by_part} == {"rms_norm"}
@@ -407,6 +422,10 @@ def test_the_report_computes_the_table():
     "| `rms_norm` | 8k | fwd | 1.000 | 90.0% HBM | 2.000 | xla | 2.00 |"
     in table
   )
+  chunked = dataclasses.replace(rows()[0], implementation="pallas-chunked")
+  both = report.markdown([*rows(), chunked], ["pallas-gemma-bench"])
+  assert "| 8k | fwd | 1.000 |" in both
+  assert "| 8k, chunked | fwd | 1.000 | 90.0% HBM | 2.000 | xla |" in both
   assert "estimated from the compiled program" in table and "jax 1.2.3" in table
   readme = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
   assert report.insert(readme, table) == (
