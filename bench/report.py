@@ -99,7 +99,10 @@ def markdown(rows: Sequence[Row], commands: Sequence[str]) -> str:
   versions = ", ".join(f"{name} {v}" for name, v in sorted(found.items()))
   lines = [
     f"TPU v5e, one chip, bfloat16, **{methods}** ({versions}). The bound is "
-    "the larger of matrix-unit and HBM time, from shapes alone.",
+    "the larger of matrix-unit and HBM time, from shapes alone; products that "
+    "a mode computes twice to save memory (`linear_cross_entropy`'s default, "
+    "`residuals-none`) are not in it. `own-layout`: heads first in memory, as "
+    "the projections of a model give them; the baselines have it too.",
     "",
     "| op | case | pass | ours, ms | of bound | best other, ms | which | "
     "speed-up |",
