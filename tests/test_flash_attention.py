@@ -137,7 +137,7 @@ PROBLEMS = {
   "grouped": ((1, 40, 40, 4, 2, 64), {"is_causal": True}),
   "ragged": ((1, 150, 130, 1, 1, 64), {"return_lse": True}),
   "more keys": ((1, 100, 300, 1, 1, 64), {"is_causal": True}),
-  "many keys": ((1, 40, 400, 1, 1, 64), {}),
+  "many keys": ((1, 130, 400, 2, 1, 64), {}),
   "window": ((1, 150, 150, 2, 1, 64), {"local_window_size": (20, 5)}),
   "soft cap": ((1, 40, 40, 1, 1, 64), {"logits_soft_cap": 2.0}),
   "segments": (
