@@ -85,9 +85,11 @@ def read(folder: pathlib.Path) -> tuple[list[Row], list[str]]:
 
 
 def problems(rows: Iterable[Row]) -> list[Problem]:
-  """Rows by what they compute, in the order in which they come."""
+  """Rows by what they compute, op by op, in the order in which they come."""
   groups: dict[tuple[str, str, str], list[Row]] = {}
-  for row in rows:
+  rows = list(rows)
+  ops = list(dict.fromkeys(row.op for row in rows))
+  for row in sorted(rows, key=lambda row: ops.index(row.op)):
     groups.setdefault((row.op, row.case, row.which), []).append(row)
   return [Problem(*key, tuple(group)) for key, group in groups.items()]
 
