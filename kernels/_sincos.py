@@ -29,8 +29,8 @@ _TURN = Fraction("6.283185307179586476925286766559005768394338798750")
 # Units of the digits, in radians, and what the high parts are multiples of.
 _PLACES = ((1 << 20, 2**-12), (1 << 9, 2**-14), (1, 2**-14))
 
-# Of sin(r) / r - 1 and cos(r) - 1 in powers of r^2, for |r| <= pi / 4: least
-# errors of 2e-9 and 3e-9, a tenth of float32's.
+# Of sin(r) / r - 1 and cos(r) - 1 in powers of r^2, for |r| <= pi / 4: the
+# series are wrong by 5e-9 and 2e-10 at most, less than a tenth of an ulp of 1.
 _SIN = (-0.16666654, 0.0083321608, -0.00019515296)
 _COS = (-0.5, 0.041666646, -0.0013887316, 2.4433157e-05)
 
@@ -54,7 +54,7 @@ def sin_cos(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
     angle: float32 of any shape.
 
   Returns:
-    Two arrays of that shape, float32, within 1.2e-7 of the truth.
+    Two arrays of that shape, float32, within 2e-7 of the truth.
   """
   rest, high, low = angle, jnp.zeros_like(angle), jnp.zeros_like(angle)
   for (place, _), (high_part, low_part) in zip(_PLACES, _WEIGHTS, strict=True):
