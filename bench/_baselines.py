@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pallas_gemma.kernels import OPS, Case, Integers
+from pallas_gemma.kernels import OPS, Case, Integers, Norm, rms_norm
 
 from ._program import Built, Program, passes
 
@@ -56,6 +56,8 @@ def feed_forward_with_barrier(
   w_up: jax.Array,
   w_down: jax.Array,
   *,
+  norm: Norm | None = None,
+  residual: bool = False,
   config: object = None,
 ) -> jax.Array:
   """XLA's, kept from computing the gated units twice: worth 3 % and memory.
@@ -63,13 +65,19 @@ def feed_forward_with_barrier(
   The model hands every feed-forward the config of ours; XLA has no use for it.
   """
   del config
-  h = jax.nn.gelu(x @ w_gate, approximate=True) * (x @ w_up)
-  return jax.lax.optimization_barrier(h) @ w_down
+  y = x
+  if norm is not None:
+    fields = dict(epsilon=norm.epsilon, scale_offset=norm.scale_offset)
+    y = rms_norm(x, norm.scale, implementation="xla", **fields)
+  h = jax.nn.gelu(y @ w_gate, approximate=True) * (y @ w_up)
+  y = jax.lax.optimization_barrier(h) @ w_down
+  return x + y if residual else y
 
 
 def _with_barrier(case: Case) -> Built:
   specs = case.specs
-  return Built(feed_forward_with_barrier, specs, (None,) * len(specs))
+  function = case.bind(feed_forward_with_barrier)
+  return Built(function, specs, (None,) * len(specs))
 
 
 # --- attention ----------------------------------------------------------------

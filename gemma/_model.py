@@ -45,7 +45,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ._config import GemmaConfig, Remat
-from .ops import KERNELS, FeedForwardConfig, Ops, Rope
+from .ops import KERNELS, FeedForwardConfig, Norm, Ops, Rope
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -143,17 +143,18 @@ class Block(nnx.Module):
       q = jnp.einsum("BTD,NDH->BTNH", y, weight(self.q))
       k, v = jnp.einsum("BTD,CKDH->CBTKH", y, weight(self.kv))
       y, extra = attend(q, k, v)
-      y = jnp.einsum("BTNH,NHD->BTD", y, weight(self.out))
+      x += jnp.einsum("BTNH,NHD->BTD", y, weight(self.out))
 
     with jax.named_scope("feed_forward"):
-      y, x = self.ops.add_rms_norm(y, x, self.feed_forward_norm[...], **norm)
       # Not cast here: the op casts tiles, and XLA would move the cast of all
       # layers' weights out of the scan and hold the copy.
-      x += self.ops.feed_forward(
-        y,
+      x = self.ops.feed_forward(
+        x,
         self.gate[...],
         self.up[...],
         self.down[...],
+        norm=Norm(self.feed_forward_norm[...], **norm),
+        residual=True,
         config=_feed_forward_config(self.config.remat),
       )
     return x, extra

@@ -15,6 +15,7 @@ from pallas_gemma.kernels import FeedForwardConfig as FeedForwardConfig
 from pallas_gemma.kernels import (
   LinearCrossEntropyConfig as LinearCrossEntropyConfig,
 )
+from pallas_gemma.kernels import Norm as Norm
 from pallas_gemma.kernels import Rope as Rope
 
 

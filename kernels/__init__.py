@@ -34,6 +34,7 @@ from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from ._linear_cross_entropy import (
   linear_cross_entropy_reference as linear_cross_entropy_reference,
 )
+from ._norm import Norm as Norm
 from ._op import Case as Case
 from ._op import Cost as Cost
 from ._op import Integers as Integers

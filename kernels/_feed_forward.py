@@ -5,6 +5,11 @@ Maths, for rows x in R^D, weights Wg, Wu [D, F] and Wd [F, D], activation a:
     h = a(x Wg) * (x Wu)            Shazeer, arXiv 2002.05202
     y = h Wd
 
+and with a norm and the residual, as a transformer's block has them,
+
+    h = a(norm(x) Wg) * (norm(x) Wu)
+    y = x + h Wd
+
 `_geglu_bwd.py` has the backward pass.
 
 Traffic: bound by the MXU at thousands of rows: 3 matmuls forward, 6 backward
@@ -13,7 +18,9 @@ time, in VMEM.  The kernel reads x and writes y once; it reads the weights once
 for every row tile, 1.6 GiB for 8192 rows of Gemma 2B in tiles of 1024, a
 quarter of what HBM moves in the time of the products.
 
-Tiling: row tiles outside, F tiles inside; y is summed over F tiles in VMEM.
+Tiling: row tiles outside, F tiles inside; y is summed over F tiles in VMEM.  A
+norm is taken of a row tile before its first F tile, and the residual is added
+after its last: neither touches HBM.
 
                  F                          grid = (row tiles, F tiles)
         Wg Wu +----+----+----+
@@ -26,8 +33,8 @@ Tiling: row tiles outside, F tiles inside; y is summed over F tiles in VMEM.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -35,39 +42,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ._activation import Activation, activate
-from ._geglu import (
+from ._gated import (
   MODES,
+  Static,
   by_rows,
   check,
-  gate_and_up,
   gated,
-  geglu_reference,
   matmul_flops,
   model_cases,
-  named,
-  reference_gradients,
   small_cases,
+  with_vjp,
 )
-from ._geglu_bwd import backward
+from ._geglu import geglu_reference
 from ._geglu_tiles import (
   COMPILER_PARAMS,
   FeedForwardConfig,
-  Problem,
-  backward_tiles,
   dot,
   forward_tiles,
+  normalise,
   zero_past,
 )
-from ._op import (
-  Cost,
-  Implementation,
-  Op,
-  check_float,
-  check_shape,
-  dispatch,
-  nbytes,
-)
-from ._sharding import leading_dims, like, per_device
+from ._norm import Norm
+from ._op import Cost, Implementation, Op, check_float, check_shape, nbytes
+from ._sharding import leading_dims, like, per_device, split_axes
 
 # --- specification ------------------------------------------------------------
 
@@ -79,9 +76,13 @@ def feed_forward_reference(
   w_down: jax.Array,
   *,
   activation: Activation = "gelu_tanh",
+  norm: Norm | None = None,
+  residual: bool = False,
 ) -> jax.Array:
   """The gated unit and the projection back to D.  The specification."""
-  return _down(geglu_reference(x, w_gate, w_up, activation=activation), w_down)
+  h = geglu_reference(x, w_gate, w_up, activation=activation, norm=norm)
+  y = _down(h, w_down)
+  return x + y if residual else y
 
 
 def _down(h: jax.Array, w_down: jax.Array) -> jax.Array:
@@ -90,148 +91,90 @@ def _down(h: jax.Array, w_down: jax.Array) -> jax.Array:
   return y.astype(h.dtype)
 
 
-# --- forward ------------------------------------------------------------------
+# --- kernel -------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-  """Everything that is not an array, in one hashable piece."""
-
-  activation: Activation
-  implementation: Implementation
-  config: FeedForwardConfig
-
-  @property
-  def saved(self) -> bool:
-    """Whether gate and up go from the forward to the backward pass."""
-    return self.config.residuals == "gate_up"
-
-
-def _fwd_kernel(
-  x_ref,  # [rows, D]
-  w_gate_ref,  # [D, cols]
-  w_up_ref,  # [D, cols]
-  w_down_ref,  # [cols, D]
-  y_ref,  # [rows, D]
-  *refs,  # gate and up [rows, cols] if they are saved; then scratch:
-  # sum_ref [rows, D] float32, unless y is float32
-  activation: Activation,
-  f: int,
-  saved: bool,
-):
-  saved_refs, (sum_ref,) = refs[: 2 * saved], refs[2 * saved :] or (y_ref,)
-  j, cols = pl.program_id(1), w_gate_ref.shape[1]
-  x = x_ref[...]
-  products = [dot(x, w[...].astype(x.dtype)) for w in (w_gate_ref, w_up_ref)]
-  for ref, product in zip(saved_refs, products, strict=False):
-    ref[...] = product.astype(ref.dtype)
-  gate, up = products
-  h = (activate(activation, gate) * up).astype(x.dtype)
-  w_down = w_down_ref[...].astype(x.dtype)
+def _fwd_kernel(*refs, names: tuple[str, ...], static: Static, f: int):
+  r = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+  y_sum = getattr(r, "y_sum", r.y)  # a float32 y is its own sum
+  j, cols = pl.program_id(1), r.w_gate.shape[1]
+  if static.norm is not None:
+    pl.when(j == 0)(lambda: normalise(static.norm, r))
+  x = (r.x if static.norm is None else r.normed)[...]
+  gate, up = (dot(x, w[...].astype(x.dtype)) for w in (r.w_gate, r.w_up))
+  if hasattr(r, "gate"):
+    r.gate[...] = gate.astype(r.gate.dtype)
+    r.up[...] = up.astype(r.up.dtype)
+  h = (activate(static.activation, gate) * up).astype(x.dtype)
+  w_down = r.w_down[...].astype(x.dtype)
   if f % cols:
     h = zero_past(h, f - j * cols, axis=1)
     w_down = zero_past(w_down, f - j * cols, axis=0)
   # A selection costs nothing beside the product; to clear the sum would.
-  sum_ref[...] = jnp.where(j == 0, 0.0, sum_ref[...]) + dot(h, w_down)
+  y_sum[...] = jnp.where(j == 0, 0.0, y_sum[...]) + dot(h, w_down)
 
-  if sum_ref is not y_ref:
+  if y_sum is not r.y or static.residual:
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
-      y_ref[...] = sum_ref[...].astype(y_ref.dtype)
+      y = y_sum[...]
+      if static.residual:
+        y += r.x[...].astype(jnp.float32)
+      r.y[...] = y.astype(r.y.dtype)
 
 
-def _fwd(
-  static: _Static, x: jax.Array, *weights: jax.Array, save: bool
+def _forward(
+  static: Static, x: jax.Array, *operands: jax.Array, save: bool
 ) -> tuple[jax.Array, ...]:
-  """y, and gate and up if they are to be saved."""
-  n, d = x.shape
-  f = weights[0].shape[1]
-  problem = Problem.of(x, *weights, saved=save)
+  """y, and what is to be saved."""
+  (w_gate, w_up, w_down), scale = static.split(operands)
+  (n, d), f = x.shape, w_gate.shape[1]
+  problem = static.problem(x, *operands, saved=save)
   tiles = forward_tiles("feed_forward", problem, static.config)
   row = pl.BlockSpec((tiles.rows, d), lambda i, j: (i, 0))
   up = pl.BlockSpec((d, tiles.cols), lambda i, j: (0, j))
   down = pl.BlockSpec((tiles.cols, d), lambda i, j: (j, 0))
   both = pl.BlockSpec((tiles.rows, tiles.cols), lambda i, j: (i, j))
-  is_wide = x.dtype == jnp.float32
+  inputs = {
+    "x": (x, row),
+    "w_gate": (w_gate, up),
+    "w_up": (w_up, up),
+    "w_down": (w_down, down),
+  }
+  outputs = {"y": (like((n, d), x.dtype, x), row)}
+  if save:
+    saved = (like((n, f), x.dtype, x), both)
+    outputs |= {"gate": saved, "up": saved}
+  scratch = {}
+  if problem.normed:
+    whole = pl.BlockSpec((1, d), lambda i, j: (0, 0))
+    inputs["scale"] = (scale[0][None, :], whole)
+    if save:
+      outputs["normed"] = outputs["y"]
+    else:
+      scratch["normed"] = pltpu.VMEM((tiles.rows, d), x.dtype)
+  if x.dtype != jnp.float32:
+    scratch["y_sum"] = pltpu.VMEM((tiles.rows, d), jnp.float32)
   results = pl.pallas_call(
     functools.partial(
-      _fwd_kernel, activation=static.activation, f=f, saved=save
+      _fwd_kernel, names=(*inputs, *outputs, *scratch), static=static, f=f
     ),
     name="feed_forward_fwd",
     grid=(pl.cdiv(n, tiles.rows), pl.cdiv(f, tiles.cols)),
-    in_specs=[row, up, up, down],
-    out_specs=[row, *[both] * (2 * save)],
-    out_shape=[
-      like((n, d), x.dtype, x),
-      *[like((n, f), x.dtype, x)] * (2 * save),
-    ],
-    scratch_shapes=[]
-    if is_wide
-    else [pltpu.VMEM((tiles.rows, d), jnp.float32)],
+    in_specs=[spec for _, spec in inputs.values()],
+    out_specs=[spec for _, spec in outputs.values()],
+    out_shape=[shape for shape, _ in outputs.values()],
+    scratch_shapes=list(scratch.values()),
     compiler_params=COMPILER_PARAMS,
-  )(x, *weights)
+  )(*(array for array, _ in inputs.values()))
   return tuple(results)
 
 
-# --- differentiation ----------------------------------------------------------
+def _finish(static: Static, gate, up, dtype, w_down) -> jax.Array:
+  return _down(gated(gate, up, static.activation, dtype), w_down)
 
 
-def _reference(static: _Static, *args: jax.Array) -> jax.Array:
-  return feed_forward_reference(*args, activation=static.activation)
-
-
-def _primal(static: _Static, *args: jax.Array) -> jax.Array:
-  return dispatch(
-    static.implementation,
-    lambda *args: _fwd(static, *args, save=False)[0],
-    functools.partial(_reference, static),
-    *args,
-  )
-
-
-def _save(static: _Static, *args: jax.Array):
-  """y, and what the backward pass needs."""
-  if not static.saved:
-    return _primal(static, *args), (args, ())
-
-  def reference(x, w_gate, w_up, w_down):
-    gate, up = gate_and_up(x, w_gate, w_up)
-    y = _down(gated(gate, up, static.activation, x.dtype), w_down)
-    return y, gate.astype(x.dtype), up.astype(x.dtype)
-
-  y, *saved = dispatch(
-    static.implementation,
-    functools.partial(_fwd, static, save=True),
-    reference,
-    *args,
-  )
-  names = ("feed_forward_gate", "feed_forward_up")
-  return y, (args, named(names, saved))
-
-
-def _backward(static: _Static, residuals, dy: jax.Array):
-  args, saved = residuals
-
-  def pallas(dy, args, saved):
-    problem = Problem.of(*args, saved=static.saved)
-    arrays = dict(zip(("x", "w_gate", "w_up", "w_down"), args, strict=True))
-    arrays |= {"dy": dy} | dict(zip(("gate", "up"), saved, strict=False))
-    tiles = backward_tiles("feed_forward", problem, static.config)
-    return backward("feed_forward", problem, tiles, static.activation, arrays)
-
-  def reference(dy, args, saved):
-    def finish(gate, up, w_down):
-      return _down(gated(gate, up, static.activation, args[0].dtype), w_down)
-
-    *gated_args, w_down = args
-    return reference_gradients(finish, gated_args, saved, dy, w_down)
-
-  return dispatch(static.implementation, pallas, reference, dy, args, saved)
-
-
-_feed_forward = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_feed_forward.defvjp(_save, _backward)
+_feed_forward = with_vjp("feed_forward", _forward, _finish)
 
 # --- public -------------------------------------------------------------------
 
@@ -243,6 +186,8 @@ def feed_forward(
   w_down: jax.Array,
   *,
   activation: Activation = "gelu_tanh",
+  norm: Norm | None = None,
+  residual: bool = False,
   implementation: Implementation = None,
   config: FeedForwardConfig | None = None,
 ) -> jax.Array:
@@ -254,10 +199,14 @@ def feed_forward(
     w_up: [D, F], as in `geglu`.
     w_down: [F, D] float32 or bfloat16.
     activation: as in `geglu`.
+    norm: as in `geglu`.
+    residual: whether x itself, before the norm, is added to the result.  Where
+      F is split by a `shard_map` of your own, whose sum over F is yours too,
+      leave it out and add x after that sum.
     implementation: as in `geglu`.
     config: what is kept for the backward pass, and tile sizes; None keeps gate
-      and up, under the names "feed_forward_gate" and "feed_forward_up" for
-      remat policies.
+      and up, and what a norm makes of x, under the names "feed_forward_gate",
+      "feed_forward_up" and "feed_forward_normed" for remat policies.
 
   Returns:
     [..., D] of x's dtype.
@@ -266,25 +215,45 @@ def feed_forward(
     ValueError: as `geglu`, and on a w_down of another shape than [F, D].
   """
   op = "feed_forward"
-  check(op, x, w_gate, w_up, activation, implementation)
+  check(op, x, w_gate, w_up, activation, norm, implementation)
   check_float(op, w_down=w_down)
   check_shape(op, "w_down", w_down, w_gate.shape[::-1], "[F, D]")
   if implementation == "xla" or 0 in (x.size, w_gate.size):
     return feed_forward_reference(
-      x, w_gate, w_up, w_down, activation=activation
+      x,
+      w_gate,
+      w_up,
+      w_down,
+      activation=activation,
+      norm=norm,
+      residual=residual,
     )
-  static = _Static(activation, implementation, config or FeedForwardConfig())
-  dims = (*leading_dims(x.ndim - 1), "D")
-  return per_device(
+  rows = (*leading_dims(x.ndim - 1), "D")
+  scale = () if norm is None else (norm.scale,)
+  args = (x, w_gate, w_up, w_down, *scale)
+  dims = (
+    rows,
+    ("Dw", "F"),
+    ("Dw", "F"),
+    ("F", "Dw"),
+    *[("Dw",) for _ in scale],
+  )
+  # Of a split F, each device would add x to its own part of the sum.
+  adds_later = residual and bool(split_axes(op, args, dims)[1].get("F"))
+  static = Static.of(
+    activation, implementation, config, norm, residual and not adds_later
+  )
+  y = per_device(
     op,
     functools.partial(by_rows, functools.partial(_feed_forward, static)),
-    (x, w_gate, w_up, w_down),
-    (dims, ("Dw", "F"), ("Dw", "F"), ("F", "Dw")),
+    args,
     dims,
+    rows,
     splits="BTF",
     gathers=("Dw",),
     finish=_sum_over_f,
   )
+  return x + y if adds_later else y
 
 
 def _sum_over_f(y: jax.Array, axes) -> jax.Array:

@@ -24,40 +24,43 @@ finished in the step that starts it.  `_geglu_bwd.py` has the backward kernel.
          +---+      +----+----+----+
      i=1 |   |      | 1  | 3  | 5  |
          +---+      +----+----+----+
+
+With a norm the rows are outside: a tile of x is normalised once, into VMEM, for
+all F tiles, and the weights are read once for every row tile.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Sequence
+import types
 
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from ._activation import ACTIVATIONS, Activation, activate
-from ._geglu_bwd import backward
+from ._activation import Activation, activate
+from ._gated import (
+  MODES,
+  Static,
+  by_rows,
+  check,
+  gate_and_up,
+  gated,
+  matmul_flops,
+  model_cases,
+  normed,
+  small_cases,
+  with_vjp,
+)
 from ._geglu_tiles import (
   COMPILER_PARAMS,
   FeedForwardConfig,
-  Problem,
-  backward_tiles,
   dot,
   forward_tiles,
+  normalise,
 )
-from ._op import (
-  Case,
-  Cost,
-  Implementation,
-  Op,
-  check_float,
-  check_implementation,
-  check_shape,
-  dispatch,
-  nbytes,
-)
+from ._norm import Norm
+from ._op import Cost, Implementation, Op, nbytes
 from ._sharding import leading_dims, like, per_device
 
 # --- specification ------------------------------------------------------------
@@ -69,194 +72,82 @@ def geglu_reference(
   w_up: jax.Array,
   *,
   activation: Activation = "gelu_tanh",
+  norm: Norm | None = None,
 ) -> jax.Array:
   """Two matmuls, the activation of one times the other.  The specification."""
-  return gated(*gate_and_up(x, w_gate, w_up), activation, x.dtype)
+  products = gate_and_up(normed(x, norm), w_gate, w_up)
+  return gated(*products, activation, x.dtype)
 
 
-def gate_and_up(
-  x: jax.Array, w_gate: jax.Array, w_up: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """The reference's two products, at least float32."""
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  matmul = functools.partial(jnp.matmul, preferred_element_type=wide)
-  return matmul(x, w_gate.astype(x.dtype)), matmul(x, w_up.astype(x.dtype))
+# --- kernel -------------------------------------------------------------------
 
 
-def gated(gate: jax.Array, up: jax.Array, activation: Activation, dtype):
-  """The reference's rest."""
-  return (ACTIVATIONS[activation](gate) * up).astype(dtype)
+def _fwd_kernel(*refs, names: tuple[str, ...], static: Static):
+  r = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+  if static.norm is not None:
+    pl.when(pl.program_id(1) == 0)(lambda: normalise(static.norm, r))
+  x = (r.x if static.norm is None else r.normed)[...]
+  gate, up = (dot(x, w[...].astype(x.dtype)) for w in (r.w_gate, r.w_up))
+  if hasattr(r, "gate"):
+    r.gate[...] = gate.astype(r.gate.dtype)
+    r.up[...] = up.astype(r.up.dtype)
+  r.h[...] = (activate(static.activation, gate) * up).astype(r.h.dtype)
 
 
-# --- forward ------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-  """Everything that is not an array, in one hashable piece."""
-
-  activation: Activation
-  implementation: Implementation
-  config: FeedForwardConfig
-
-  @property
-  def saved(self) -> bool:
-    """Whether gate and up go from the forward to the backward pass."""
-    return self.config.residuals == "gate_up"
-
-
-def _fwd_kernel(
-  x_ref,  # [rows, D]
-  w_gate_ref,  # [D, cols]
-  w_up_ref,  # [D, cols]
-  h_ref,  # [rows, cols]
-  *saved_refs,  # gate and up [rows, cols], if they are saved
-  activation: Activation,
-):
-  x = x_ref[...]
-  products = [dot(x, w[...].astype(x.dtype)) for w in (w_gate_ref, w_up_ref)]
-  for ref, product in zip(saved_refs, products, strict=False):
-    ref[...] = product.astype(ref.dtype)
-  gate, up = products
-  h_ref[...] = (activate(activation, gate) * up).astype(h_ref.dtype)
-
-
-def _fwd(
-  static: _Static, x: jax.Array, w_gate: jax.Array, w_up: jax.Array, *, save
+def _forward(
+  static: Static, x: jax.Array, *operands: jax.Array, save: bool
 ) -> tuple[jax.Array, ...]:
-  """h, and gate and up if they are to be saved."""
-  n, d = x.shape
-  f = w_gate.shape[1]
-  problem = Problem.of(x, w_gate, w_up, saved=save)
+  """h, and what is to be saved."""
+  (w_gate, w_up), scale = static.split(operands)
+  (n, d), f = x.shape, w_gate.shape[1]
+  problem = static.problem(x, *operands, saved=save)
   tiles = forward_tiles("geglu", problem, static.config)
-  weights = pl.BlockSpec((d, tiles.cols), lambda j, i: (0, j))
-  outputs = 3 if save else 1
+
+  def block(shape, index):
+    """`index` is of the row tile and the F tile."""
+    if problem.normed:
+      return pl.BlockSpec(shape, index)
+    return pl.BlockSpec(shape, lambda j, i: index(i, j))
+
+  weight = block((d, tiles.cols), lambda i, j: (0, j))
+  inputs = {
+    "x": (x, block((tiles.rows, d), lambda i, j: (i, 0))),
+    "w_gate": (w_gate, weight),
+    "w_up": (w_up, weight),
+  }
+  tile = block((tiles.rows, tiles.cols), lambda i, j: (i, j))
+  wide = (like((n, f), x.dtype, x), tile)
+  outputs = dict.fromkeys(("h", "gate", "up") if save else ("h",), wide)
+  scratch = {}
+  if problem.normed:
+    inputs["scale"] = (scale[0][None, :], block((1, d), lambda i, j: (0, 0)))
+    if save:
+      outputs["normed"] = (like((n, d), x.dtype, x), inputs["x"][1])
+    else:
+      scratch["normed"] = pltpu.VMEM((tiles.rows, d), x.dtype)
+  grid = (pl.cdiv(n, tiles.rows), pl.cdiv(f, tiles.cols))
   results = pl.pallas_call(
-    functools.partial(_fwd_kernel, activation=static.activation),
+    functools.partial(
+      _fwd_kernel, names=(*inputs, *outputs, *scratch), static=static
+    ),
     name="geglu_fwd",
-    grid=(pl.cdiv(f, tiles.cols), pl.cdiv(n, tiles.rows)),
-    in_specs=[
-      pl.BlockSpec((tiles.rows, d), lambda j, i: (i, 0)),
-      weights,
-      weights,
-    ],
-    out_specs=[pl.BlockSpec((tiles.rows, tiles.cols), lambda j, i: (i, j))]
-    * outputs,
-    out_shape=[like((n, f), x.dtype, x)] * outputs,
+    grid=grid if problem.normed else grid[::-1],
+    in_specs=[spec for _, spec in inputs.values()],
+    out_specs=[spec for _, spec in outputs.values()],
+    out_shape=[shape for shape, _ in outputs.values()],
+    scratch_shapes=list(scratch.values()),
     compiler_params=COMPILER_PARAMS,
-  )(x, w_gate, w_up)
+  )(*(array for array, _ in inputs.values()))
   return tuple(results)
 
 
-# --- differentiation ----------------------------------------------------------
+def _finish(static: Static, gate, up, dtype) -> jax.Array:
+  return gated(gate, up, static.activation, dtype)
 
 
-def _reference(static: _Static, *args: jax.Array) -> jax.Array:
-  return geglu_reference(*args, activation=static.activation)
-
-
-def _primal(static: _Static, *args: jax.Array) -> jax.Array:
-  return dispatch(
-    static.implementation,
-    lambda *args: _fwd(static, *args, save=False)[0],
-    functools.partial(_reference, static),
-    *args,
-  )
-
-
-def _save(static: _Static, *args: jax.Array):
-  """h, and what the backward pass needs."""
-  if not static.saved:
-    return _primal(static, *args), (args, ())
-
-  def reference(x, w_gate, w_up):
-    gate, up = gate_and_up(x, w_gate, w_up)
-    h = gated(gate, up, static.activation, x.dtype)
-    return h, gate.astype(x.dtype), up.astype(x.dtype)
-
-  h, *saved = dispatch(
-    static.implementation,
-    functools.partial(_fwd, static, save=True),
-    reference,
-    *args,
-  )
-  names = ("geglu_gate", "geglu_up")
-  return h, (args, named(names, saved))
-
-
-def named(names: tuple[str, ...], arrays: Sequence[jax.Array]):
-  """Residuals under the names by which a remat policy finds them."""
-  return tuple(
-    checkpoint_name(a, name) for a, name in zip(arrays, names, strict=True)
-  )
-
-
-def _backward(static: _Static, residuals, dh: jax.Array):
-  args, saved = residuals
-
-  def pallas(dh, args, saved):
-    problem = Problem.of(*args, saved=static.saved)
-    arrays = dict(zip(("x", "w_gate", "w_up"), args, strict=True))
-    arrays |= {"dh": dh} | dict(zip(("gate", "up"), saved, strict=False))
-    tiles = backward_tiles("geglu", problem, static.config)
-    return backward("geglu", problem, tiles, static.activation, arrays)
-
-  def reference(dh, args, saved):
-    return reference_gradients(
-      functools.partial(
-        gated, activation=static.activation, dtype=args[0].dtype
-      ),
-      args,
-      saved,
-      dh,
-    )
-
-  return dispatch(static.implementation, pallas, reference, dh, args, saved)
-
-
-def reference_gradients(finish, args, saved, cotangent, *more: jax.Array):
-  """Gradients of finish(gate, up, *more), by (x, w_gate, w_up) and `more`.
-
-  Saved products serve if they are the reference's own numbers; rounded to
-  bfloat16 they are not, and are computed again.
-  """
-  products, first = jax.vjp(gate_and_up, *args)
-  if saved and saved[0].dtype == products[0].dtype:
-    products = saved
-  _, second = jax.vjp(finish, *products, *more)
-  dgate, dup, *rest = second(cotangent)
-  return (*first((dgate, dup)), *rest)
-
-
-_geglu = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_geglu.defvjp(_save, _backward)
+_geglu = with_vjp("geglu", _forward, _finish)
 
 # --- public -------------------------------------------------------------------
-
-
-def check(op, x, w_gate, w_up, activation, implementation) -> None:
-  """Refuses what neither gated op takes."""
-  check_implementation(op, implementation)
-  if x.ndim == 0:
-    raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-  check_float(op, x=x, w_gate=w_gate, w_up=w_up)
-  if w_gate.ndim != 2 or w_gate.shape[0] != x.shape[-1]:
-    raise ValueError(
-      f"{op}: w_gate must be [D, F] with D = {x.shape[-1]}, the last dimension "
-      f"of x, got {w_gate.shape}"
-    )
-  check_shape(op, "w_up", w_up, w_gate.shape, "the shape of w_gate")
-  if activation not in ACTIVATIONS:
-    raise ValueError(
-      f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, "
-      f"got {activation!r}"
-    )
-
-
-def by_rows(function, x: jax.Array, *weights: jax.Array) -> jax.Array:
-  """Applies `function` to x [..., D] seen as [N, D]."""
-  y = function(x.reshape(-1, x.shape[-1]), *weights)
-  return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def geglu(
@@ -265,6 +156,7 @@ def geglu(
   w_up: jax.Array,
   *,
   activation: Activation = "gelu_tanh",
+  norm: Norm | None = None,
   implementation: Implementation = None,
   config: FeedForwardConfig | None = None,
 ) -> jax.Array:
@@ -279,10 +171,13 @@ def geglu(
       x's dtype, to which the kernel casts its tiles.
     w_up: [D, F], the linear branch.
     activation: "gelu_tanh", "gelu" (exact), "silu" (SwiGLU) or "relu".
+    norm: RMSNorm to be taken of x first, in the same pass over x; None for
+      none.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: what is kept for the backward pass, and tile sizes; None keeps gate
-      and up, under the names "geglu_gate" and "geglu_up" for remat policies.
+      and up, and what a norm makes of x, under the names "geglu_gate",
+      "geglu_up" and "geglu_normed" for remat policies.
 
   Returns:
     [..., F] of x's dtype; sums and activation in float32.
@@ -291,16 +186,17 @@ def geglu(
     ValueError: on a wrong shape or dtype, an unknown activation, or an x whose
       last dimension is split over a mesh.
   """
-  check("geglu", x, w_gate, w_up, activation, implementation)
+  check("geglu", x, w_gate, w_up, activation, norm, implementation)
   if implementation == "xla" or 0 in (x.size, w_gate.size):
-    return geglu_reference(x, w_gate, w_up, activation=activation)
-  static = _Static(activation, implementation, config or FeedForwardConfig())
+    return geglu_reference(x, w_gate, w_up, activation=activation, norm=norm)
+  static = Static.of(activation, implementation, config, norm)
   rows = leading_dims(x.ndim - 1)
+  scale = () if norm is None else (norm.scale,)
   return per_device(
     "geglu",
     functools.partial(by_rows, functools.partial(_geglu, static)),
-    (x, w_gate, w_up),
-    ((*rows, "D"), ("Dw", "F"), ("Dw", "F")),
+    (x, w_gate, w_up, *scale),
+    ((*rows, "D"), ("Dw", "F"), ("Dw", "F"), *[("Dw",) for _ in scale]),
     (*rows, "F"),
     splits="BTF",
     gathers=("Dw",),
@@ -310,58 +206,11 @@ def geglu(
 # --- registration -------------------------------------------------------------
 
 
-def matmul_flops(x, w) -> int:
-  """Of x [..., D] with a [D, F] matrix, or with its transpose."""
-  return 2 * x.size // x.shape[-1] * w.shape[0] * w.shape[1]
-
-
 def _cost(x, w_gate, w_up, **_) -> tuple[Cost, Cost]:
   one = matmul_flops(x, w_gate)
   h_bytes = nbytes(x) // x.shape[-1] * w_gate.shape[1]
   moved = nbytes(x, w_gate, w_up) + h_bytes
   return Cost(2 * one, moved), Cost(4 * one, 2 * moved)
-
-
-def _case(
-  name: str,
-  rows: tuple[int, ...],
-  d: int,
-  f: int,
-  dtype,
-  down: bool,
-  weight_dtype=None,
-  **kwargs,
-) -> Case:
-  x = jax.ShapeDtypeStruct((*rows, d), dtype)
-  up = jax.ShapeDtypeStruct((d, f), weight_dtype or dtype)
-  weights = (up, up, jax.ShapeDtypeStruct((f, d), up.dtype))[: 2 + down]
-  return Case(name, (x, *weights), kwargs)
-
-
-def small_cases(*, down: bool) -> tuple[Case, ...]:
-  """Small problems of either gated op."""
-  f32, bf16 = jnp.float32, jnp.bfloat16
-  return (
-    _case("one_tile", (128,), 128, 128, f32, down),
-    _case("ragged", (3, 37), 100, 200, f32, down),
-    _case("silu", (64,), 128, 256, f32, down, activation="silu"),
-    _case("gelu", (64,), 128, 128, f32, down, activation="gelu"),
-    _case("relu", (64,), 128, 128, f32, down, activation="relu"),
-    _case("bf16", (2, 64), 128, 256, bf16, down),
-  )
-
-
-def model_cases(*, down: bool) -> tuple[Case, ...]:
-  """Gemma's own problems of either gated op; the last is the trainer's."""
-  f32, bf16 = jnp.float32, jnp.bfloat16
-  return (
-    _case("gemma_2b_8k", (8192,), 2048, 16384, bf16, down),
-    _case("gemma_7b_4k", (4096,), 3072, 24576, bf16, down),
-    _case("gemma_2b_8k_f32_weights", (8192,), 2048, 16384, bf16, down, f32),
-  )
-
-
-MODES = {"residuals-none": lambda *_, **__: FeedForwardConfig(residuals="none")}
 
 
 OP = Op(

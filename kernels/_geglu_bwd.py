@@ -55,6 +55,7 @@ from ._geglu_tiles import (
   dot,
   zero_past,
 )
+from ._norm import RowNorm
 from ._sharding import like
 
 _SLOTS = 3  # of dx in VMEM: one leaving, one in work, one arriving
@@ -67,6 +68,8 @@ class _Plan:
   problem: Problem
   tiles: Tiles
   activation: Activation
+  norm: RowNorm | None
+  residual: bool
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -183,6 +186,7 @@ def _bwd_kernel(*refs, names: tuple[str, ...], plan: _Plan):
   def _():
     r.dx_sum[slot] = jnp.zeros(r.dx_sum.shape[1:], jnp.float32)
 
+  r.factor = r.x if plan.norm is None else r.normed  # of the products
   _gate_gradients(r, plan)
   r.dx_sum[slot] += _dx(r, plan)
   _add_weight_gradients(r, plan)
@@ -191,7 +195,7 @@ def _bwd_kernel(*refs, names: tuple[str, ...], plan: _Plan):
 
   @pl.when(j == f_tiles - 1)
   def _():
-    r.dx[...] = r.dx_sum[slot].astype(r.dx.dtype)
+    r.dx[...] = _through_the_norm(r, r.dx_sum[slot], plan).astype(r.dx.dtype)
 
   @pl.when(i == row_tiles - 1)
   def _():
@@ -204,7 +208,7 @@ def _bwd_kernel(*refs, names: tuple[str, ...], plan: _Plan):
 def _gate_gradients(r, plan: _Plan):
   """This tile's dgate and dup, and h for dWd, into VMEM."""
   p, dtype = plan.problem, r.x.dtype
-  x = r.x[...]
+  x = r.factor[...]
   if p.saved:
     gate, up = r.gate[...].astype(jnp.float32), r.up[...].astype(jnp.float32)
   else:
@@ -256,11 +260,24 @@ def _add_weight_gradients(r, plan: _Plan):
     total = r.sums[name]
     total[...] = jnp.where(is_first, 0.0, total[...]) + part
 
-  x = _inside_rows(r.x[...], plan)
+  x = _inside_rows(r.factor[...], plan)
   add("dw_gate", dot(x, r.dgate[...], TN))
   add("dw_up", dot(x, r.dup[...], TN))
   if plan.problem.down:
     add("dw_down", dot(r.h[...], _inside_rows(r.dy[...], plan), TN))
+
+
+def _through_the_norm(r, dx: jax.Array, plan: _Plan) -> jax.Array:
+  """The gradient of x from that of its norm, if it has one."""
+  if plan.norm is not None:
+    x = r.x[...].astype(jnp.float32)
+    dx, dscale = plan.norm.gradients(x, r.scale[...], dx)
+    part = jnp.sum(_inside_rows(dscale, plan), axis=0, keepdims=True)
+    is_first = pl.program_id(1) == 0
+    r.dscale[...] = jnp.where(is_first, 0.0, r.dscale[...]) + part
+  if plan.residual:
+    dx += r.dy[...].astype(jnp.float32)
+  return dx
 
 
 # --- the call -----------------------------------------------------------------
@@ -270,25 +287,35 @@ def backward(
   op: str,
   problem: Problem,
   tiles: Tiles,
-  activation: Activation,
   arrays: dict[str, jax.Array],
+  *,
+  activation: Activation,
+  norm: RowNorm | None,
+  residual: bool,
 ) -> tuple[jax.Array, ...]:
-  """(dx, dWg, dWu), and dWd where the op has it.
+  """(dx, dWg, dWu), dWd where the op has it, dscale where it has a norm.
 
   Args:
     op: prefix of the kernel's name in a trace.
     problem: sizes and types.
     tiles: sizes of the tiles.
+    arrays: x, w_gate and w_up; w_down and dy, or dh; scale and normed x of a
+      norm; gate and up if saved.
     activation: the activation.
-    arrays: x, w_gate and w_up; w_down and dy, or dh; gate and up if saved.
+    norm: of x.
+    residual: whether dy is a part of dx.
   """
-  plan = _Plan(problem, tiles, activation)
+  plan = _Plan(problem, tiles, activation, norm, residual)
   x = arrays["x"]
   specs = _specs(plan)
   outputs = {"dx": like(x.shape, x.dtype, x)}
   for name in plan.gradients:
     weight = arrays[name.removeprefix("d")]
     outputs[name] = like(weight.shape, weight.dtype, x)
+  if norm is not None:
+    scale = arrays["scale"]
+    arrays = arrays | {"scale": scale[None, :]}
+    outputs["dscale"] = like((1, problem.d), jnp.float32, x)
   if plan.dx_travels:
     rows = plan.grid[1] * tiles.rows
     outputs["dx_hbm"] = like((rows, problem.d), jnp.float32, x)
@@ -308,7 +335,11 @@ def backward(
     # A batch of kernels that copy by hand has to run one after the other.
     call = jax.custom_batching.sequential_vmap(call)
   results = call(*arrays.values())
-  return tuple(results[: 1 + problem.weights])
+  gradients = dict(zip(outputs, results, strict=True))
+  gradients.pop("dx_hbm", None)
+  if norm is not None:
+    gradients["dscale"] = gradients["dscale"][0].astype(scale.dtype)
+  return tuple(gradients.values())
 
 
 def _specs(plan: _Plan) -> dict[str, pl.BlockSpec]:
@@ -318,16 +349,19 @@ def _specs(plan: _Plan) -> dict[str, pl.BlockSpec]:
   up = pl.BlockSpec((d, cols), lambda j, i: (0, j))
   down = pl.BlockSpec((cols, d), lambda j, i: (j, 0))
   both = pl.BlockSpec((rows, cols), lambda j, i: (i, j))
-  # Final only with the last F tile; until then the block stays the first.
-  dx = pl.BlockSpec(
+  gain = pl.BlockSpec((1, d), lambda j, i: (0, 0))
+  # Of the last F tile alone; until then the block stays the first.
+  at_last = pl.BlockSpec(
     (rows, d), lambda j, i: (jnp.where(j == f_tiles - 1, i, 0), 0)
   )
   return {
-    **dict.fromkeys(("x", "dy"), by_row),
+    "x": by_row if plan.norm is None else at_last,
+    **dict.fromkeys(("normed", "dy"), by_row),
     **dict.fromkeys(("w_gate", "w_up", "dw_gate", "dw_up"), up),
     **dict.fromkeys(("w_down", "dw_down"), down),
     **dict.fromkeys(("gate", "up", "dh"), both),
-    "dx": dx,
+    **dict.fromkeys(("scale", "dscale"), gain),
+    "dx": at_last,
     "dx_hbm": pl.BlockSpec(memory_space=pl.ANY),
   }
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ._norm import RowNorm
 from ._tuned import power_of_two, tuned_config
 
 # --- configuration ------------------------------------------------------------
@@ -116,6 +117,7 @@ class Problem:
     weight_dtype: of the weights and their gradients.
     down: whether the projection back to D is part of the op.
     saved: whether gate and up go from the forward to the backward pass.
+    normed: whether the op takes the norm of x itself.
   """
 
   n: int
@@ -125,9 +127,12 @@ class Problem:
   weight_dtype: jnp.dtype
   down: bool
   saved: bool
+  normed: bool
 
   @classmethod
-  def of(cls, x: jax.Array, *weights: jax.Array, saved: bool) -> Problem:
+  def of(
+    cls, x: jax.Array, *weights: jax.Array, saved: bool, normed: bool
+  ) -> Problem:
     """The problem of x [N, D] and two or three weights."""
     n, d = x.shape
     return cls(
@@ -138,6 +143,7 @@ class Problem:
       weight_dtype=jnp.result_type(*(w.dtype for w in weights)),
       down=len(weights) == 3,
       saved=saved,
+      normed=normed,
     )
 
   @property
@@ -164,7 +170,7 @@ def forward_bytes(p: Problem, tiles: Tiles) -> int:
   rows, cols = tiles.rows, tiles.cols
   size, wsize = p.dtype.itemsize, p.weight_dtype.itemsize
   lanes = _round_up(p.d, _LANES)
-  row_tiles = 2 * rows * lanes * size * (1 + p.down)
+  row_tiles = 2 * rows * lanes * size * (1 + p.down + p.normed)
   weights = p.weights * lanes * cols * (2 * wsize + size)
   outputs = 2 * rows * cols * size * (2 * p.saved + (not p.down))
   temporaries = rows * cols * (2 * 4 + size) + p.down * 2 * rows * lanes * 4
@@ -176,7 +182,7 @@ def backward_bytes(p: Problem, tiles: Tiles) -> int:
   rows, cols = tiles.rows, tiles.cols
   size, wsize = p.dtype.itemsize, p.weight_dtype.itemsize
   lanes = _round_up(p.d, _LANES)
-  row_tiles = rows * lanes * (2 * size * (2 + p.down) + 4 * 4)
+  row_tiles = rows * lanes * (2 * size * (2 + p.down + p.normed) + 4 * 4)
   # A weight and its gradient, and the gradient's sum or the weight's cast.
   weights = p.weights * lanes * cols * (4 * wsize + (4 if wsize < 4 else size))
   inputs = 2 * rows * cols * size * (2 * p.saved + (not p.down))
@@ -252,6 +258,12 @@ def dot(a: jax.Array, b: jax.Array, dims=NN) -> jax.Array:
   return jax.lax.dot_general(
     a, b, (dims, ((), ())), preferred_element_type=jnp.float32
   )
+
+
+def normalise(norm: RowNorm, r) -> None:
+  """r.normed = norm of r.x, with r.scale."""
+  x = r.x[...].astype(jnp.float32)
+  r.normed[...] = norm.of(x, r.scale[...]).astype(r.normed.dtype)
 
 
 def zero_past(tile: jax.Array, end: jax.Array | int, axis: int) -> jax.Array:

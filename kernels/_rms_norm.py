@@ -41,6 +41,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ._norm import Norm, RowNorm, check_norm
 from ._op import (
   Case,
   Cost,
@@ -127,8 +128,7 @@ class RMSNormConfig:
 class _Static:
   """Everything that is not an array, in one hashable piece."""
 
-  epsilon: float
-  scale_offset: float
+  norm: RowNorm
   implementation: Implementation
   config: RMSNormConfig
 
@@ -149,11 +149,6 @@ _PARAMS = pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES)
 # --- forward ------------------------------------------------------------------
 
 
-def _mean_square(x: jax.Array, epsilon: float) -> jax.Array:
-  """mean(x^2) + epsilon of x [rows, D] in float32: [rows, 1]."""
-  return jnp.mean(x * x, axis=-1, keepdims=True) + epsilon
-
-
 def _fwd_kernel(
   x_ref,  # [rows, D]
   scale_ref,  # [1, D]
@@ -162,9 +157,7 @@ def _fwd_kernel(
   static: _Static,
 ):
   x = x_ref[...].astype(jnp.float32)
-  r = jax.lax.rsqrt(_mean_square(x, static.epsilon))
-  gain = static.scale_offset + scale_ref[...].astype(jnp.float32)
-  y_ref[...] = (x * r * gain).astype(y_ref.dtype)
+  y_ref[...] = static.norm.of(x, scale_ref[...]).astype(y_ref.dtype)
 
 
 def _add_fwd_kernel(
@@ -230,16 +223,7 @@ def _bwd_kernel(
   rows = x_ref.shape[0]
   x = x_ref[...].astype(jnp.float32)
   dy = dy_ref[...].astype(jnp.float32)
-  mean_square = _mean_square(x, static.epsilon)
-  r = jax.lax.rsqrt(mean_square)
-  g = dy * (static.scale_offset + scale_ref[...].astype(jnp.float32))
-  if x.shape[1] > 1:
-    mean_gx = jnp.mean(g * x, axis=-1, keepdims=True)
-    dx = r * (g - x * (mean_gx / mean_square))
-  else:
-    # One column: the difference is epsilon / mean_square, and nothing but
-    # rounding error would be left of it if it were computed as above.
-    dx = r * (g * (static.epsilon / mean_square))
+  dx, dscale = static.norm.gradients(x, scale_ref[...], dy)
   if dh_ref:
     dx += dh_ref[0][...].astype(jnp.float32)
   dx_ref[...] = dx.astype(dx_ref.dtype)
@@ -250,7 +234,6 @@ def _bwd_kernel(
 
   # Rows past n hold undefined data, and this is the only sum across rows.
   row_ids = i * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-  dscale = dy * x * r
   if n % rows:
     dscale = jnp.where(row_ids < n, dscale, 0.0)
   dscale_ref[...] += jnp.sum(dscale, axis=0, keepdims=True)
@@ -280,7 +263,10 @@ def _bwd(
 
 def _reference(static: _Static, x: jax.Array, scale: jax.Array) -> jax.Array:
   return rms_norm_reference(
-    x, scale, epsilon=static.epsilon, scale_offset=static.scale_offset
+    x,
+    scale,
+    epsilon=static.norm.epsilon,
+    scale_offset=static.norm.scale_offset,
   )
 
 
@@ -357,10 +343,8 @@ def _check(op: str, x, scale, epsilon, implementation) -> None:
   check_implementation(op, implementation)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-  check_float(op, x=x, scale=scale)
-  check_shape(op, "scale", scale, x.shape[-1:], "the last dimension of x")
-  if not epsilon >= 0:
-    raise ValueError(f"{op}: epsilon must not be negative, got {epsilon}")
+  check_float(op, x=x)
+  check_norm(op, "", x.shape[-1:], Norm(scale, epsilon))
 
 
 def _by_rows(function, *args: jax.Array):
@@ -408,7 +392,7 @@ def rms_norm(
       x, scale, epsilon=epsilon, scale_offset=scale_offset
     )
   config = config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
-  static = _Static(epsilon, scale_offset, implementation, config)
+  static = _Static(RowNorm(epsilon, scale_offset), implementation, config)
   dims = (*leading_dims(x.ndim - 1), "D")
   return per_device(
     "rms_norm",
@@ -460,7 +444,7 @@ def add_rms_norm(
       x, residual, scale, epsilon=epsilon, scale_offset=scale_offset
     )
   config = config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
-  static = _Static(epsilon, scale_offset, implementation, config)
+  static = _Static(RowNorm(epsilon, scale_offset), implementation, config)
   dims = (*leading_dims(x.ndim - 1), "D")
   return per_device(
     op,

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_gemma import kernels
 from pallas_gemma.kernels import (
   FeedForwardConfig,
+  Norm,
   Tiles,
   feed_forward,
   feed_forward_reference,
@@ -39,6 +40,7 @@ def small(residuals: Any = "gate_up", rows=16):
 
 
 def draw(n, d, f, dtype=jnp.float32, weight_dtype=None, leading=(), seed=0):
+  """x, the three weights, and a norm's scale."""
   rng = np.random.default_rng(seed)
   weight_dtype = weight_dtype or dtype
 
@@ -47,15 +49,24 @@ def draw(n, d, f, dtype=jnp.float32, weight_dtype=None, leading=(), seed=0):
 
   # Gates of unit variance, as in a model: where the activation bends.
   up = functools.partial(normal, (d, f), weight_dtype, d**-0.5)
-  return [normal((*leading, n, d), dtype), up(), up(), up().T]
+  x = normal((*leading, n, d), dtype)
+  return [x, up(), up(), up().T, normal(d, weight_dtype, 0.3)]
+
+
+def block(function, *args, epsilon=1e-6, residual=True, **kwargs):
+  """The op with a norm, whose scale comes last, and the residual."""
+  *args, scale = args
+  norm = Norm(scale, epsilon, scale_offset=1.0)
+  return function(*args, norm=norm, residual=residual, **kwargs)
 
 
 def agrees(function, residuals="gate_up", dtype=jnp.float32, sizes=SIZES):
+  kernel = functools.partial(
+    function, implementation="pallas", config=small(residuals)
+  )
   numerics.assert_agrees(
-    functools.partial(
-      function, implementation="pallas", config=small(residuals)
-    ),
-    feed_forward_reference,
+    functools.partial(block, kernel),
+    functools.partial(block, feed_forward_reference),
     draw(*sizes, dtype=dtype),
   )
 
@@ -70,18 +81,50 @@ def agrees(function, residuals="gate_up", dtype=jnp.float32, sizes=SIZES):
   activation=st.sampled_from(["gelu_tanh", "gelu", "silu", "relu"]),
   residuals=st.sampled_from(["gate_up", "none"]),
   rows=st.sampled_from([16, 32]),
+  residual=st.booleans(),
 )
 def test_any_shape_meets_the_bar(
-  n, d, f, dtype, weight_dtype, activation, residuals, rows
+  n, d, f, dtype, weight_dtype, activation, residuals, rows, residual
 ):
   config = small(residuals, rows)
+  kwargs = {"activation": activation, "residual": residual}
   # Enough numbers in every result for the statistics of its error.
   seeds = range(-(-64 // (min(n, f) * d)))
   numerics.assert_agrees(
-    functools.partial(KERNEL, activation=activation, config=config),
-    functools.partial(feed_forward_reference, activation=activation),
+    functools.partial(KERNEL, config=config, **kwargs),
+    functools.partial(feed_forward_reference, **kwargs),
+    *(draw(n, d, f, dtype, weight_dtype, seed=seed)[:4] for seed in seeds),
+  )
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+  n=st.integers(1, 70),
+  d=st.one_of(st.integers(16, 150), st.just(128)),
+  f=st.one_of(st.integers(1, 300), st.just(256)),
+  dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  weight_dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  residuals=st.sampled_from(["gate_up", "none"]),
+  epsilon=st.sampled_from([1e-6, 0.1]),
+  residual=st.booleans(),
+)
+def test_any_norm_meets_the_bar(
+  n, d, f, dtype, weight_dtype, residuals, epsilon, residual
+):
+  seeds = range(-(-64 // d))  # enough sums in dscale for its statistics
+  function = functools.partial(block, epsilon=epsilon, residual=residual)
+  numerics.assert_agrees(
+    functools.partial(
+      function, functools.partial(KERNEL, config=small(residuals))
+    ),
+    functools.partial(function, feed_forward_reference),
     *(draw(n, d, f, dtype, weight_dtype, seed=seed) for seed in seeds),
   )
+
+
+def test_norm_of_one_column():
+  """Where nothing of x but its sign is left, and of dx only epsilon's part."""
+  agrees(feed_forward, sizes=(300, 1, 130))
 
 
 @pytest.mark.parametrize("residuals", ["gate_up", "none"])
@@ -93,14 +136,22 @@ def test_dx_travels_in_bfloat16(residuals):
 
 
 FORWARD_MUTANTS = {
-  "sum not cleared": ("jnp.where(j == 0, 0.0, sum_ref[...])", "sum_ref[...]"),
+  "sum not cleared": ("jnp.where(j == 0, 0.0, y_sum[...])", "y_sum[...]"),
   "only the last F tile": (
-    "sum_ref[...]) + dot(h",
-    "sum_ref[...]) * 0 + dot(h",
+    "y_sum[...]) + dot(h",
+    "y_sum[...]) * 0 + dot(h",
   ),
   "ragged F reaches y": ("if f % cols:", "if False:"),
-  "up is activated": ("activate(activation, gate) * up", "gate * up"),
-  "gate is not saved": ("gate, up = products", "gate, up = products[::-1]"),
+  "up is activated": ("activate(static.activation, gate) * up", "gate * up"),
+  "gate is saved as up": ("r.gate[...] = gate", "r.gate[...] = up"),
+  "norm of the first rows for all": (
+    "pl.when(j == 0)(lambda",
+    "pl.when(j + pl.program_id(0) == 0)(lambda",
+  ),
+  "residual after the norm": (
+    "y += r.x[...].astype(jnp.float32)",
+    "y += x.astype(jnp.float32)",
+  ),
 }
 BACKWARD_MUTANTS = {
   "ragged rows reach the weights": (
@@ -125,14 +176,26 @@ BACKWARD_MUTANTS = {
     "self._copy_in(after,",
     "self._copy_in(i,",
   ),
+  "products of x without its norm": ("r.factor = r.normed", "pass"),
+  "dx of the norm": ("dx, dscale = plan", "_, dscale = plan"),
+  "dscale of the last rows": (
+    "jnp.where(is_first, 0.0, r.dscale[...]) + part",
+    "part",
+  ),
+  "ragged rows reach dscale": ("_inside_rows(dscale, plan)", "dscale"),
+  "residual without a gradient": ("dx += r.dy[...]", "dx += 0 * r.dy[...]"),
 }
 
 
 def backward_mutant(old, new):
   """The op on a mutant of its backward kernel."""
-  copy = mutation.mutant(MODULE, "import dataclasses", "import dataclasses")
-  changed = mutation.mutant(sys.modules[f"{PACKAGE}._geglu_bwd"], old, new)
-  vars(copy)["backward"] = changed.backward
+  bwd, gated = (sys.modules[f"{PACKAGE}.{m}"] for m in ("_geglu_bwd", "_gated"))
+  around = mutation.mutant(gated, "import functools", "import functools")
+  vars(around)["backward"] = mutation.mutant(bwd, old, new).backward
+  copy = mutation.mutant(MODULE, "import functools", "import functools")
+  vars(copy)["_feed_forward"] = around.with_vjp(
+    "feed_forward", copy._forward, copy._finish
+  )
   return copy.feed_forward
 
 
@@ -172,20 +235,25 @@ def test_f_tiles_do_not_run_in_parallel():
 def test_vmap(weight_axis):
   """Mapped over x, with the same weights for all or with some for each."""
   axes = (0, *[weight_axis] * 3)
-  x, *weights = draw(*SIZES, leading=(2,))
+  x, *weights, scale = draw(*SIZES, leading=(2,))
   if weight_axis == 0:
     weights = [jnp.stack([w, -w]) for w in weights]
   numerics.assert_agrees(
-    jax.vmap(functools.partial(KERNEL, config=small()), axes),
-    jax.vmap(feed_forward_reference, axes),
-    [x, *weights],
+    *(
+      jax.vmap(functools.partial(block, function), (*axes, None))
+      for function in (
+        functools.partial(KERNEL, config=small()),
+        feed_forward_reference,
+      )
+    ),
+    [x, *weights, scale],
   )
 
 
 def test_empty_arrays():
   for n, d, f in [(0, 8, 16), (3, 0, 16), (3, 8, 0)]:
-    args = [jnp.zeros(s) for s in [(n, d), (d, f), (d, f), (f, d)]]
-    y, vjp = jax.vjp(KERNEL, *args)
+    args = [jnp.zeros(s) for s in [(n, d), (d, f), (d, f), (f, d), (d,)]]
+    y, vjp = jax.vjp(functools.partial(block, KERNEL), *args)
     assert y.shape == (n, d) and not y.any()
     assert [g.shape for g in vjp(y)] == [a.shape for a in args]
 
@@ -276,19 +344,20 @@ LAYOUTS = {
 
 
 def loss(*args):
-  return (KERNEL(*args) ** 2).sum()
+  return (block(KERNEL, *args) ** 2).sum()
 
 
 def loss_by_hand(mesh):
   """Megatron's split, written by the user around the op."""
 
-  def local(*args):
-    return (jax.lax.psum(KERNEL(*args), "model") ** 2).sum()
+  def local(x, *args):
+    y = block(KERNEL, x, *args, residual=False)
+    return ((x + jax.lax.psum(y, "model")) ** 2).sum()
 
   return jax.shard_map(
     lambda *args: jax.lax.psum(local(*args), "data"),
     mesh=mesh,
-    in_specs=(P("data"), UP, UP, DOWN),
+    in_specs=(P("data"), UP, UP, DOWN, P()),
     out_specs=P(),
   )
 
@@ -299,13 +368,13 @@ def test_split_over_a_mesh(layout):
   kind, up, down = LAYOUTS[layout]
   mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
   args = draw(6, 128, 256, leading=(8,))
-  gradient = jax.grad(loss, (0, 1, 2, 3))
+  gradient = jax.grad(loss, range(5))
   want = gradient(*args)
   if layout == "by hand":
-    gradient = jax.grad(loss_by_hand(mesh), (0, 1, 2, 3))
+    gradient = jax.grad(loss_by_hand(mesh), range(5))
   put = [
     jax.device_put(a, NamedSharding(mesh, s))
-    for a, s in zip(args, (P("data"), up, up, down), strict=True)
+    for a, s in zip(args, (P("data"), up, up, down, P()), strict=True)
   ]
   rules = {"B": "data", "F": "model"} if layout == "auto" else {}
   with jax.set_mesh(mesh), kernels.sharding(mesh, rules):
@@ -319,7 +388,7 @@ def test_split_over_a_mesh(layout):
 def test_split_width_is_refused():
   mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
   with jax.set_mesh(mesh):
-    x, *weights = draw(16, 128, 256)
+    x, *weights, _ = draw(16, 128, 256)
     x = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
     with pytest.raises(ValueError, match="split over B, T, F only, but .* D"):
       jax.jit(KERNEL)(x, *weights)
@@ -366,6 +435,16 @@ def test_collectives_on_eight_chips():
     ({0: ()}, {}, "x must have at least one dimension, got a scalar"),
     ({}, {"activation": "tanh"}, "activation must be one of .* got 'tanh'"),
     ({}, {"implementation": "cuda"}, "'pallas', 'xla' or None, got 'cuda'"),
+    (
+      {},
+      {"norm": Norm(jnp.zeros(64))},
+      r"norm.scale must be \(128,\) .*got \(64,\)",
+    ),
+    (
+      {},
+      {"norm": Norm(jnp.zeros(128), -1.0)},
+      "norm.epsilon must not be negative, got -1.0",
+    ),
   ],
 )
 def test_bad_input_is_refused(change, kwargs, message):
@@ -376,11 +455,14 @@ def test_bad_input_is_refused(change, kwargs, message):
 
 
 def test_other_dtypes_are_refused():
-  x, w_gate, w_up, w_down = draw(8, 16, 32)
+  x, w_gate, w_up, w_down, scale = draw(8, 16, 32)
   with pytest.raises(ValueError, match="x must be float32 or bfloat16, got fl"):
     feed_forward(x.astype(jnp.float16), w_gate, w_up, w_down)
   with pytest.raises(ValueError, match="w_down must be float32 or bfloat16"):
     feed_forward(x, w_gate, w_up, w_down.astype(jnp.int32))
+  with pytest.raises(ValueError, match="norm.scale must be float32 or bfloat"):
+    norm = Norm(scale.astype(jnp.int32))
+    feed_forward(x, w_gate, w_up, w_down, norm=norm)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_gemma import kernels
 from pallas_gemma.kernels import (
   FeedForwardConfig,
+  Norm,
   Tiles,
   geglu,
   geglu_reference,
@@ -124,18 +125,40 @@ def test_activation_and_its_mutant(activation):
 # --- the kernel ---------------------------------------------------------------
 
 
-def agrees(function):
+def normed(function, *args, **kwargs):
+  """The op with a norm, whose scale comes last."""
+  *args, scale = args
+  return function(*args, norm=Norm(scale, scale_offset=1.0), **kwargs)
+
+
+def agrees(function, residuals="gate_up"):
+  kernel = functools.partial(
+    function, implementation="pallas", config=small(residuals)
+  )
+  scale = 0.3 * jax.random.normal(jax.random.key(1), 72)
   numerics.assert_agrees(
-    functools.partial(function, implementation="pallas", config=small()),
-    geglu_reference,
-    draw(40, 72, 200),
+    functools.partial(normed, kernel),
+    functools.partial(normed, geglu_reference),
+    [*draw(40, 72, 200), scale],
   )
 
 
+@pytest.mark.parametrize("residuals", ["gate_up", "none"])
+def test_norm(residuals):
+  agrees(geglu, residuals)
+
+
 MUTANTS = {
-  "gate and up swapped": ("gate, up = products", "up, gate = products"),
-  "up is not a factor": ("activate(activation, gate) * up", "(gate + 0 * up)"),
-  "dh is not given": ('"dh": dh}', '"dh": dh * 0}'),
+  "gate and up swapped": ("gate, up = (", "up, gate = ("),
+  "up is not a factor": (
+    "activate(static.activation, gate) * up",
+    "(gate + 0 * up)",
+  ),
+  "gate is saved as up": ("r.gate[...] = gate", "r.gate[...] = up"),
+  "norm of the first rows for all": (
+    "pl.program_id(1) == 0",
+    "pl.program_id(1) + pl.program_id(0) == 0",
+  ),
 }
 
 
@@ -189,6 +212,7 @@ def test_split_over_a_mesh():
     ({1: (64, 256)}, {}, r"w_gate must be \[D, F\] with D = 128.*\(64, 256\)"),
     ({2: (128, 64)}, {}, r"w_up must be \(128, 256\).*got \(128, 64\)"),
     ({}, {"activation": "tanh"}, "activation must be one of .* got 'tanh'"),
+    ({}, {"norm": Norm(jnp.zeros(64))}, r"norm.scale must be \(128,\)"),
   ],
 )
 def test_bad_input_is_refused(change, kwargs, message):

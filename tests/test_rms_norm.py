@@ -18,6 +18,7 @@ from pallas_gemma import kernels
 from pallas_gemma.kernels import RMSNormConfig, add_rms_norm, rms_norm
 
 MODULE = sys.modules[kernels.RMSNormConfig.__module__]
+ROWS = sys.modules[kernels.Norm.__module__]  # what is done with a row
 KERNEL = functools.partial(rms_norm, implementation="pallas", scale_offset=1.0)
 ADD_KERNEL = functools.partial(
   add_rms_norm, implementation="pallas", scale_offset=1.0
@@ -85,23 +86,35 @@ def agrees(function, shape=(50, 100), dtype=jnp.float32, magnitude=1.0):
 
 
 MUTANTS = {
-  "epsilon": ("keepdims=True) + epsilon\n\n\ndef", "keepdims=True)\n\n\ndef"),
   "ragged rows reach dscale": ("if n % rows:", "if False:"),
-  "no projection": ("g - x * (mean_gx / mean_square)", "g"),
-  "r once too often": ("mean_gx / mean_square", "mean_gx / mean_square * r"),
   "only the last tile": ("@pl.when(i == 0)", "@pl.when(i >= 0)"),
   "parallel sum": (
     "CompilerParams(vmem",
     "CompilerParams(dimension_semantics=('parallel',), vmem",
   ),
-  "offset dropped": ("dy * (static.scale_offset + ", "dy * (0.0 + "),
+}
+ROW_MUTANTS = {
+  "epsilon": ("keepdims=True) + self.epsilon", "keepdims=True)"),
+  "no projection": ("g - x * (mean_gx / mean_square)", "g"),
+  "r once too often": ("mean_gx / mean_square", "mean_gx / mean_square * r"),
+  "offset dropped": ("self.scale_offset + ", "0.0 + "),
   "dy for g": ("jnp.mean(g * x,", "jnp.mean(dy * x,"),
+  "scale without the norm": ("dy * x * r", "dy * x"),
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+def mutant(name):
+  """The op's module with a mutant of its kernels, or of what a row is to."""
+  if name in MUTANTS:
+    return mutation.mutant(MODULE, *MUTANTS[name])
+  copy = mutation.mutant(MODULE, "import dataclasses", "import dataclasses")
+  vars(copy)["RowNorm"] = mutation.mutant(ROWS, *ROW_MUTANTS[name]).RowNorm
+  return copy
+
+
+@pytest.mark.parametrize("name", [*MUTANTS, *ROW_MUTANTS])
 def test_mutants_die(name):
-  copy = mutation.mutant(MODULE, *MUTANTS[name])
+  copy = mutant(name)
   magnitude = 1e-2 if name == "epsilon" else 1.0  # where epsilon counts
   agrees(rms_norm, magnitude=magnitude)
   mutation.assert_killed(
@@ -110,7 +123,7 @@ def test_mutants_die(name):
 
 
 def test_bfloat16_arithmetic_dies():
-  wide = ("x = x_ref[...].astype(jnp.float32)\n  r =", "x = x_ref[...]\n  r =")
+  wide = ("x = x_ref[...].astype(jnp.float32)\n  y_", "x = x_ref[...]\n  y_")
   copy = mutation.mutant(MODULE, *wide)
   check = functools.partial(agrees, dtype=jnp.bfloat16)
   check(rms_norm)
