@@ -8,6 +8,11 @@ A program's time is the bundles that it issues, one per cycle, and its stalls:
              full, and for results that are not there yet (_units.py)
 
 A branch takes effect four bundles after it was issued.
+
+Most of a listing is stretches of bundles without branches and copies.  How long
+one takes depends on the state of the units alone, and a loop soon finds them in
+a state that it found them in before: what the stretch did then is remembered,
+and is done again without looking at its bundles (_Stretch).
 """
 
 from __future__ import annotations
@@ -23,11 +28,19 @@ from ._chip import V5E, Chip
 from ._copies import Copies
 from ._listing import Instruction, Listing, ListingError
 from ._scalar import Scalars, signed
-from ._units import Units, Work, popped, results_of_transpositions, work
+from ._units import (
+  State,
+  Units,
+  Work,
+  popped,
+  results_of_transpositions,
+  work,
+)
 
 BRANCH_DELAY = 4
 GRANULE_BYTES = 32  # unit of the listing's `size_in_granules`
 _MAX_BUNDLES = 400_000_000
+_SHORTEST_STRETCH = 32  # bundles; fewer are done faster than they are looked up
 
 
 class Undecidable(Exception):
@@ -104,6 +117,8 @@ class _Machine:
     )
     self._code = [self._bundle(bundle) for bundle in listing.bundles]
     self._idle_ahead = _runs_of_idle(self._code)
+    self._ends = _ends_of_stretches(self._code)
+    self._stretches: dict[int, _Stretch] = {}
 
   def run(self) -> Cycles:
     pc = bundles = 0
@@ -111,15 +126,19 @@ class _Machine:
     countdown, target, jumped = 0, 0, False
     while pc < len(self._code):
       step = self._idle_ahead[pc]
-      if step:
+      if not countdown and self._ends[pc] - pc >= _SHORTEST_STRETCH:
+        step = self._ends[pc] - pc
+        self._run_stretch(pc)
+      elif step:
         step = min(step, countdown) if countdown else step
+        self._now += step
       else:
         step = 1
         self._issue(self._code[pc], jumped)
+        self._now += 1
       jumped = False
       entered[pc] += 1
       entered[pc + step] -= 1
-      self._now += step
       bundles += step
       pc += step
       if countdown:
@@ -150,14 +169,57 @@ class _Machine:
     for step in bundle.steps:
       step()
 
+  def _run_stretch(self, pc: int) -> None:
+    """The bundles from one on to the end of its stretch."""
+    stretch = self._stretches.get(pc)
+    if stretch is None:
+      stretch = _Stretch.of(self._code[pc : self._ends[pc]])
+      self._stretches[pc] = stretch
+    for step in stretch.scalar:
+      step()
+    units, start = self._units, self._now
+    before = units.state(start)
+    known = stretch.seen.get(before)
+    if known is None:
+      queue_stall, result_stall = units.queue_stall, units.result_stall
+      for gap, step in stretch.timed:
+        self._now += gap
+        step()
+      self._now += stretch.rest
+      stretch.seen[before] = (
+        self._now - start,
+        units.queue_stall - queue_stall,
+        units.result_stall - result_stall,
+        units.state(self._now),
+      )
+    else:
+      cycles, queue_stall, result_stall, after = known
+      self._now += cycles
+      units.queue_stall += queue_stall
+      units.result_stall += result_stall
+      units.restore(after, self._now)
+
   # --- what a bundle has to execute, found once -------------------------------
 
   def _bundle(self, instructions: tuple[Instruction, ...]) -> _Bundle:
     phis = [i for i in instructions if i.opcode in ("sphi", "pphi")]
-    rest = [i for i in instructions if i.opcode not in ("sphi", "pphi")]
-    return _Bundle(phis, [step for i in rest if (step := self._step(i))])
+    steps, scalar, timed = [], [], []
+    is_plain = not phis
+    for i in instructions:
+      if i in phis:
+        continue
+      if step := self._timed(i):
+        timed.append(step)
+        is_plain &= i.predicate is None
+      elif step := self._ordered(i):
+        is_plain = False
+      elif step := self._scalar(i):
+        scalar.append(step)
+      steps += [step] if step else []
+    return _Bundle(phis, steps, scalar, timed, is_plain)
 
-  def _step(self, instruction: Instruction) -> Callable[[], None] | None:
+  def _timed(self, instruction: Instruction) -> Callable[[], None] | None:
+    """What takes time by itself, whatever the scalars are."""
     opcode = instruction.opcode
     if opcode == "vdelay":
       return functools.partial(self._delay, int(instruction.operands[0]))
@@ -165,19 +227,28 @@ class _Machine:
       return functools.partial(self._pop, results)
     if task := work(opcode, self._transposed):
       return functools.partial(self._work, instruction, task)
+    return None
+
+  def _ordered(self, instruction: Instruction) -> Callable[[], None] | None:
+    """What depends on the scalars and on the time: branches and copies."""
+    opcode = instruction.opcode
     if opcode == "sbr.rel":
-      return functools.partial(
-        self._jump, instruction, self._target(instruction)
-      )
+      target = self._target(instruction)
+      return functools.partial(self._jump, instruction, target)
     if opcode == "dma.done.wait":
       return functools.partial(self._wait, instruction)
     if opcode.startswith("dma."):
       return functools.partial(self._copy, instruction)
     if opcode in ("vsyncadd", "vsyncpa"):
       return functools.partial(self._synchronise, instruction)
+    return None
+
+  def _scalar(self, instruction: Instruction) -> Callable[[], None] | None:
+    """What changes the scalars alone."""
+    opcode, dest = instruction.opcode, instruction.dest
     if opcode.startswith("v"):
-      if instruction.dest and instruction.dest.startswith(("%s", "%p")):
-        return functools.partial(self._scalars.forget, instruction.dest)
+      if dest and dest.startswith(("%s", "%p")):
+        return functools.partial(self._scalars.forget, dest)
       return None
     if opcode in ("sfence", "shalt.err"):
       return None
@@ -263,10 +334,60 @@ class _Machine:
 
 @dataclasses.dataclass(frozen=True)
 class _Bundle:
-  """What of a bundle has to be executed."""
+  """What of a bundle has to be executed.
+
+  Attributes:
+    phis: loop variables, which take their values first.
+    steps: everything else, in order.
+    scalar: those of the steps that change the scalars alone.
+    timed: those that take time, whatever the scalars are.
+    is_plain: whether there is nothing else, and no predicate on what is timed.
+  """
 
   phis: list[Instruction]
   steps: list[Callable[[], None]]
+  scalar: list[Callable[[], None]]
+  timed: list[Callable[[], None]]
+  is_plain: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stretch:
+  """Plain bundles one after the other.
+
+  Attributes:
+    scalar: what they do to the scalars.
+    timed: what takes time, each after so many bundles since the one before.
+    rest: bundles from the last of these on.
+    seen: by the state of the units before: the cycles that it took, those of
+      them that waited for room and for results, and the state after.
+  """
+
+  scalar: list[Callable[[], None]]
+  timed: list[tuple[int, Callable[[], None]]]
+  rest: int
+  seen: dict[State, tuple[int, int, int, State]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @classmethod
+  def of(cls, bundles: list[_Bundle]) -> _Stretch:
+    scalar = [step for bundle in bundles for step in bundle.scalar]
+    timed, gap = [], 0
+    for bundle in bundles:
+      for step in bundle.timed:
+        timed.append((gap, step))
+        gap = 0
+      gap += 1
+    return cls(scalar, timed, gap)
+
+
+def _ends_of_stretches(code: list[_Bundle]) -> list[int]:
+  """For each bundle, where the plain ones from it on end; itself for none."""
+  ends = [len(code)]
+  for pc in reversed(range(len(code))):
+    ends.append(ends[-1] if code[pc].is_plain else pc)
+  return ends[:0:-1]
 
 
 def _runs_of_idle(code: list[_Bundle]) -> list[int]:

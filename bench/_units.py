@@ -100,6 +100,9 @@ def results_of_transpositions(opcodes: Iterable[str]) -> dict[str, int]:
   return {unit: max(1, pops[unit] // ends[unit]) for unit in ends}
 
 
+State = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+
+
 class Units:
   """Matrix and transpose units.
 
@@ -115,6 +118,28 @@ class Units:
     self._results: dict[str, collections.deque[int]] = collections.defaultdict(
       lambda: collections.deque(maxlen=4096)
     )
+
+  def state(self, now: int) -> State:
+    """What the time of later work depends on, seen from `now`.
+
+    What is free or ready already might as well have become so just now.
+    """
+    return (
+      tuple(max(0, free - now) for free in self._free.values()),
+      tuple(
+        tuple(max(0, ready - now) for ready in waiting)
+        for waiting in self._results.values()
+      ),
+    )
+
+  def restore(self, state: State, now: int) -> None:
+    """Puts the units into a state that they had been in before."""
+    free, results = state
+    for pipe, cycles in zip(self._free, free, strict=True):
+      self._free[pipe] = now + cycles
+    for waiting, ready in zip(self._results.values(), results, strict=True):
+      waiting.clear()
+      waiting.extend(now + cycles for cycles in ready)
 
   def issue(self, task: Work, now: int) -> int:
     """Gives a unit work; returns when the bundle that does so can issue."""

@@ -7,10 +7,12 @@ import pathlib
 import textwrap
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from pallas_gemma import bench
@@ -227,6 +229,59 @@ def test_results_of_a_transposition_outlast_the_end_of_the_next():
   between = [*first, pop, pop, *whole, pop, pop]
   assert 50 < cycles(*between, *[pop] * 4).result_stall < 100
   assert cycles(*between, *[other] * 100, *[pop] * 4).result_stall == 0
+
+
+def loop(body, rounds):
+  """A listing that runs bundles so many times, predicate %p9 in every other."""
+  head = [
+    "%s1 = smov 0",
+    "%s2 = sphi %s1, %s3  ;;  %v9 = vld [vmem:[%s8]] /* Start region 1 */",
+    "%s3 = sadd.s32 1, %s2  ;;  %s8 = sand.u32 1, %s2",
+    "%p9 = scmp.eq.s32.totalorder %s8, 0",
+  ]
+  tail = [
+    f"%p4 = scmp.ge.s32.totalorder %s3, {rounds}",
+    "%5 = sbr.rel (!%p4) target = $region1",
+    *["%v1 = vadd.f32 %v2, %v3"] * 4,
+  ]
+  return listing(*head, *body, *tail)
+
+
+GIVES = ("%1 = vmatmul.lmr.bf16.gmra.16.mxu0 %v1", "%1 = vadd.xlane.xlu0 %v1")
+TAKES = ("%v2 = vpop.f32.mrf.mxu0 %1", "%v2 = vpop.xlane.xlu0 %1")
+OTHERS = (
+  "%1 = vmatpush1.bf16.msra.mxu0 %v1",
+  "%1 = vmatpush1.bf16.msra.mxu0 (%p9), %v1",
+  "%v1 = vadd.f32 %v2, %v3",
+  "%1 = vdelay 3",
+  copy_in(64),
+  "%2 = dma.done.wait [#allocation1], 64",
+)
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.example([(OTHERS[1], 12), ("%1 = vdelay 3", 12)], 4)
+@hypothesis.given(
+  runs=st.lists(
+    st.tuples(st.sampled_from(GIVES + TAKES + OTHERS), st.integers(1, 12)),
+    min_size=1,
+    max_size=6,
+  ),
+  rounds=st.integers(2, 9),
+)
+def test_a_stretch_seen_before_takes_what_it_took(runs, rounds):
+  """What is remembered of a loop changes nothing that is counted."""
+  machine = importlib.import_module("pallas_gemma.bench._machine")
+  body = [slot for slot, times in runs for _ in range(times)]
+  for give, take in zip(GIVES, TAKES, strict=True):
+    body += [take] * (body.count(give) - body.count(take))
+  program, counts = loop(body, rounds), []
+  for shortest in (10**9, 1):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(machine, "_SHORTEST_STRETCH", shortest)
+      counts.append(bench.count(program))
+  assert counts[0] == counts[1]
+  assert counts[0].visits[2] == rounds
 
 
 # --- whole programs -----------------------------------------------------------
