@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pallas_gemma.kernels import OPS, Case, Integers, Norm, rms_norm
+from pallas_gemma.kernels import OPS, Case, Norm, rms_norm_reference
 
-from ._program import Built, Program, passes
+from ._program import Built, Program, integer_values, passes
 
 _BLOCKS = (  # query, key/value, key/value computed at a time
   (1024, 1024, 512),
@@ -40,7 +40,7 @@ def programs() -> Iterator[Program]:
         yield from passes(
           functools.partial(_with_barrier, case),
           implementation="xla-barrier",
-          default=i == 0,
+          default=i == 0 or "norm" in case.kwargs,
           **fields,
         )
       if op.name == "flash_attention" and _Attention.can_do(case):
@@ -67,8 +67,9 @@ def feed_forward_with_barrier(
   del config
   y = x
   if norm is not None:
-    fields = dict(epsilon=norm.epsilon, scale_offset=norm.scale_offset)
-    y = rms_norm(x, norm.scale, implementation="xla", **fields)
+    y = rms_norm_reference(
+      x, norm.scale, epsilon=norm.epsilon, scale_offset=norm.scale_offset
+    )
   h = jax.nn.gelu(y @ w_gate, approximate=True) * (y @ w_up)
   y = jax.lax.optimization_barrier(h) @ w_down
   return x + y if residual else y
@@ -94,7 +95,7 @@ class _Attention:
   size: int
   dtype: Any
   window: tuple[int, int] | None
-  segments: Integers | None
+  segments: np.ndarray | None
 
   @staticmethod
   def can_do(case: Case) -> bool:
@@ -111,7 +112,7 @@ class _Attention:
     q, k = case.args[:2]
     b, t, n, h = q.shape
     window = case.kwargs.get("local_window_size")
-    segments = case.kwargs.get("segment_ids")
+    segments = integer_values(case)[3] if len(case.specs) > 3 else None
     return cls(b, t, n, k.shape[2], h, q.dtype, window, segments)
 
   @property
@@ -190,7 +191,7 @@ def _grouped(kernel: Callable[..., Any], problem: _Attention) -> Built:
   values: tuple[Any, ...] = (None,) * 3
   if (ids := problem.segments) is not None:
     specs += (jax.ShapeDtypeStruct(ids.shape, ids.dtype),)
-    values += (np.asarray(ids.draw(np.random.default_rng(0)), np.int32),)
+    values += (ids,)
   return Built(jax.vmap(of_example), specs, values)
 
 
@@ -223,12 +224,7 @@ def splash_kernel(
   if window is not None:
     mask = mask & masks.LocalMask((t, t), window, 0)
   sizes = lib.BlockSizes(
-    block_q=q,
-    block_kv=kv,
-    block_kv_compute=compute,
-    block_q_dkv=q,
-    block_kv_dkv=kv,
-    block_kv_dkv_compute=compute,
+    **_splash_blocks(q, kv, compute),
     block_q_dq=None if fused else q,
     block_kv_dq=None if fused else kv,
     use_fused_bwd_kernel=fused,
@@ -236,6 +232,21 @@ def splash_kernel(
   return lib.make_splash_mqa_single_device(
     masks.MultiHeadMask([mask] * heads), block_sizes=sizes
   )
+
+
+def _splash_blocks(q: int, kv: int, compute: int) -> dict[str, Any]:
+  """Blocks of the forward pass and of that for keys and values, the same."""
+  forward: dict[str, Any] = {
+    "block_q": q,
+    "block_kv": kv,
+    "block_kv_compute": compute,
+  }
+  backward = {
+    "block_q_dkv": q,
+    "block_kv_dkv": kv,
+    "block_kv_dkv_compute": compute,
+  }
+  return forward | backward
 
 
 def _jax_splash(
@@ -263,15 +274,8 @@ def _tokamax_splash(problem: _Attention, blocks: tuple[int, int, int]) -> Built:
   package = "tokamax._src.ops.experimental.tpu.splash_attention"
   lib = importlib.import_module(f"{package}.splash_attention_kernel")
   masks = importlib.import_module(f"{package}.splash_attention_mask")
-  q, kv, compute = blocks
   config = lib.SplashConfig(
-    block_q=q,
-    block_kv=kv,
-    block_kv_compute=compute,
-    block_q_dkv=q,
-    block_kv_dkv=kv,
-    block_kv_dkv_compute=compute,
-    use_fused_bwd_kernel=True,
+    **_splash_blocks(*blocks), use_fused_bwd_kernel=True
   )
   t = problem.length
   kernel = lib.make_splash_mqa_single_device(

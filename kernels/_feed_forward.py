@@ -59,7 +59,7 @@ from ._geglu_tiles import (
   FeedForwardConfig,
   dot,
   forward_tiles,
-  normalise,
+  normed_tile,
   zero_past,
 )
 from ._norm import Norm
@@ -98,9 +98,7 @@ def _fwd_kernel(*refs, names: tuple[str, ...], static: Static, f: int):
   r = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   y_sum = getattr(r, "y_sum", r.y)  # a float32 y is its own sum
   j, cols = pl.program_id(1), r.w_gate.shape[1]
-  if static.norm is not None:
-    pl.when(j == 0)(lambda: normalise(static.norm, r))
-  x = (r.x if static.norm is None else r.normed)[...]
+  x = normed_tile(static.norm, r)
   gate, up = (dot(x, w[...].astype(x.dtype)) for w in (r.w_gate, r.w_up))
   if hasattr(r, "gate"):
     r.gate[...] = gate.astype(r.gate.dtype)

@@ -89,7 +89,7 @@ class Static:
     residual: bool = False,
   ) -> Static:
     """From an op's keywords."""
-    rows = norm and RowNorm(norm.epsilon, norm.scale_offset)
+    rows = None if norm is None else RowNorm(norm.epsilon, norm.scale_offset)
     config = config or FeedForwardConfig()
     return cls(activation, implementation, config, rows, residual)
 
@@ -107,7 +107,8 @@ class Static:
     """The reference's norm of x, x itself if there is none."""
     if self.norm is None:
       return x
-    return normed(x, Norm(*scale, self.norm.epsilon, self.norm.scale_offset))
+    (array,) = scale
+    return normed(x, Norm(array, self.norm.epsilon, self.norm.scale_offset))
 
   def problem(self, x: jax.Array, *operands: jax.Array, saved: bool) -> Problem:
     """What tiles are chosen by."""
@@ -242,7 +243,7 @@ def check(op, x, w_gate, w_up, activation, norm, implementation) -> None:
       f"got {activation!r}"
     )
   if norm is not None:
-    check_norm(op, "norm", x.shape[-1:], norm)
+    check_norm(op, x, norm, "norm.")
 
 
 def by_rows(function, x: jax.Array, *operands: jax.Array) -> jax.Array:

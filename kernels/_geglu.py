@@ -57,7 +57,7 @@ from ._geglu_tiles import (
   FeedForwardConfig,
   dot,
   forward_tiles,
-  normalise,
+  normed_tile,
 )
 from ._norm import Norm
 from ._op import Cost, Implementation, Op, nbytes
@@ -84,9 +84,7 @@ def geglu_reference(
 
 def _fwd_kernel(*refs, names: tuple[str, ...], static: Static):
   r = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
-  if static.norm is not None:
-    pl.when(pl.program_id(1) == 0)(lambda: normalise(static.norm, r))
-  x = (r.x if static.norm is None else r.normed)[...]
+  x = normed_tile(static.norm, r)
   gate, up = (dot(x, w[...].astype(x.dtype)) for w in (r.w_gate, r.w_up))
   if hasattr(r, "gate"):
     r.gate[...] = gate.astype(r.gate.dtype)
@@ -117,7 +115,7 @@ def _forward(
   }
   tile = block((tiles.rows, tiles.cols), lambda i, j: (i, j))
   wide = (like((n, f), x.dtype, x), tile)
-  outputs = dict.fromkeys(("h", "gate", "up") if save else ("h",), wide)
+  outputs = {"h": wide} | ({"gate": wide, "up": wide} if save else {})
   scratch = {}
   if problem.normed:
     inputs["scale"] = (scale[0][None, :], block((1, d), lambda i, j: (0, 0)))

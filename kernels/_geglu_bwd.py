@@ -313,8 +313,6 @@ def backward(
     weight = arrays[name.removeprefix("d")]
     outputs[name] = like(weight.shape, weight.dtype, x)
   if norm is not None:
-    scale = arrays["scale"]
-    arrays = arrays | {"scale": scale[None, :]}
     outputs["dscale"] = like((1, problem.d), jnp.float32, x)
   if plan.dx_travels:
     rows = plan.grid[1] * tiles.rows
@@ -334,11 +332,14 @@ def backward(
   if plan.dx_travels:
     # A batch of kernels that copy by hand has to run one after the other.
     call = jax.custom_batching.sequential_vmap(call)
-  results = call(*arrays.values())
+  results = call(
+    *(a[None, :] if name == "scale" else a for name, a in arrays.items())
+  )
   gradients = dict(zip(outputs, results, strict=True))
   gradients.pop("dx_hbm", None)
   if norm is not None:
-    gradients["dscale"] = gradients["dscale"][0].astype(scale.dtype)
+    dscale = gradients["dscale"][0]
+    gradients["dscale"] = dscale.astype(arrays["scale"].dtype)
   return tuple(gradients.values())
 
 

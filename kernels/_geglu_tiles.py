@@ -260,10 +260,20 @@ def dot(a: jax.Array, b: jax.Array, dims=NN) -> jax.Array:
   )
 
 
-def normalise(norm: RowNorm, r) -> None:
-  """r.normed = norm of r.x, with r.scale."""
-  x = r.x[...].astype(jnp.float32)
-  r.normed[...] = norm.of(x, r.scale[...]).astype(r.normed.dtype)
+def normed_tile(norm: RowNorm | None, r) -> jax.Array:
+  """r.x, or its norm: taken once, with r.scale into r.normed, for all F tiles.
+
+  The F tiles must be the grid's inner dimension.
+  """
+  if norm is None:
+    return r.x[...]
+
+  @pl.when(pl.program_id(1) == 0)
+  def _():
+    x = r.x[...].astype(jnp.float32)
+    r.normed[...] = norm.of(x, r.scale[...]).astype(r.normed.dtype)
+
+  return r.normed[...]
 
 
 def zero_past(tile: jax.Array, end: jax.Array | int, axis: int) -> jax.Array:

@@ -33,13 +33,11 @@ jax.tree_util.register_dataclass(
 )
 
 
-def check_norm(op: str, name: str, width: tuple[int, ...], norm: Norm) -> None:
-  """Refuses a norm that does not fit rows of a width, (D,)."""
-  prefix = f"{name}." if name else ""
+def check_norm(op: str, x: jax.Array, norm: Norm, prefix: str = "") -> None:
+  """Refuses a norm that does not fit x; `prefix` is how errors call it."""
   check_float(op, **{f"{prefix}scale": norm.scale})
-  check_shape(
-    op, f"{prefix}scale", norm.scale, width, "the last dimension of x"
-  )
+  width = x.shape[-1:]
+  check_shape(op, f"{prefix}scale", norm.scale, width, "x's last dimension")
   if not norm.epsilon >= 0:
     raise ValueError(
       f"{op}: {prefix}epsilon must not be negative, got {norm.epsilon}"

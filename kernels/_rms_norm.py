@@ -344,7 +344,7 @@ def _check(op: str, x, scale, epsilon, implementation) -> None:
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
   check_float(op, x=x)
-  check_norm(op, "", x.shape[-1:], Norm(scale, epsilon))
+  check_norm(op, x, Norm(scale, epsilon))
 
 
 def _by_rows(function, *args: jax.Array):

@@ -144,10 +144,6 @@ FORWARD_MUTANTS = {
   "ragged F reaches y": ("if f % cols:", "if False:"),
   "up is activated": ("activate(static.activation, gate) * up", "gate * up"),
   "gate is saved as up": ("r.gate[...] = gate", "r.gate[...] = up"),
-  "norm of the first rows for all": (
-    "pl.when(j == 0)(lambda",
-    "pl.when(j + pl.program_id(0) == 0)(lambda",
-  ),
   "residual after the norm": (
     "y += r.x[...].astype(jnp.float32)",
     "y += x.astype(jnp.float32)",
@@ -214,6 +210,14 @@ def test_forward_mutants_die(name):
 def test_backward_mutants_die(name):
   function = backward_mutant(*BACKWARD_MUTANTS[name])
   mutation.assert_killed(agrees, function)
+
+
+def test_norm_of_the_first_rows_for_all_dies():
+  once = ("pl.program_id(1) == 0", "pl.program_id(1) + pl.program_id(0) == 0")
+  tiles = mutation.mutant(sys.modules[f"{PACKAGE}._geglu_tiles"], *once)
+  copy = mutation.mutant(MODULE, "import functools", "import functools")
+  vars(copy)["normed_tile"] = tiles.normed_tile
+  mutation.assert_killed(agrees, copy.feed_forward)
 
 
 def test_f_tiles_do_not_run_in_parallel():

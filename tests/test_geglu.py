@@ -135,7 +135,7 @@ def agrees(function, residuals="gate_up"):
   kernel = functools.partial(
     function, implementation="pallas", config=small(residuals)
   )
-  scale = 0.3 * jax.random.normal(jax.random.key(1), 72)
+  scale = 0.3 * jax.random.normal(jax.random.key(1), (72,))
   numerics.assert_agrees(
     functools.partial(normed, kernel),
     functools.partial(normed, geglu_reference),
@@ -155,10 +155,6 @@ MUTANTS = {
     "(gate + 0 * up)",
   ),
   "gate is saved as up": ("r.gate[...] = gate", "r.gate[...] = up"),
-  "norm of the first rows for all": (
-    "pl.program_id(1) == 0",
-    "pl.program_id(1) + pl.program_id(0) == 0",
-  ),
 }
 
 
