@@ -199,7 +199,7 @@ def with_vjp(
       # Saved products serve if they are the reference's own numbers; rounded
       # to bfloat16 they are not, and are computed again.
       if saved and saved[0].dtype == both[0].dtype:
-        both = saved
+        both = saved[:2]
       _, second = jax.vjp(
         lambda gate, up, *rest: finish(static, gate, up, x.dtype, *rest),
         *both,
