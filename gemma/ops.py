@@ -50,10 +50,11 @@ def _ops(default: str | None, **implementations: str) -> Ops:
 
 KERNELS = _ops(None, rms_norm="xla", add_rms_norm="xla")
 """Each op's kernel where the computation is lowered for TPU, else its
-reference; of the norms always the reference.  Between matrix products XLA does
-a norm's multiplication in the next product and the residual addition in the one
-before; a kernel of its own reads and writes the stream once more.  See
-bench/notes/rms_norm.md for the cycles of a block either way."""
+reference; of the norms on their own always the reference.  The feed-forward
+takes its norm in its own kernel; between attention's matrix products XLA does a
+norm's multiplication in the next product, where a kernel of its own would read
+and write the stream once more.  See bench/notes/rms_norm.md for the cycles of a
+block either way."""
 
 REFERENCE = _ops("xla")
 """Each op's reference in plain jnp, on every platform."""

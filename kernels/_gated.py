@@ -175,10 +175,11 @@ def with_vjp(
       arrays["dy" if problem.down else "dh"] = dy
       arrays |= dict(zip(SAVED, saved, strict=False))
       if scale:
+        arrays["scale"] = scale[0]
+      if scale and not saved:
         # One pass of XLA's is cheaper than a norm of every tile of x for every
         # F tile.
-        normed = arrays.get("normed", static.normed(x, *scale))
-        arrays |= {"scale": scale[0], "normed": normed}
+        arrays["normed"] = static.normed(x, *scale)
       tiles = backward_tiles(op, problem, static.config)
       return backward(
         op,
@@ -207,13 +208,8 @@ def with_vjp(
       )
       dgate, dup, *drest = second(dy)
       dx, dw_gate, dw_up, *dscale = first((dgate, dup))
-      return (
-        (dx + dy if static.residual else dx),
-        dw_gate,
-        dw_up,
-        *drest,
-        *dscale,
-      )
+      dx = dx + dy if static.residual else dx
+      return dx, dw_gate, dw_up, *drest, *dscale
 
     return dispatch(static.implementation, pallas, plain, dy, args, saved)
 

@@ -10,6 +10,10 @@ Maths, with gate = x Wg and up = x Wu saved or computed again:
     dx    = dgate Wg^T + dup Wu^T
     dWg   = x^T dgate,   dWu = x^T dup,   dWd = h^T dy
 
+With a norm, x in these is norm(x), saved or computed again before, and its
+gradient is taken of a row tile's dx when the last F tile has added to it; a
+residual adds dy to it then.
+
 Of everything [rows, F], only one tile exists at a time, in VMEM, and all six
 products of the lower half (eight with gate and up) are taken while it is there.
 

@@ -81,8 +81,9 @@ class FeedForwardConfig:
 
   Attributes:
     residuals: what the forward pass leaves to the backward pass beside its
-      inputs: "gate_up" keeps the two products [..., F] in x's dtype, "none"
-      keeps nothing and computes them again, two matmuls more.
+      inputs: "gate_up" keeps the two products [..., F] in x's dtype, and x's
+      norm if it takes one; "none" keeps nothing and computes them again, two
+      matmuls more.
     forward: tiles of the forward kernel; None picks them from the shape.
     backward: tiles of the backward kernel; None picks them from the shape.
   """
