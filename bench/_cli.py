@@ -30,6 +30,7 @@ SUITES = ("registry", "baselines", "gemma")
 _SLOW = (
   "gemma_2b_32k",
   "gemma_2b_8k_f32_weights",
+  "geglu/gemma_2b_8k_normed/*",
   "*/pallas-residuals-none",
   "feed_forward/*/fwd+bwd/xla",
   "flash_attention/*/fwd+bwd/jax-splash-1024x1024x512",  # the fused is faster

@@ -97,10 +97,10 @@ def test_any_shape_meets_the_bar(
   )
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(
   n=st.integers(1, 70),
-  d=st.one_of(st.integers(16, 150), st.just(128)),
+  d=st.one_of(st.integers(32, 150), st.just(128)),
   f=st.one_of(st.integers(1, 300), st.just(256)),
   dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
   weight_dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
@@ -172,7 +172,10 @@ BACKWARD_MUTANTS = {
     "self._copy_in(after,",
     "self._copy_in(i,",
   ),
-  "products of x without its norm": ("r.factor = r.normed", "pass"),
+  "products of x without its norm": (
+    "plan.norm is None else r.normed",
+    "True else r.normed",
+  ),
   "dx of the norm": ("dx, dscale = plan", "_, dscale = plan"),
   "dscale of the last rows": (
     "jnp.where(is_first, 0.0, r.dscale[...]) + part",
@@ -327,7 +330,6 @@ def test_float32_weights_are_cast_in_the_kernel():
 def test_wide_models_fit(dtype):
   """Tiles shrink as D grows, by a model of VMEM; beyond it the op refuses."""
   args = described(512, 8192, 256, dtype, dtype)
-  v5e.compile(value_and_gradients(feed_forward), *args[:4])
   v5e.compile(value_and_gradients(BLOCK), *args)
   with pytest.raises(ValueError, match="feed_forward: .* got D = 100000"):
     jax.eval_shape(KERNEL, *described(512, 100_000, 256, dtype, dtype)[:4])
