@@ -13,14 +13,11 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("NPROC", "64")
 # XLA may drop a rounding to bfloat16 between two fused operations; here it must
 # not, or a compiled reference would not be the plain jnp that it specifies.
-# And problems of a few tiles take longer to compile than to run, the more so
-# the better the code.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_allow_excess_precision=false",
-    "--xla_backend_optimization_level=0",
   ]
 )
 
