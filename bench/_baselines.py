@@ -236,17 +236,14 @@ def splash_kernel(
 
 def _splash_blocks(q: int, kv: int, compute: int) -> dict[str, Any]:
   """Blocks of the forward pass and of that for keys and values, the same."""
-  forward: dict[str, Any] = {
+  return {
     "block_q": q,
     "block_kv": kv,
     "block_kv_compute": compute,
-  }
-  backward = {
     "block_q_dkv": q,
     "block_kv_dkv": kv,
     "block_kv_dkv_compute": compute,
   }
-  return forward | backward
 
 
 def _jax_splash(

@@ -40,7 +40,7 @@ from ._units import (
 BRANCH_DELAY = 4
 GRANULE_BYTES = 32  # unit of the listing's `size_in_granules`
 _MAX_BUNDLES = 400_000_000
-_SHORTEST_STRETCH = 32  # bundles; fewer are done faster than they are looked up
+_SHORTEST_STRETCH = 32  # bundles; to look a stretch up has its own cost
 
 
 class Undecidable(Exception):
@@ -215,7 +215,8 @@ class _Machine:
         is_plain = False
       elif step := self._scalar(i):
         scalar.append(step)
-      steps += [step] if step else []
+      if step:
+        steps.append(step)
     return _Bundle(phis, steps, scalar, timed, is_plain)
 
   def _timed(self, instruction: Instruction) -> Callable[[], None] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -272,8 +273,8 @@ def _case(
   up = jax.ShapeDtypeStruct((d, f), weight_dtype or dtype)
   weights = (up, up, jax.ShapeDtypeStruct((f, d), up.dtype))[: 2 + down]
   if is_normed:
-    scale = jax.ShapeDtypeStruct((d,), jnp.float32)
-    kwargs["norm"] = Norm(scale, scale_offset=1.0)  # type: ignore[arg-type]
+    scale: Any = jax.ShapeDtypeStruct((d,), jnp.float32)
+    kwargs["norm"] = Norm(scale, scale_offset=1.0)
     kwargs |= {"residual": True} if down else {}
   return Case(name, (x, *weights), kwargs)
 

@@ -164,6 +164,14 @@ def test_mutants_die(name):
   mutation.assert_killed(agrees, copy.geglu)
 
 
+def test_dh_that_is_not_given_dies():
+  gated = sys.modules[f"{PACKAGE}._gated"]
+  around = mutation.mutant(gated, '"dh"] = dy', '"dh"] = dy * 0')
+  copy = mutation.mutant(MODULE, "import functools", "import functools")
+  vars(copy)["_geglu"] = around.with_vjp("geglu", copy._forward, copy._finish)
+  mutation.assert_killed(agrees, copy.geglu)
+
+
 @pytest.mark.parametrize("weight_axis", [None, 0])
 def test_vmap(weight_axis):
   x, w_gate, w_up = draw(70, 72, 200)
