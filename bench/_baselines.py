@@ -36,14 +36,14 @@ def programs() -> Iterator[Program]:
       fields: dict[str, Any] = dict(
         costs=op.cost(*case.args, **case.kwargs), op=op.name, case=case.name
       )
-      if op.name == "feed_forward":
+      if "feed_forward" in op.baselines:
         yield from passes(
           functools.partial(_with_barrier, case),
           implementation="xla-barrier",
           default=i == 0 or "norm" in case.kwargs,
           **fields,
         )
-      if op.name == "flash_attention" and _Attention.can_do(case):
+      if "attention" in op.baselines and _Attention.can_do(case):
         yield from _attention(case, fields)
 
 

@@ -27,8 +27,8 @@ def _other_ways(op: Op, case: Case, *, default: bool) -> Iterator[Program]:
     # The forward pass alone keeps nothing in any mode.
     label = f"pallas-{mode}"
     yield of_case(op, case, "pallas", config, label, default=default)[-1]
-  if op.name == "flash_attention" and case.args[1].shape[2] > 1:
-    # Heads first, which projections give for nothing; all baselines get it.
+  if op.own_layout(*case.args, **case.kwargs):
+    # All baselines get theirs.
     yield from of_case(
       op, case, "pallas", label="pallas-own-layout", free_layouts=True
     )

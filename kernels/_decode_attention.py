@@ -150,4 +150,5 @@ OP = Op(
   ),
   benches=(_case("gemma_2b_8x8k", 8, 1, 8192, 8, 1, 256),),
   pallas=False,
+  through_softmax=True,
 )

@@ -276,4 +276,5 @@ OP = Op(
   tests=small_cases(down=True),
   benches=model_cases(down=True),
   modes=MODES,
+  baselines=("feed_forward",),
 )

@@ -752,6 +752,10 @@ OP = Op(
   function=flash_attention,
   reference=flash_attention_reference,
   cost=_cost,
+  through_softmax=True,
+  # Heads first; those of a single kv head lie so in either.
+  own_layout=lambda q, k, *_, **__: k.shape[2] > 1,
+  baselines=("attention",),
   tests=(
     _case("mqa_causal", 1, 128, 4, 1, 128, jnp.float32, is_causal=True),
     _case("gqa_ragged", 2, 37, 4, 2, 64, jnp.float32, s=50),

@@ -622,6 +622,7 @@ OP = Op(
   function=linear_cross_entropy,
   reference=linear_cross_entropy_reference,
   cost=_cost,
+  through_softmax=True,
   tests=(
     _case("one_tile", (64,), 128, 256, jnp.float32),
     _case("ragged", (3, 11), 100, 333, jnp.float32, valid_vocab_size=300),

@@ -122,6 +122,11 @@ class Op:
     pallas: whether a Pallas kernel stands behind `implementation="pallas"`.
     modes: other ways for its gradient than the default's, by name: each maps a
       case's arguments to a `config`.
+    through_softmax: whether its gradients pass through a softmax, for which the
+      numerics bar allows a wider margin.
+    own_layout: whether, of a case's arguments, the kernel wants another memory
+      layout than row-major, one that a model's projections give for nothing.
+    baselines: what else does the same, as the benchmarks name it.
   """
 
   name: str
@@ -134,6 +139,9 @@ class Op:
   modes: Mapping[str, Callable[..., Any]] = dataclasses.field(
     default_factory=dict
   )
+  through_softmax: bool = False
+  own_layout: Callable[..., bool] = lambda *_, **__: False
+  baselines: tuple[str, ...] = ()
 
 
 def dispatch(

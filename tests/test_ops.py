@@ -25,10 +25,6 @@ def has_gradient(op, case):
   return op.cost(*case.args, **case.kwargs)[1] is not None
 
 
-def through_softmax(op):
-  return "attention" in op.name or "cross_entropy" in op.name
-
-
 @pytest.mark.parametrize("op, case", KERNEL_CASES)
 def test_kernel_agrees_with_reference(op, case):
   kernel = functools.partial(op.function, implementation="pallas")
@@ -36,7 +32,7 @@ def test_kernel_agrees_with_reference(op, case):
     case.bind(kernel),
     case.bind(op.reference),
     case.sample(),
-    softmax=through_softmax(op),
+    softmax=op.through_softmax,
     grad=has_gradient(op, case),
   )
 
@@ -50,7 +46,7 @@ def test_default_off_tpu_is_the_reference(op, case):
   run = run if has_gradient(op, case) else numerics.values
   got = run(case.bind(op.function), arrays, jit=True)
   want = run(case.bind(op.reference), arrays, jit=True)
-  numerics.assert_within_bar(got, want, want, softmax=through_softmax(op))
+  numerics.assert_within_bar(got, want, want, softmax=op.through_softmax)
 
 
 @pytest.mark.parametrize("op, case", KERNEL_CASES)
