@@ -21,6 +21,11 @@ from ._flash_attention import flash_attention as flash_attention
 from ._flash_attention import (
   flash_attention_reference as flash_attention_reference,
 )
+from ._frame.op import Case as Case
+from ._frame.op import Cost as Cost
+from ._frame.op import Integers as Integers
+from ._frame.op import Op as Op
+from ._frame.sharding import sharding as sharding
 from ._geglu import OP as _GEGLU
 from ._geglu import geglu as geglu
 from ._geglu import geglu_reference as geglu_reference
@@ -34,11 +39,6 @@ from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from ._linear_cross_entropy import (
   linear_cross_entropy_reference as linear_cross_entropy_reference,
 )
-from ._norm import Norm as Norm
-from ._op import Case as Case
-from ._op import Cost as Cost
-from ._op import Integers as Integers
-from ._op import Op as Op
 from ._rms_norm import ADD_OP as _ADD_RMS_NORM
 from ._rms_norm import OP as _RMS_NORM
 from ._rms_norm import RMSNormConfig as RMSNormConfig
@@ -50,7 +50,7 @@ from ._rope import OP as _APPLY_ROPE
 from ._rope import RopeConfig as RopeConfig
 from ._rope import apply_rope as apply_rope
 from ._rope import apply_rope_reference as apply_rope_reference
-from ._sharding import sharding as sharding
+from ._row_norm import Norm as Norm
 
 # To add a kernel: one new module, its imports above, one entry here.
 OPS: tuple[Op, ...] = (

@@ -35,25 +35,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from ._norm import Norm, RowNorm, check_norm
-from ._op import (
-  Case,
-  Cost,
+from ._frame import tpu
+from ._frame.check import (
   Implementation,
-  Op,
   check_float,
   check_implementation,
   check_shape,
-  dispatch,
-  nbytes,
 )
-from ._sharding import leading_dims, like, per_device
+from ._frame.kernel import Saved, kernel_op
+from ._frame.op import Case, Cost, Op, nbytes
+from ._frame.sharding import Split, leading_dims, varying_like
+from ._row_norm import Norm, RowNorm, check_norm
 
 # --- specification ------------------------------------------------------------
 
@@ -90,7 +88,6 @@ def add_rms_norm_reference(
 # --- configuration ------------------------------------------------------------
 
 _TILE_BYTES = 1 << 20
-_VMEM_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +101,7 @@ class RMSNormConfig:
   rows: int = 256
 
   def __post_init__(self):
-    if self.rows <= 0 or self.rows % 16:
+    if self.rows <= 0 or self.rows % tpu.BFLOAT16_SUBLANES:
       raise ValueError(
         f"RMSNormConfig: rows must be a positive multiple of 16, "
         f"got {self.rows}"
@@ -117,224 +114,223 @@ class RMSNormConfig:
     Large enough to hide a grid step's overhead behind its copies, small enough
     that the first load and the last store, which nothing hides, cost little;
     with two buffers per operand and the float32 temporaries a grid step stays
-    far below `_VMEM_BYTES`.
+    far below what VMEM holds.
     """
-    row_bytes = pl.cdiv(width, 128) * 128 * jnp.dtype(dtype).itemsize
+    row_bytes = tpu.lanes(width) * jnp.dtype(dtype).itemsize
     rows = _TILE_BYTES // row_bytes // 16 * 16
     return cls(rows=min(max(rows, 16), 1024))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
-  """Everything that is not an array, in one hashable piece."""
+class Problem:
+  """Everything that is not an array."""
 
   norm: RowNorm
   implementation: Implementation
-  config: RMSNormConfig
+  config: RMSNormConfig | None
+
+  def rows(self, x: jax.Array) -> int:
+    """Rows per grid step."""
+    config = self.config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
+    return config.rows
 
 
-def _row_tiles(rows: int, width: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-  """Block specs of a [R, D] operand and of a [1, D] operand."""
-  return (
-    pl.BlockSpec((rows, width), lambda i: (i, 0)),
-    pl.BlockSpec((1, width), lambda i: (0, 0)),
+class Arrays(NamedTuple):
+  """What the op is given; rms_norm has no residual."""
+
+  x: Any  # [..., D]
+  residual: Any  # [..., D]
+  scale: Any  # [D]
+
+
+class Outs(NamedTuple):
+  """What the op gives; rms_norm has no sum."""
+
+  y: Any  # [..., D], the norm
+  h: Any  # [..., D], x + residual
+
+
+def _rows(x: jax.Array | None) -> jax.Array | None:
+  """[..., D] as [R, D]."""
+  return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _reference(p: Problem, a: Arrays) -> Outs:
+  h = None if a.residual is None else a.x + a.residual
+  x = a.x if h is None else h
+  return Outs(
+    rms_norm_reference(
+      x, a.scale, epsilon=p.norm.epsilon, scale_offset=p.norm.scale_offset
+    ),
+    h,
   )
-
-
-# The grid runs in order, as the sum over tiles needs; a v5e has one core, so
-# nothing is lost where it would not have to.
-_PARAMS = pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES)
 
 
 # --- forward ------------------------------------------------------------------
+# One grid step: a tile of rows, whole.
+#   1. add        h = x + residual, rounded, if there is a residual
+#   2. normalise  y = h * rsqrt(mean(h^2) + epsilon) * (offset + scale)
 
 
-def _fwd_kernel(
-  x_ref,  # [rows, D]
-  scale_ref,  # [1, D]
-  y_ref,  # [rows, D]
-  *,
-  static: _Static,
-):
-  x = x_ref[...].astype(jnp.float32)
-  y_ref[...] = static.norm.of(x, scale_ref[...]).astype(y_ref.dtype)
+class ForwardInputs(NamedTuple):
+  """Refs of the forward kernel's inputs."""
+
+  x: Any  # [rows, D]
+  residual: Any  # [rows, D], or None
+  scale: Any  # [1, D]
 
 
-def _add_fwd_kernel(
-  x_ref,  # [rows, D]
-  residual_ref,  # [rows, D]
-  scale_ref,  # [1, D]
-  y_ref,  # [rows, D]
-  h_ref,  # [rows, D]
-  *,
-  static: _Static,
-):
-  wide = x_ref[...].astype(jnp.float32) + residual_ref[...].astype(jnp.float32)
-  h_ref[...] = wide.astype(h_ref.dtype)
-  _fwd_kernel(h_ref, scale_ref, y_ref, static=static)
+class ForwardOutputs(NamedTuple):
+  """Refs of its outputs."""
+
+  y: Any  # [rows, D]
+  h: Any  # [rows, D], or None
 
 
-def _fwd(static: _Static, x: jax.Array, scale: jax.Array) -> jax.Array:
-  n, d = x.shape
-  tile, whole = _row_tiles(static.config.rows, d)
-  return pl.pallas_call(
-    functools.partial(_fwd_kernel, static=static),
-    name="rms_norm_fwd",
-    grid=(pl.cdiv(n, static.config.rows),),
-    in_specs=[tile, whole],
-    out_specs=tile,
-    out_shape=like(x.shape, x.dtype, x),
-    compiler_params=_PARAMS,
-  )(x, scale[None, :])
+def _forward_kernel(i: ForwardInputs, o: ForwardOutputs, *, norm: RowNorm):
+  x = i.x[...].astype(jnp.float32)
+  if i.residual is not None:
+    h = x + i.residual[...].astype(jnp.float32)
+    o.h[...] = h.astype(o.h.dtype)
+    x = o.h[...].astype(jnp.float32)
+  # x * rsqrt(mean(x^2) + epsilon) * (offset + scale)
+  y = norm.of(x, i.scale[...])
+  o.y[...] = y.astype(o.y.dtype)
 
 
-def _add_fwd(
-  static: _Static, x: jax.Array, residual: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  n, d = x.shape
-  tile, whole = _row_tiles(static.config.rows, d)
-  y, h = pl.pallas_call(
-    functools.partial(_add_fwd_kernel, static=static),
-    name="add_rms_norm_fwd",
-    grid=(pl.cdiv(n, static.config.rows),),
-    in_specs=[tile, tile, whole],
-    out_specs=[tile, tile],
-    out_shape=[like(x.shape, x.dtype, x)] * 2,
-    compiler_params=_PARAMS,
-  )(x, residual, scale[None, :])
-  return y, h
+def _forward(p: Problem, a: Arrays) -> Outs:
+  x, residual = _rows(a.x), _rows(a.residual)
+  (n, d), rows = x.shape, p.rows(x)
+  tile = pl.BlockSpec((rows, d), lambda i: (i, 0))
+  whole = pl.BlockSpec((1, d), lambda i: (0, 0))
+  has = residual is not None
+  out = varying_like(x, x.shape, x.dtype)
+  (outs,) = pl.pallas_call(
+    functools.partial(_forward_kernel, norm=p.norm),
+    name="add_rms_norm_fwd" if has else "rms_norm_fwd",
+    grid=(pl.cdiv(n, rows),),
+    in_specs=[ForwardInputs(tile, tile if has else None, whole)],
+    out_specs=[ForwardOutputs(tile, tile if has else None)],
+    out_shape=[ForwardOutputs(out, out if has else None)],
+    compiler_params=tpu.compiler_params(),
+  )(ForwardInputs(x, residual, a.scale[None, :]))
+  return Outs(*jax.tree.map(lambda y: y.reshape(a.x.shape), outs))
 
 
 # --- backward -----------------------------------------------------------------
+# One grid step: a tile of rows, whole.
+#   1. gradients  dx of the tile, and every row's part of dscale
+#   2. add        the gradient that reaches h = x + residual by other ways
+#   3. sum        dscale over rows, in the block that stays for all steps
 
 
-def _bwd_kernel(
-  x_ref,  # [rows, D]
-  scale_ref,  # [1, D]
-  dy_ref,  # [rows, D]
-  *refs,  # dh [rows, D] of add_rms_norm; then the outputs:
-  # dx_ref [rows, D]
-  # dscale_ref [1, D] float32, revisited by every grid step
-  static: _Static,
-  n: int,
+class BackwardInputs(NamedTuple):
+  """Refs of the backward kernel's inputs."""
+
+  x: Any  # [rows, D], of rms_norm; the sum h, of add_rms_norm
+  scale: Any  # [1, D]
+  dy: Any  # [rows, D]
+  dh: Any  # [rows, D], or None
+
+
+class BackwardOutputs(NamedTuple):
+  """Refs of its outputs."""
+
+  dx: Any  # [rows, D]
+  dscale: Any  # [1, D] float32, the same block for every grid step
+
+
+def _backward_kernel(
+  i: BackwardInputs, o: BackwardOutputs, *, norm: RowNorm, n: int
 ):
-  *dh_ref, dx_ref, dscale_ref = refs
-  i = pl.program_id(0)
-  rows = x_ref.shape[0]
-  x = x_ref[...].astype(jnp.float32)
-  dy = dy_ref[...].astype(jnp.float32)
-  dx, dscale = static.norm.gradients(x, scale_ref[...], dy)
-  if dh_ref:
-    dx += dh_ref[0][...].astype(jnp.float32)
-  dx_ref[...] = dx.astype(dx_ref.dtype)
+  step, rows = pl.program_id(0), i.x.shape[0]
+  x, dy = i.x[...].astype(jnp.float32), i.dy[...].astype(jnp.float32)
+  # g = dy * (offset + scale),  r = rsqrt(mean(x^2) + epsilon)
+  # r * (g - x * mean(g * x) * r^2)   and   dy * x * r
+  dx, dscale = norm.gradients(x, i.scale[...], dy)
+  if i.dh is not None:
+    dx += i.dh[...].astype(jnp.float32)
+  o.dx[...] = dx.astype(o.dx.dtype)
 
-  @pl.when(i == 0)
+  @pl.when(step == 0)
   def _():
-    dscale_ref[...] = jnp.zeros_like(dscale_ref)
+    o.dscale[...] = jnp.zeros_like(o.dscale)
 
-  # Rows past n hold undefined data, and this is the only sum across rows.
-  row_ids = i * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-  if n % rows:
-    dscale = jnp.where(row_ids < n, dscale, 0.0)
-  dscale_ref[...] += jnp.sum(dscale, axis=0, keepdims=True)
+  o.dscale[...] += _sum_of_rows(dscale, n - step * rows, ragged=n % rows != 0)
 
 
-def _bwd(
-  static: _Static, x: jax.Array, scale: jax.Array, *cotangents: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """dx and dscale from (dy,) for rms_norm, from (dy, dh) for add_rms_norm."""
-  n, d = x.shape
-  tile, whole = _row_tiles(static.config.rows, d)
-  dx, dscale = pl.pallas_call(
-    functools.partial(_bwd_kernel, static=static, n=n),
-    name="rms_norm_bwd" if len(cotangents) == 1 else "add_rms_norm_bwd",
-    grid=(pl.cdiv(n, static.config.rows),),
-    in_specs=[tile, whole, *[tile] * len(cotangents)],
-    out_specs=[tile, whole],
-    out_shape=[like(x.shape, x.dtype, x), like((1, d), jnp.float32, x)],
-    compiler_params=_PARAMS,
-  )(x, scale[None, :], *cotangents)
-  return dx, dscale[0].astype(scale.dtype)
+def _sum_of_rows(tile: jax.Array, inside: Any, *, ragged: bool) -> jax.Array:
+  """The sum of a tile's rows.  Those past the end hold undefined data, and
+  this is the only sum across rows."""
+  if ragged:
+    row = jax.lax.broadcasted_iota(jnp.int32, (tile.shape[0], 1), 0)
+    tile = jnp.where(row < inside, tile, 0.0)
+  return jnp.sum(tile, axis=0, keepdims=True)
 
 
-# --- differentiation ----------------------------------------------------------
-# Residuals are the inputs of the norm: x, or the sum h, which is an output.
+def _backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  has = d.h is not None
+  x, scale = saved.outs.h if has else saved.arrays.x, saved.arrays.scale
+  shape, x = x.shape, _rows(x)
+  (n, width), rows = x.shape, p.rows(x)
+  tile = pl.BlockSpec((rows, width), lambda i: (i, 0))
+  whole = pl.BlockSpec((1, width), lambda i: (0, 0))
+  (grads,) = pl.pallas_call(
+    functools.partial(_backward_kernel, norm=p.norm, n=n),
+    name="add_rms_norm_bwd" if has else "rms_norm_bwd",
+    grid=(pl.cdiv(n, rows),),
+    in_specs=[BackwardInputs(tile, whole, tile, tile if has else None)],
+    out_specs=[BackwardOutputs(tile, whole)],
+    out_shape=[
+      BackwardOutputs(
+        varying_like(x, x.shape, x.dtype),
+        varying_like(x, (1, width), jnp.float32),
+      )
+    ],
+    compiler_params=tpu.compiler_params(),
+  )(BackwardInputs(x, scale[None, :], _rows(d.y), _rows(d.h)))
+  dx = grads.dx.reshape(shape)
+  return Arrays(dx, dx if has else None, grads.dscale[0].astype(scale.dtype))
 
 
-def _reference(static: _Static, x: jax.Array, scale: jax.Array) -> jax.Array:
-  return rms_norm_reference(
-    x,
-    scale,
-    epsilon=static.norm.epsilon,
-    scale_offset=static.norm.scale_offset,
-  )
+def _plain_add_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  """The reference's gradients from the sum h, which alone is saved."""
+
+  def of_sum(h: jax.Array, scale: jax.Array) -> jax.Array:
+    return _reference(p, Arrays(h, None, scale)).y
+
+  dh, dscale = jax.vjp(of_sum, saved.outs.h, saved.arrays.scale)[1](d.y)
+  dh += d.h
+  return Arrays(dh, dh, dscale)
 
 
-def _reference_bwd(
-  static: _Static, x: jax.Array, scale: jax.Array, dy: jax.Array, *dh: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  _, vjp = jax.vjp(functools.partial(_reference, static), x, scale)
-  dx, dscale = vjp(dy)
-  return (dx + dh[0] if dh else dx), dscale
+# --- the ops ------------------------------------------------------------------
 
 
-def _rms_norm_primal(
-  static: _Static, x: jax.Array, scale: jax.Array
-) -> jax.Array:
-  return dispatch(
-    static.implementation,
-    functools.partial(_fwd, static),
-    functools.partial(_reference, static),
-    x,
-    scale,
-  )
+def _split(p: Problem, a: Arrays) -> Split:
+  del p
+  rows = leading_dims(a.x.ndim - 1) + "D"
+  added = None if a.residual is None else rows
+  return Split(Arrays(rows, added, "D"), Outs(rows, added), over="BT")
 
 
-def _backward(static: _Static, *args: jax.Array) -> tuple[jax.Array, ...]:
-  return dispatch(
-    static.implementation,
-    functools.partial(_bwd, static),
-    functools.partial(_reference_bwd, static),
-    *args,
-  )
-
-
-_rms_norm = jax.custom_vjp(_rms_norm_primal, nondiff_argnums=(0,))
-_rms_norm.defvjp(
-  lambda static, x, scale: (_rms_norm_primal(static, x, scale), (x, scale)),
-  lambda static, saved, dy: _backward(static, *saved, dy),
+_rms_norm = kernel_op(
+  "rms_norm",
+  reference=_reference,
+  forward=_forward,
+  backward=_backward,
+  saves=("x", "scale"),
+  split=_split,
 )
-
-
-def _add_rms_norm_primal(
-  static: _Static, x: jax.Array, residual: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  def reference(x, residual, scale):
-    h = x + residual
-    return _reference(static, h, scale), h
-
-  return dispatch(
-    static.implementation,
-    functools.partial(_add_fwd, static),
-    reference,
-    x,
-    residual,
-    scale,
-  )
-
-
-def _add_rms_norm_fwd(static, x, residual, scale):
-  y, h = _add_rms_norm_primal(static, x, residual, scale)
-  return (y, h), (h, scale)
-
-
-def _add_rms_norm_bwd(static, saved, cotangents):
-  dh, dscale = _backward(static, *saved, *cotangents)
-  return dh, dh, dscale
-
-
-_add_rms_norm = jax.custom_vjp(_add_rms_norm_primal, nondiff_argnums=(0,))
-_add_rms_norm.defvjp(_add_rms_norm_fwd, _add_rms_norm_bwd)
+_add_rms_norm = kernel_op(
+  "add_rms_norm",
+  reference=_reference,
+  forward=_forward,
+  backward=_backward,
+  saves=("scale", "h"),
+  plain_backward=_plain_add_backward,
+  split=_split,
+)
 
 # --- public -------------------------------------------------------------------
 
@@ -345,14 +341,6 @@ def _check(op: str, x, scale, epsilon, implementation) -> None:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
   check_float(op, x=x)
   check_norm(op, x, Norm(scale, epsilon))
-
-
-def _by_rows(function, *args: jax.Array):
-  """Applies `function` to args [..., D] seen as [R, D]; scale comes last."""
-  *tensors, scale = args
-  shape = tensors[0].shape
-  rows = [t.reshape(-1, shape[-1]) for t in tensors]
-  return jax.tree.map(lambda y: y.reshape(shape), function(*rows, scale))
 
 
 def rms_norm(
@@ -387,21 +375,8 @@ def rms_norm(
       split over a mesh.
   """
   _check("rms_norm", x, scale, epsilon, implementation)
-  if implementation == "xla" or x.size == 0:
-    return rms_norm_reference(
-      x, scale, epsilon=epsilon, scale_offset=scale_offset
-    )
-  config = config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
-  static = _Static(RowNorm(epsilon, scale_offset), implementation, config)
-  dims = (*leading_dims(x.ndim - 1), "D")
-  return per_device(
-    "rms_norm",
-    functools.partial(_by_rows, functools.partial(_rms_norm, static)),
-    (x, scale),
-    (dims, ("D",)),
-    dims,
-    splits="BT",
-  )
+  problem = Problem(RowNorm(epsilon, scale_offset), implementation, config)
+  return _rms_norm(problem, Arrays(x, None, scale)).y
 
 
 def add_rms_norm(
@@ -439,21 +414,8 @@ def add_rms_norm(
     raise ValueError(
       f"{op}: residual must have x's dtype {x.dtype}, got {residual.dtype}"
     )
-  if implementation == "xla" or x.size == 0:
-    return add_rms_norm_reference(
-      x, residual, scale, epsilon=epsilon, scale_offset=scale_offset
-    )
-  config = config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
-  static = _Static(RowNorm(epsilon, scale_offset), implementation, config)
-  dims = (*leading_dims(x.ndim - 1), "D")
-  return per_device(
-    op,
-    functools.partial(_by_rows, functools.partial(_add_rms_norm, static)),
-    (x, residual, scale),
-    (dims, dims, ("D",)),
-    (dims, dims),
-    splits="BT",
-  )
+  problem = Problem(RowNorm(epsilon, scale_offset), implementation, config)
+  return tuple(_add_rms_norm(problem, Arrays(x, residual, scale)))
 
 
 # --- registration -------------------------------------------------------------
