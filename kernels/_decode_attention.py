@@ -35,7 +35,7 @@ from ._op import (
   check_shape,
   nbytes,
 )
-from ._rope import check_integers
+from ._frame.check import check_integers
 
 # --- specification ------------------------------------------------------------
 

@@ -72,7 +72,7 @@ from ._op import (
   dispatch,
   nbytes,
 )
-from ._rope import check_integers
+from ._frame.check import check_integers
 from ._sharding import leading_dims, per_device, split_axes
 from ._tuned import power_of_two, tuned_config
 

@@ -88,6 +88,7 @@ def add_rms_norm_reference(
 # --- configuration ------------------------------------------------------------
 
 _TILE_BYTES = 1 << 20
+_VMEM_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,7 +213,7 @@ def _forward(p: Problem, a: Arrays) -> Outs:
     in_specs=[ForwardInputs(tile, tile if has else None, whole)],
     out_specs=[ForwardOutputs(tile, tile if has else None)],
     out_shape=[ForwardOutputs(out, out if has else None)],
-    compiler_params=tpu.compiler_params(),
+    compiler_params=tpu.compiler_params(_VMEM_BYTES),
   )(ForwardInputs(x, residual, a.scale[None, :]))
   return Outs(*jax.tree.map(lambda y: y.reshape(a.x.shape), outs))
 
@@ -287,7 +288,7 @@ def _backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
         varying_like(x, (1, width), jnp.float32),
       )
     ],
-    compiler_params=tpu.compiler_params(),
+    compiler_params=tpu.compiler_params(_VMEM_BYTES),
   )(BackwardInputs(x, scale[None, :], _rows(d.y), _rows(d.h)))
   dx = grads.dx.reshape(shape)
   return Arrays(dx, dx if has else None, grads.dscale[0].astype(scale.dtype))

@@ -198,8 +198,8 @@ def _allowed(
       both = sorted(set(names) & set(used))
       if both and {letter, other} & set(split.alone):
         raise ValueError(
-          f"{op}: wanted different mesh axes for {other} and {letter}, got both "
-          f"split over {both}; use jax.sharding.reshard"
+          f"{op}: wanted different mesh axes for {other} and {letter}, got "
+          f"both split over {both}; use jax.sharding.reshard"
         )
     taken = {axis for used in axes.values() for axis in used}
     axes[letter] = tuple(axis for axis in names if axis not in taken)

@@ -62,13 +62,19 @@ def lanes(width: int) -> int:
 # --- of a call ----------------------------------------------------------------
 
 
-def compiler_params() -> pltpu.CompilerParams:
+def compiler_params(
+  vmem_bytes: int = KERNEL_VMEM_BYTES,
+) -> pltpu.CompilerParams:
   """What every kernel asks of the compiler.
 
   Grids run in order, as sums over their steps need; a v5e has one core, so
   nothing is lost where they would not have to.
+
+  Args:
+    vmem_bytes: what the kernel may take of VMEM.  In what it does not ask for,
+      XLA may hand arrays from one op to the next without a way through HBM.
   """
-  return pltpu.CompilerParams(vmem_limit_bytes=KERNEL_VMEM_BYTES)
+  return pltpu.CompilerParams(vmem_limit_bytes=vmem_bytes)
 
 
 def resident(
@@ -96,7 +102,7 @@ def dot(a: jax.Array, b: jax.Array, dims: Any = NN) -> jax.Array:
   float32 (`Precision.HIGHEST`), whatever `jax_default_matmul_precision` says.
   Who wants the speed of one pass passes bfloat16.
   """
-  precision = jax.lax.Precision
+  precision, exact = jax.lax.Precision, a.dtype == jnp.float32
   return jax.lax.dot_general(
     a,
     b,
