@@ -126,14 +126,11 @@ class RopeConfig:
   @classmethod
   def fitting(cls, heads: int, head_size: int, dtype: jnp.dtype) -> RopeConfig:
     """Tiles of a megabyte, or of 128 tokens and some of the heads."""
-    lanes = tpu.lanes(head_size)
-    head_bytes = lanes * jnp.dtype(dtype).itemsize
-    sublanes = 1 if heads == 1 else tpu.round_up(heads, tpu.SUBLANES)
+    head_bytes = tpu.lanes(head_size) * jnp.dtype(dtype).itemsize
     # A tile's heads lie in sublanes, which come in eights; one head alone is
     # laid out as a matrix of tokens.
-    token_bytes = head_bytes * (
-      1 if heads == 1 else tpu.round_up(heads, tpu.SUBLANES)
-    )
+    sublanes = 1 if heads == 1 else tpu.round_up(heads, tpu.SUBLANES)
+    token_bytes = head_bytes * sublanes
     rows = _TILE_BYTES // token_bytes // tpu.LANES * tpu.LANES
     if token_bytes * tpu.LANES <= 4 * _TILE_BYTES:
       return cls(rows=min(max(rows, tpu.LANES), 1024))
@@ -256,6 +253,36 @@ def _backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
 
 def _plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   return Arrays(_reference(p, Arrays(d.y, -saved.arrays.positions)).y, None)
+
+
+# --- for kernels that rotate their own inputs ---------------------------------
+
+
+def phases(
+  positions: jax.Array, timescale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """sin and cos [tokens, h] of positions [1, tokens] and timescale [1, h]."""
+  column = tpu.lanes_to_column(positions)
+  column = tpu.across(column, timescale.shape[1]).astype(jnp.float32)
+  return sin_cos(column / timescale)
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+  """Rotates rows [tokens times heads, H] by sin and cos [tokens, h].
+
+  h is a multiple of 128, and heads 1 or a multiple of 8.
+  """
+  tokens, half = sin.shape
+  heads = x.shape[0] // tokens
+  if heads > 1:
+    sin, cos = (
+      jnp.broadcast_to(y[:, None, :], (tokens, heads, half)).reshape(-1, half)
+      for y in (sin, cos)
+    )
+  first = x[:, :half].astype(jnp.float32)
+  second = x[:, half:].astype(jnp.float32)
+  rotated = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(rotated, axis=1).astype(x.dtype)
 
 
 # --- the op -------------------------------------------------------------------

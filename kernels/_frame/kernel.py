@@ -1,9 +1,10 @@
 """An op is three functions and two records; this makes it a citizen of JAX.
 
 The records are `NamedTuple`s of arrays, with None for what is absent: `Arrays`,
-what an op is given, and `Outs`, what it gives.  Everything that is not an array
-is the op's `Problem`, frozen and hashable, with at least `implementation`.  The
-functions are
+what an op is given, and `Outs`, what it gives.  (Integers may come in records
+of their own; floats are fields of `Arrays` itself.)  Everything that is not an
+array is the op's `Problem`, frozen and hashable, with at least the field
+`implementation`.  The functions are
 
     reference(problem, arrays) -> outs                     plain jnp
     forward(problem, arrays) -> outs                       Pallas
@@ -134,7 +135,8 @@ class kernel_op:  # lower case, as jax.custom_vjp
 
     def either(function: Callable[..., Any], saved: Saved, d_outs: Any) -> Any:
       grads = function(problem, saved._replace(wanted=wanted), d_outs)
-      return jax.tree.map(lambda want, g: g if want else None, wanted, grads)
+      pairs = zip(wanted, grads, strict=True)
+      return type(grads)(*(g if want is True else None for want, g in pairs))
 
     return _dispatch(
       problem.implementation,

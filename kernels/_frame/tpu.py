@@ -102,14 +102,12 @@ def dot(a: jax.Array, b: jax.Array, dims: Any = NN) -> jax.Array:
   float32 (`Precision.HIGHEST`), whatever `jax_default_matmul_precision` says.
   Who wants the speed of one pass passes bfloat16.
   """
-  precision, exact = jax.lax.Precision, a.dtype == jnp.float32
+  precision, is_float32 = jax.lax.Precision, a.dtype == jnp.float32
   return jax.lax.dot_general(
     a,
     b,
     (dims, ((), ())),
-    precision=precision.HIGHEST
-    if a.dtype == jnp.float32
-    else precision.DEFAULT,
+    precision=precision.HIGHEST if is_float32 else precision.DEFAULT,
     preferred_element_type=jnp.float32,
   )
 
@@ -165,3 +163,9 @@ def columns_to_lanes(columns: Sequence[jax.Array]) -> jax.Array:
       merged = jnp.where(lane == i, column, merged)
     rows.append(merged.T[: 1 + len(others)])
   return jnp.concatenate(rows)
+
+
+def store_lanes(ref: Any, rows: jax.Array) -> None:
+  """[n, LANES] into a ref [1, n LANES]."""
+  for i in range(rows.shape[0]):
+    ref[:, pl.ds(i * LANES, LANES)] = rows[i : i + 1]
