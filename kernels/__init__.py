@@ -6,6 +6,11 @@ K key/value heads, H head size, D model width, F feed-forward width,
 V vocabulary.
 """
 
+from ._add_rms_norm import OP as _ADD_RMS_NORM
+from ._add_rms_norm import add_rms_norm as add_rms_norm
+from ._add_rms_norm import (
+  add_rms_norm_reference as add_rms_norm_reference,
+)
 from ._attention.decode import OP as _DECODE_ATTENTION
 from ._attention.decode import decode_attention as decode_attention
 from ._attention.decode import (
@@ -38,11 +43,8 @@ from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from ._linear_cross_entropy import (
   linear_cross_entropy_reference as linear_cross_entropy_reference,
 )
-from ._rms_norm import ADD_OP as _ADD_RMS_NORM
 from ._rms_norm import OP as _RMS_NORM
 from ._rms_norm import RMSNormConfig as RMSNormConfig
-from ._rms_norm import add_rms_norm as add_rms_norm
-from ._rms_norm import add_rms_norm_reference as add_rms_norm_reference
 from ._rms_norm import rms_norm as rms_norm
 from ._rms_norm import rms_norm_reference as rms_norm_reference
 from ._rope import OP as _APPLY_ROPE

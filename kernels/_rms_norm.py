@@ -1,4 +1,4 @@
-"""Fused RMSNorm, alone and with the residual addition before it.
+"""Fused RMSNorm: the op, and the kernels of `add_rms_norm` too.
 
 Maths, for every row x in R^D of the input, a scale s in R^D and an offset o
 (1 for Gemma, whose stored scale is centred at zero; 0 for Llama):
@@ -10,8 +10,8 @@ Maths, for every row x in R^D of the input, a scale s in R^D and an offset o
     dx = r * (g - x * mean(g * x) / (mean(x^2) + epsilon))
     ds = sum over rows of dy * x * r
 
-`add_rms_norm` normalises h = x + residual, rounded to the inputs' dtype, and
-returns h too; its backward adds the gradient that reaches h by other ways.
+`add_rms_norm`, in `_add_rms_norm.py`, normalises h = x + residual, rounded to
+the inputs' dtype, and returns h too; the kernels here do either.
 
 Traffic: forward reads x and writes y; backward reads x and dy and writes dx
 (r is recomputed: it costs nothing beside the bytes).  With the residual:
@@ -46,7 +46,6 @@ from ._frame.check import (
   Implementation,
   check_float,
   check_implementation,
-  check_shape,
 )
 from ._frame.kernel import Saved, kernel_op
 from ._frame.op import Case, Cost, Op, nbytes
@@ -69,20 +68,6 @@ def rms_norm_reference(
   mean_square = jnp.mean(x_wide * x_wide, axis=-1, keepdims=True)
   r = jax.lax.rsqrt(mean_square + epsilon)
   return (x_wide * r * (scale_offset + scale.astype(wide))).astype(x.dtype)
-
-
-def add_rms_norm_reference(
-  x: jax.Array,
-  residual: jax.Array,
-  scale: jax.Array,
-  *,
-  epsilon: float = 1e-6,
-  scale_offset: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
-  """The residual addition, then the norm of the sum.  The specification."""
-  h = x + residual
-  y = rms_norm_reference(h, scale, epsilon=epsilon, scale_offset=scale_offset)
-  return y, h
 
 
 # --- configuration ------------------------------------------------------------
@@ -156,7 +141,8 @@ def _rows(x: jax.Array | None) -> jax.Array | None:
   return None if x is None else x.reshape(-1, x.shape[-1])
 
 
-def _reference(p: Problem, a: Arrays) -> Outs:
+def reference(p: Problem, a: Arrays) -> Outs:
+  """The specification of both ops."""
   h = None if a.residual is None else a.x + a.residual
   x = a.x if h is None else h
   return Outs(
@@ -173,33 +159,34 @@ def _reference(p: Problem, a: Arrays) -> Outs:
 #   2. normalise  y = h * rsqrt(mean(h^2) + epsilon) * (offset + scale)
 
 
-class ForwardInputs(NamedTuple):
-  """Refs of the forward kernel's inputs."""
-
+class _ForwardInputs(NamedTuple):
   x: Any  # [rows, D]
   residual: Any  # [rows, D], or None
   scale: Any  # [1, D]
 
 
-class ForwardOutputs(NamedTuple):
-  """Refs of its outputs."""
-
+class _ForwardOutputs(NamedTuple):
   y: Any  # [rows, D]
   h: Any  # [rows, D], or None
 
 
-def _forward_kernel(i: ForwardInputs, o: ForwardOutputs, *, norm: RowNorm):
-  x = i.x[...].astype(jnp.float32)
+def _float32(ref: Any) -> jax.Array:
+  return ref[...].astype(jnp.float32)
+
+
+def _forward_kernel(i: _ForwardInputs, o: _ForwardOutputs, *, norm: RowNorm):
+  x = _float32(i.x)
   if i.residual is not None:
-    h = x + i.residual[...].astype(jnp.float32)
+    h = x + _float32(i.residual)
     o.h[...] = h.astype(o.h.dtype)
-    x = o.h[...].astype(jnp.float32)
+    x = _float32(o.h)  # the norm is that of the sum as it is returned
   # x * rsqrt(mean(x^2) + epsilon) * (offset + scale)
   y = norm.of(x, i.scale[...])
   o.y[...] = y.astype(o.y.dtype)
 
 
-def _forward(p: Problem, a: Arrays) -> Outs:
+def forward(p: Problem, a: Arrays) -> Outs:
+  """One kernel, with the addition or without."""
   x, residual = _rows(a.x), _rows(a.residual)
   (n, d), rows = x.shape, p.rows(x)
   tile = pl.BlockSpec((rows, d), lambda i: (i, 0))
@@ -210,11 +197,11 @@ def _forward(p: Problem, a: Arrays) -> Outs:
     functools.partial(_forward_kernel, norm=p.norm),
     name="add_rms_norm_fwd" if has else "rms_norm_fwd",
     grid=(pl.cdiv(n, rows),),
-    in_specs=[ForwardInputs(tile, tile if has else None, whole)],
-    out_specs=[ForwardOutputs(tile, tile if has else None)],
-    out_shape=[ForwardOutputs(out, out if has else None)],
+    in_specs=[_ForwardInputs(tile, tile if has else None, whole)],
+    out_specs=[_ForwardOutputs(tile, tile if has else None)],
+    out_shape=[_ForwardOutputs(out, out if has else None)],
     compiler_params=tpu.compiler_params(_VMEM_BYTES),
-  )(ForwardInputs(x, residual, a.scale[None, :]))
+  )(_ForwardInputs(x, residual, a.scale[None, :]))
   return Outs(*jax.tree.map(lambda y: y.reshape(a.x.shape), outs))
 
 
@@ -225,51 +212,46 @@ def _forward(p: Problem, a: Arrays) -> Outs:
 #   3. sum        dscale over rows, in the block that stays for all steps
 
 
-class BackwardInputs(NamedTuple):
-  """Refs of the backward kernel's inputs."""
-
+class _BackwardInputs(NamedTuple):
   x: Any  # [rows, D], of rms_norm; the sum h, of add_rms_norm
   scale: Any  # [1, D]
   dy: Any  # [rows, D]
   dh: Any  # [rows, D], or None
 
 
-class BackwardOutputs(NamedTuple):
-  """Refs of its outputs."""
-
+class _BackwardOutputs(NamedTuple):
   dx: Any  # [rows, D]
   dscale: Any  # [1, D] float32, the same block for every grid step
 
 
 def _backward_kernel(
-  i: BackwardInputs, o: BackwardOutputs, *, norm: RowNorm, n: int
+  i: _BackwardInputs, o: _BackwardOutputs, *, norm: RowNorm, n: int
 ):
   step, rows = pl.program_id(0), i.x.shape[0]
-  x, dy = i.x[...].astype(jnp.float32), i.dy[...].astype(jnp.float32)
+  x, dy = _float32(i.x), _float32(i.dy)
   # g = dy * (offset + scale),  r = rsqrt(mean(x^2) + epsilon)
   # r * (g - x * mean(g * x) * r^2)   and   dy * x * r
   dx, dscale = norm.gradients(x, i.scale[...], dy)
   if i.dh is not None:
-    dx += i.dh[...].astype(jnp.float32)
+    dx += _float32(i.dh)
   o.dx[...] = dx.astype(o.dx.dtype)
 
   @pl.when(step == 0)
   def _():
     o.dscale[...] = jnp.zeros_like(o.dscale)
 
-  o.dscale[...] += _sum_of_rows(dscale, n - step * rows, ragged=n % rows != 0)
+  if n % rows:
+    # Rows past n hold undefined data, and this is the only sum across rows.
+    dscale = tpu.zero_past(dscale, n - step * rows, axis=0)
+  _add(o.dscale, jnp.sum(dscale, axis=0, keepdims=True))
 
 
-def _sum_of_rows(tile: jax.Array, inside: Any, *, ragged: bool) -> jax.Array:
-  """The sum of a tile's rows.  Those past the end hold undefined data, and
-  this is the only sum across rows."""
-  if ragged:
-    row = jax.lax.broadcasted_iota(jnp.int32, (tile.shape[0], 1), 0)
-    tile = jnp.where(row < inside, tile, 0.0)
-  return jnp.sum(tile, axis=0, keepdims=True)
+def _add(ref: Any, part: jax.Array) -> None:
+  ref[...] += part
 
 
-def _backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  """One kernel, with the gradient of the sum or without."""
   has = d.h is not None
   x, scale = saved.outs.h if has else saved.arrays.x, saved.arrays.scale
   shape, x = x.shape, _rows(x)
@@ -280,35 +262,25 @@ def _backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     functools.partial(_backward_kernel, norm=p.norm, n=n),
     name="add_rms_norm_bwd" if has else "rms_norm_bwd",
     grid=(pl.cdiv(n, rows),),
-    in_specs=[BackwardInputs(tile, whole, tile, tile if has else None)],
-    out_specs=[BackwardOutputs(tile, whole)],
+    in_specs=[_BackwardInputs(tile, whole, tile, tile if has else None)],
+    out_specs=[_BackwardOutputs(tile, whole)],
     out_shape=[
-      BackwardOutputs(
+      _BackwardOutputs(
         varying_like(x, x.shape, x.dtype),
         varying_like(x, (1, width), jnp.float32),
       )
     ],
     compiler_params=tpu.compiler_params(_VMEM_BYTES),
-  )(BackwardInputs(x, scale[None, :], _rows(d.y), _rows(d.h)))
+  )(_BackwardInputs(x, scale[None, :], _rows(d.y), _rows(d.h)))
   dx = grads.dx.reshape(shape)
   return Arrays(dx, dx if has else None, grads.dscale[0].astype(scale.dtype))
 
 
-def _plain_add_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
-  """The reference's gradients from the sum h, which alone is saved."""
-
-  def of_sum(h: jax.Array, scale: jax.Array) -> jax.Array:
-    return _reference(p, Arrays(h, None, scale)).y
-
-  dh, dscale = jax.vjp(of_sum, saved.outs.h, saved.arrays.scale)[1](d.y)
-  dh += d.h
-  return Arrays(dh, dh, dscale)
+# --- the op ------------------------------------------------------------------
 
 
-# --- the ops ------------------------------------------------------------------
-
-
-def _split(p: Problem, a: Arrays) -> Split:
+def split(p: Problem, a: Arrays) -> Split:
+  """Over rows."""
   del p
   rows = leading_dims(a.x.ndim - 1) + "D"
   added = None if a.residual is None else rows
@@ -317,26 +289,18 @@ def _split(p: Problem, a: Arrays) -> Split:
 
 _rms_norm = kernel_op(
   "rms_norm",
-  reference=_reference,
-  forward=_forward,
-  backward=_backward,
+  reference=reference,
+  forward=forward,
+  backward=backward,
   saves=("x", "scale"),
-  split=_split,
-)
-_add_rms_norm = kernel_op(
-  "add_rms_norm",
-  reference=_reference,
-  forward=_forward,
-  backward=_backward,
-  saves=("scale", "h"),
-  plain_backward=_plain_add_backward,
-  split=_split,
+  split=split,
 )
 
 # --- public -------------------------------------------------------------------
 
 
-def _check(op: str, x, scale, epsilon, implementation) -> None:
+def check(op: str, x, scale, epsilon, implementation) -> None:
+  """Refuses what neither op takes."""
   check_implementation(op, implementation)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
@@ -375,48 +339,9 @@ def rms_norm(
       float32 or bfloat16, a negative epsilon, or an x whose last dimension is
       split over a mesh.
   """
-  _check("rms_norm", x, scale, epsilon, implementation)
+  check("rms_norm", x, scale, epsilon, implementation)
   problem = Problem(RowNorm(epsilon, scale_offset), implementation, config)
   return _rms_norm(problem, Arrays(x, None, scale)).y
-
-
-def add_rms_norm(
-  x: jax.Array,
-  residual: jax.Array,
-  scale: jax.Array,
-  *,
-  epsilon: float = 1e-6,
-  scale_offset: float = 0.0,
-  implementation: Implementation = None,
-  config: RMSNormConfig | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """The residual addition and the norm of the sum, in one pass over HBM.
-
-  Args:
-    x: [..., D] float32 or bfloat16, a sub-layer's output.
-    residual: [..., D] of x's shape and dtype, the residual stream.
-    scale: as in `rms_norm`.
-    epsilon: as in `rms_norm`.
-    scale_offset: as in `rms_norm`.
-    implementation: as in `rms_norm`.
-    config: tile sizes; None picks them from the shape.
-
-  Returns:
-    (normed, x + residual), both [..., D] of x's dtype.  The norm is that of the
-    sum as returned, after rounding.
-
-  Raises:
-    ValueError: as `rms_norm`, and if residual differs from x in shape or dtype.
-  """
-  op = "add_rms_norm"
-  _check(op, x, scale, epsilon, implementation)
-  check_shape(op, "residual", residual, x.shape, "the shape of x")
-  if residual.dtype != x.dtype:
-    raise ValueError(
-      f"{op}: residual must have x's dtype {x.dtype}, got {residual.dtype}"
-    )
-  problem = Problem(RowNorm(epsilon, scale_offset), implementation, config)
-  return tuple(_add_rms_norm(problem, Arrays(x, residual, scale)))
 
 
 # --- registration -------------------------------------------------------------
@@ -427,12 +352,7 @@ def _cost(x, scale, **_) -> tuple[Cost, Cost]:
   return Cost(0, 2 * row + gain), Cost(0, 3 * row + 2 * gain)
 
 
-def _add_cost(x, residual, scale, **_) -> tuple[Cost, Cost]:
-  row, gain = nbytes(x), nbytes(scale)
-  return Cost(0, 4 * row + gain), Cost(0, 4 * row + 2 * gain)
-
-
-def _cases(arrays: int, *problems) -> tuple[Case, ...]:
+def cases(arrays: int, *problems) -> tuple[Case, ...]:
   """Cases with `arrays` inputs of one shape and the scale."""
   cases = []
   for name, shape, dtype, *scale_dtype in problems:
@@ -442,7 +362,7 @@ def _cases(arrays: int, *problems) -> tuple[Case, ...]:
   return tuple(cases)
 
 
-_TESTS = (
+TESTS = (
   ("one_tile", (256, 128), jnp.float32),
   ("ragged_rows", (3, 100, 256), jnp.float32),
   ("ragged_width", (40, 100), jnp.float32),
@@ -452,7 +372,7 @@ _TESTS = (
   ("bf16", (2, 64, 256), jnp.bfloat16),
   ("bf16_ragged", (5, 7, 100), jnp.bfloat16, jnp.bfloat16),
 )
-_BENCHES = (
+BENCHES = (
   ("gemma_2b_64k", (65536, 2048), jnp.bfloat16),
   ("gemma_2b_8k", (8192, 2048), jnp.bfloat16),
   ("gemma_7b_64k", (65536, 3072), jnp.bfloat16),
@@ -464,14 +384,6 @@ OP = Op(
   function=rms_norm,
   reference=rms_norm_reference,
   cost=_cost,
-  tests=_cases(1, *_TESTS),
-  benches=_cases(1, *_BENCHES),
-)
-ADD_OP = Op(
-  name="add_rms_norm",
-  function=add_rms_norm,
-  reference=add_rms_norm_reference,
-  cost=_add_cost,
-  tests=_cases(2, *_TESTS),
-  benches=_cases(2, *_BENCHES),
+  tests=cases(1, *TESTS),
+  benches=cases(1, *BENCHES),
 )

@@ -205,12 +205,17 @@ def _rotate_tile(x_ref: Any, y_ref: Any, sin: jax.Array, cos: jax.Array):
     y_ref[..., :half] = (first * cos - second * sin).astype(y_ref.dtype)
     y_ref[..., half:] = (second * cos + first * sin).astype(y_ref.dtype)
   else:
-    # Halves that are not whole registers: rotate the lanes by a half instead
-    # of taking them apart.
-    swapped = jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)
-    cos = jnp.concatenate([cos, cos], axis=-1)
-    sin = jnp.concatenate([-sin, sin], axis=-1)
-    y_ref[...] = (x * cos + swapped * sin).astype(y_ref.dtype)
+    y_ref[...] = _rotate_lanes(x, sin, cos).astype(y_ref.dtype)
+
+
+def _rotate_lanes(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+  """Of halves that are not whole registers: instead of taking them apart, the
+  lanes are rotated by a half."""
+  half = x.shape[-1] // 2
+  swapped = jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)
+  cos = jnp.concatenate([cos, cos], axis=-1)
+  sin = jnp.concatenate([-sin, sin], axis=-1)
+  return x * cos + swapped * sin
 
 
 def _rotated(
@@ -225,8 +230,7 @@ def _rotated(
   else:
     tile = pl.BlockSpec((rows, heads, h), lambda i, j: (i, j, 0))
   tokens = x.reshape((b * t, h) if n == 1 else (b * t, n, h))
-  timescale = rope_timescale(h // 2, p.base_frequency, jnp.float32)[None]
-  of_tokens = pl.BlockSpec((1, rows), lambda i, j: (0, i))
+  of_tokens = pl.BlockSpec((1, rows), _tile_of_tokens)
   whole = pl.BlockSpec((1, h // 2), lambda i, j: (0, 0))
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, sign=sign),
@@ -236,8 +240,22 @@ def _rotated(
     out_specs=[_Outputs(tile)],
     out_shape=[_Outputs(varying_like(x, tokens.shape, x.dtype))],
     compiler_params=tpu.compiler_params(_VMEM_BYTES),
-  )(_Inputs(positions.reshape(1, b * t).astype(jnp.int32), timescale, tokens))
+  )(_Inputs(_in_lanes(positions), _timescale(p, h), tokens))
   return outs.y.reshape(x.shape)
+
+
+def _tile_of_tokens(i: Any, j: Any) -> tuple[Any, Any]:
+  """Of [1, B T]: positions are the same for all heads."""
+  del j
+  return 0, i
+
+
+def _in_lanes(positions: jax.Array) -> jax.Array:
+  return positions.reshape(1, -1).astype(jnp.int32)
+
+
+def _timescale(p: Problem, head_size: int) -> jax.Array:
+  return rope_timescale(head_size // 2, p.base_frequency, jnp.float32)[None]
 
 
 def _forward(p: Problem, a: Arrays) -> Outs:

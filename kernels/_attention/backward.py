@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
   lse: Any  # [1, R] in units of `Problem.unit`
   dlse: Any  # [1, R] likewise
   segments: blocks.SegmentRefs | None
-  rope: tiles.RopeRefs | None
+  rope: blocks.RopeRefs | None
 
 
 class Outputs(NamedTuple):
@@ -286,7 +286,7 @@ def _run(
   bk, tg, h = q.shape
   row, whole, lane = tiles.block_specs(call, q, k)
   bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
-  rope, rope_specs = tiles.rope_operands(call, a.positions, h // 2)
+  rope, rope_specs = blocks.rope_operands(call, a.positions, h // 2)
   inputs = Inputs(q, k, v, outs.out, d.out, outs.lse, d.lse, ids, rope)
   (gradients,) = pl.pallas_call(
     functools.partial(_kernel, call=call),

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .._frame import tpu
+from .._rope import rope_timescale
 from .spec import Segments
 from .tiles import Call
 
@@ -198,21 +199,30 @@ def visible(
   # How far a key is ahead of the block's first query.  A row's query is its
   # index over G; multiplying by G on this side spares a division.
   ahead = key + (call.shift - block.q0)
-  mask = key < call.s
+  mask = _exists(key, call)
   if p.is_causal:
     mask &= _not_after(ahead, row, call.group)
   if p.window is not None:
     left, right = p.window
-    mask &= row < (ahead + (left + 1)) * call.group
+    mask &= _not_before(ahead + left, row, call.group)
     mask &= _not_after(ahead - right, row, call.group)
   if ids is not None:
     mask &= _same_segment(ids)
   return mask
 
 
+def _exists(key: jax.Array, call: Call) -> jax.Array:
+  return key < call.s
+
+
 def _not_after(ahead: jax.Array, row: jax.Array, group: int) -> jax.Array:
   """Whether the query at `ahead` is not after that of the row."""
   return ahead * group <= row
+
+
+def _not_before(ahead: jax.Array, row: jax.Array, group: int) -> jax.Array:
+  """Whether the query at `ahead` is not before that of the row."""
+  return row < (ahead + 1) * group
 
 
 def _same_segment(ids: TileIds) -> jax.Array:
@@ -292,3 +302,37 @@ def _id_range(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
   top = jnp.iinfo(jnp.int32).max
   low = jnp.min(jnp.where(ids == 0, top, ids), axis=2)
   return low, jnp.max(jnp.where(ids == 0, -top, ids), axis=2)
+
+
+# --- positions as operands ----------------------------------------------------
+
+
+class RopeRefs(NamedTuple):
+  """What a kernel needs to rotate."""
+
+  positions: Any  # [1, block_q]
+  timescale: Any  # [1, H / 2]
+
+
+def rope_operands(
+  call: Call, positions: jax.Array | None, half: int
+) -> tuple[RopeRefs | None, RopeRefs | None]:
+  """Operands and block specs; None without positions [B, T].
+
+  Args:
+    call: the kernel's.
+    positions: of queries and keys.
+    half: H / 2, the number of frequencies.
+  """
+  if positions is None:
+    return None, None
+  base, kv_heads = call.problem.base_frequency, call.kv_heads
+  timescale = rope_timescale(half, base, jnp.float32)
+  specs = RopeRefs(
+    pl.BlockSpec(
+      (None, 1, call.block_q),
+      lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, i),
+    ),
+    pl.BlockSpec((1, half), lambda b, i, *_: (0, 0)),
+  )
+  return RopeRefs(positions[:, None, :], timescale[None, :]), specs

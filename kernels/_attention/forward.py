@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
   k: Any  # [S, H], the same for all blocks of queries
   v: Any  # [S, H]
   segments: blocks.SegmentRefs | None
-  rope: tiles.RopeRefs | None
+  rope: blocks.RopeRefs | None
 
 
 class Outputs(NamedTuple):
@@ -256,7 +256,7 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   bk, tg, h = q.shape
   row, whole, lane = tiles.block_specs(call, q, k)
   bounds, ids, id_specs = blocks.segment_operands(call, arrays.segments)
-  rope, rope_specs = tiles.rope_operands(call, arrays.positions, h // 2)
+  rope, rope_specs = blocks.rope_operands(call, arrays.positions, h // 2)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_fwd",

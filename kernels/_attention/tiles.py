@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ from jax.experimental import pallas as pl
 
 from .._frame import tpu
 from .._frame.tuned import power_of_two, tuned_config
-from .._rope import rope_timescale
 from .spec import Arrays, Problem, Segments
 
 # Of it the model below plans with all; what the compiler adds is not in it.
@@ -42,22 +41,19 @@ class FlashAttentionConfig:
   block_kv_bwd: int = 256
 
   def __post_init__(self):
-    for name in ("block_q", "block_q_bwd"):
-      self._check(name, getattr(self, name) % 16 == 0, "a multiple of 16")
-    for name in ("block_kv", "block_kv_bwd"):
-      value = getattr(self, name)
-      power = value & (value - 1) == 0 and value >= tpu.LANES
-      self._check(name, power, f"a power of two, at least {tpu.LANES}")
-    whole = self.rows % tpu.LANES == 0
-    self._check("rows", whole, f"a multiple of {tpu.LANES}")
-
-  def _check(self, name: str, good: bool, wanted: str) -> None:
-    value = getattr(self, name)
-    if not good or value <= 0:
-      raise ValueError(
-        f"FlashAttentionConfig: {name} must be positive and {wanted}, "
-        f"got {value}"
-      )
+    for name, value in dataclasses.asdict(self).items():
+      if name.startswith("block_q"):
+        good, wanted = value % 16 == 0, "a multiple of 16"
+      elif name.startswith("block_kv"):
+        good = value & (value - 1) == 0 and value >= tpu.LANES
+        wanted = f"a power of two, at least {tpu.LANES}"
+      else:
+        good, wanted = value % tpu.LANES == 0, f"a multiple of {tpu.LANES}"
+      if not good or value <= 0:
+        raise ValueError(
+          f"FlashAttentionConfig: {name} must be positive and {wanted}, "
+          f"got {value}"
+        )
 
   @classmethod
   def fitting(
@@ -369,7 +365,7 @@ def rotates_inside(p: Problem, a: Arrays) -> bool:
   )
 
 
-# --- operands -----------------------------------------------------------------
+# --- blocks of the operands ---------------------------------------------------
 
 
 def block_specs(
@@ -406,34 +402,3 @@ def part_of(arrays: Arrays, call: Call) -> Arrays:
     arrays.v[:, call.keys],
     segments,
   )
-
-
-class RopeRefs(NamedTuple):
-  """What a kernel needs to rotate."""
-
-  positions: Any  # [1, block_q]
-  timescale: Any  # [1, H / 2]
-
-
-def rope_operands(
-  call: Call, positions: jax.Array | None, half: int
-) -> tuple[RopeRefs | None, RopeRefs | None]:
-  """Operands and block specs; None without positions [B, T].
-
-  Args:
-    call: the kernel's.
-    positions: of queries and keys.
-    half: H / 2, the number of frequencies.
-  """
-  if positions is None:
-    return None, None
-  base, kv_heads = call.problem.base_frequency, call.kv_heads
-  timescale = rope_timescale(half, base, jnp.float32)
-  specs = RopeRefs(
-    pl.BlockSpec(
-      (None, 1, call.block_q),
-      lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, i),
-    ),
-    pl.BlockSpec((1, half), lambda b, i, *_: (0, 0)),
-  )
-  return RopeRefs(positions[:, None, :], timescale[None, :]), specs
