@@ -136,8 +136,8 @@ class Outs(NamedTuple):
   h: Any  # [..., D], x + residual
 
 
-def _rows(x: jax.Array | None) -> jax.Array | None:
-  """[..., D] as [R, D]."""
+def _rows(x: Any) -> Any:
+  """[..., D] as [R, D]; None stays None."""
   return None if x is None else x.reshape(-1, x.shape[-1])
 
 

@@ -207,7 +207,7 @@ FORWARD_MUTANTS = {
   ),
   "window one short on the left": (
     "window",
-    (BLOCKS, "_not_before", lambda key, row, group: row < key * group),
+    (BLOCKS, "_before", lambda row, key, group: row < (key - 1) * group),
   ),
   "window one short on the right": (
     "window",

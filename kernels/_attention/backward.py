@@ -179,7 +179,7 @@ def _rotate(block: blocks.Block, i: Inputs, s: State) -> None:
 
 
 class Tile(NamedTuple):
-  """Keys against rows, in one turn of a loop.
+  """Keys and the rows of a block that meet in one turn of a loop.
 
   Attributes:
     key0: the first key.
@@ -375,8 +375,11 @@ def _run_and_add(
   dk, dv = jnp.zeros_like(a.k), jnp.zeros_like(a.v)
   for call in calls:
     rows, keys = call.query_rows, call.keys
-    of_call = [Outs(x.out[:, rows], x.lse[:, :, rows]) for x in (outs, d)]
-    new = _run(call, tiles.part_of(a, call), *of_call, jnp.float32)
+    outs_of_call, d_of_call = (
+      Outs(x.out[:, rows], x.lse[:, :, rows]) for x in (outs, d)
+    )
+    a_of_call = tiles.part_of(a, call)
+    new = _run(call, a_of_call, outs_of_call, d_of_call, jnp.float32)
     dq = dq.at[:, rows].add(new.dq)
     dk = dk.at[:, keys].set(new.dk)
     dv = dv.at[:, keys].set(new.dv)

@@ -204,7 +204,7 @@ def visible(
     mask &= _not_after(ahead, row, call.group)
   if p.window is not None:
     left, right = p.window
-    mask &= _not_before(ahead + left, row, call.group)
+    mask &= _before(row, ahead + (left + 1), call.group)
     mask &= _not_after(ahead - right, row, call.group)
   if ids is not None:
     mask &= _same_segment(ids)
@@ -220,9 +220,9 @@ def _not_after(ahead: jax.Array, row: jax.Array, group: int) -> jax.Array:
   return ahead * group <= row
 
 
-def _not_before(ahead: jax.Array, row: jax.Array, group: int) -> jax.Array:
-  """Whether the query at `ahead` is not before that of the row."""
-  return row < (ahead + 1) * group
+def _before(row: jax.Array, ahead: jax.Array, group: int) -> jax.Array:
+  """Whether the row's query is before that at `ahead`."""
+  return row < ahead * group
 
 
 def _same_segment(ids: TileIds) -> jax.Array:

@@ -69,20 +69,18 @@ class State(NamedTuple):
 
 def _kernel(bounds: Any, i: Inputs, o: Outputs, s: State, *, call: Call):
   block = blocks.Block.of_step(call, bounds)
-  rows = range(0, call.rows, call.softmax_rows)
-  groups = [pl.ds(r, call.softmax_rows) for r in rows]
   _take(block, i, s)
 
   def on_diagonal() -> None:
-    # Up to each group's last query, in whole registers.
-    ends = [g.start + g.size for g in groups]
+    # Each group of rows up to its last query, in whole registers.
+    ends = range(call.softmax_rows, call.rows + 1, call.softmax_rows)
     widths = [tpu.lanes(pl.cdiv(end, call.group)) for end in ends]
     key0 = block.own_keys.start
-    _attend(block, i, s, groups, key0, widths, masked=True, starts=True)
+    _attend(block, i, s, Keys(key0, widths, masked=True, starts=True))
 
   def on_others(key0: Any, masked: bool) -> None:
-    widths = [call.block_kv] * len(groups)
-    _attend(block, i, s, groups, key0, widths, masked=masked, starts=False)
+    widths = [call.block_kv] * (call.rows // call.softmax_rows)
+    _attend(block, i, s, Keys(key0, widths, masked))
 
   block.start(on_diagonal, functools.partial(_start, s))
   block.for_other_keys(on_others)
@@ -118,58 +116,56 @@ def _start(s: State) -> None:
   s.acc[...] = jnp.zeros_like(s.acc)
 
 
-def _attend(
-  block: blocks.Block,
-  i: Inputs,
-  s: State,
-  groups: Sequence[Any],
-  key0: Any,
-  widths: Sequence[int],
-  *,
-  masked: bool,
-  starts: bool,
-) -> None:
-  """The online softmax over the keys from key0 on.
+class Keys(NamedTuple):
+  """Keys that the rows of a block meet in one turn of a loop.
 
-    m'   = max(m, max_j s_j),    w_j = 2^(s_j - m'),    a = 2^(m - m')
-    sum' = a sum + sum_j w_j
-    acc' = a acc + sum_j w_j v_j
-
-  Args:
-    block: the queries.
-    i: the inputs.
-    s: the state; with `starts` it holds nothing yet.
-    groups: rows that go through together.
-    key0: the first key.
-    widths: how many keys each group sees.
+  Attributes:
+    key0: the first.
+    widths: how many of them each group of `softmax_rows` rows sees.
     masked: whether some of them may be hidden.
-    starts: whether these are the rows' first keys.
+    starts: whether they are the rows' first, and the state holds nothing yet.
   """
-  p = block.call.problem
+
+  key0: Any
+  widths: Sequence[int]
+  masked: bool
+  starts: bool = False
+
+
+def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
+  """The online softmax over some keys.
+
+  m'   = max(m, max_j s_j),    w_j = 2^(s_j - m'),    a = 2^(m - m')
+  sum' = a sum + sum_j w_j
+  acc' = a acc + sum_j w_j v_j
+  """
+  call, p = block.call, block.call.problem
   q, k = (i.q, i.k) if i.rope is None else (s.q, s.k)
+  starts = range(0, call.rows, call.softmax_rows)
+  groups = [pl.ds(start, call.softmax_rows) for start in starts]
   # All groups' products before any softmax: the matrix unit works on one group
   # while the vector unit works on another.
   products = [
-    tpu.dot(q[g, :], k[pl.ds(key0, width), :], tpu.NT)
-    for g, width in zip(groups, widths, strict=True)
+    tpu.dot(q[g, :], k[pl.ds(keys.key0, width), :], tpu.NT)
+    for g, width in zip(groups, keys.widths, strict=True)
   ]
   for g, product in zip(groups, products, strict=True):
     width = product.shape[1]
-    v = i.v[pl.ds(key0, width), :]
+    v = i.v[pl.ds(keys.key0, width), :]
     logits = p.logits(product)
-    if masked:
-      mask = _mask(block, i, s, g, key0, logits.shape)
+    if keys.masked:
+      mask = _mask(block, i, s, g, keys.key0, logits.shape)
       logits = jnp.where(mask, logits, MASKED)
+    before = None if keys.starts else s.m[g, :]
     m = _row_maximum(logits)
-    m_before = None if starts else s.m[g, :]
-    if m_before is not None:
-      m = jnp.maximum(m_before, m)
+    if before is not None:
+      m = jnp.maximum(before, m)
     s.m[g, :] = m
     weights = jnp.exp2((logits - tpu.across(m, width)) * p.to_base_2)
     total = _sum_by_lane(weights)
     acc = tpu.dot(weights.astype(v.dtype), v, tpu.NN)
-    if m_before is not None:
-      decay = jnp.exp2((m_before - m) * p.to_base_2)
+    if before is not None:
+      decay = jnp.exp2((before - m) * p.to_base_2)
       total, acc = _add_decayed(s, g, decay, total, acc)
     s.total[g, :] = total
     s.acc[g, :] = acc
@@ -193,8 +189,8 @@ def _row_maximum(logits: jax.Array) -> jax.Array:
 
 def _sum_by_lane(weights: jax.Array) -> jax.Array:
   """[R, keys] to [R, LANES]: the sum over lanes is left for the end."""
-  columns = range(0, weights.shape[1], tpu.LANES)
-  return sum(weights[:, c : c + tpu.LANES] for c in columns)
+  parts = jnp.split(weights, weights.shape[1] // tpu.LANES, axis=1)
+  return functools.reduce(jnp.add, parts)
 
 
 def _add_decayed(

@@ -116,31 +116,24 @@ class FlashAttentionConfig:
 
 def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
   """The caller's config, else the tuned one, else one that fits."""
-  sizes = Sizes.of(a.q, a.k)
-  config = p.config or _tuned(p, a)
+  (_, t, n, h), (_, s, kv_heads, _) = a.q.shape, a.k.shape
+  config, group = p.config, n // kv_heads
   if config is None:
-    config = FlashAttentionConfig.fitting(
-      sizes.group, sizes.head_size, a.q.dtype
+    mask = "causal" if p.is_causal else "full"
+    mask += "" if p.window is None else "_window"
+    mask += "" if a.segments is None else "_segments"
+    found = tuned_config(
+      "flash_attention",
+      heads=n,
+      kv_heads=kv_heads,
+      head_size=h,
+      length=power_of_two(max(t, s)),
+      dtype=a.q.dtype.name,
+      mask=mask,
     )
-  return config.clipped(sizes.t, sizes.s, sizes.group)
-
-
-def _tuned(p: Problem, a: Arrays) -> FlashAttentionConfig | None:
-  mask = "causal" if p.is_causal else "full"
-  if p.window is not None:
-    mask += "_window"
-  if a.segments is not None:
-    mask += "_segments"
-  found = tuned_config(
-    "flash_attention",
-    heads=a.q.shape[2],
-    kv_heads=a.k.shape[2],
-    head_size=a.q.shape[3],
-    length=power_of_two(max(a.q.shape[1], a.k.shape[1])),
-    dtype=a.q.dtype.name,
-    mask=mask,
-  )
-  return None if found is None else FlashAttentionConfig(**found)
+    config = FlashAttentionConfig(**found) if found else None
+  config = config or FlashAttentionConfig.fitting(group, h, a.q.dtype)
+  return config.clipped(t, s, group)
 
 
 # --- what fits VMEM -----------------------------------------------------------

@@ -115,7 +115,6 @@ class kernel_op:  # lower case, as jax.custom_vjp
 
   def run(self, problem: Any, arrays: Any, keep: bool) -> tuple[Any, Any]:
     """(outs, kept) by whichever implementation it is to be."""
-    plain_forward = self.plain_forward or self.reference
 
     def either(function: Callable[..., Any], arrays: Any) -> tuple[Any, Any]:
       if self.keeps:
@@ -125,7 +124,7 @@ class kernel_op:  # lower case, as jax.custom_vjp
     return _dispatch(
       problem.implementation,
       _mapped(self.vmap[0], functools.partial(either, self.forward)),
-      functools.partial(either, plain_forward),
+      functools.partial(either, self.plain_forward or self.reference),
       arrays,
     )
 
@@ -159,9 +158,10 @@ class kernel_op:  # lower case, as jax.custom_vjp
         floats,
         is_leaf=lambda x: x is None,
       )
+      plain_forward = self.plain_forward or self.reference
       if self.keeps:
-        return self.plain_forward(problem, arrays, keep=False)[0]
-      return (self.plain_forward or self.reference)(problem, arrays)
+        return plain_forward(problem, arrays, keep=False)[0]
+      return plain_forward(problem, arrays)
 
     return jax.vjp(of_floats, floats)[1](d_outs)[0]
 
