@@ -6,14 +6,14 @@ K key/value heads, H head size, D model width, F feed-forward width,
 V vocabulary.
 """
 
+import typing as _typing
+import warnings as _warnings
+
 from ._decode_attention import OP as _DECODE_ATTENTION
 from ._decode_attention import decode_attention as decode_attention
 from ._decode_attention import (
   decode_attention_reference as decode_attention_reference,
 )
-from ._feed_forward import OP as _FEED_FORWARD
-from ._feed_forward import feed_forward as feed_forward
-from ._feed_forward import feed_forward_reference as feed_forward_reference
 from ._flash_attention import OP as _FLASH_ATTENTION
 from ._flash_attention import FlashAttentionConfig as FlashAttentionConfig
 from ._flash_attention import Rope as Rope
@@ -26,11 +26,14 @@ from ._frame.op import Cost as Cost
 from ._frame.op import Integers as Integers
 from ._frame.op import Op as Op
 from ._frame.sharding import sharding as sharding
-from ._geglu import OP as _GEGLU
-from ._geglu import geglu as geglu
-from ._geglu import geglu_reference as geglu_reference
-from ._geglu_tiles import FeedForwardConfig as FeedForwardConfig
-from ._geglu_tiles import Tiles as Tiles
+from ._gated.op import FEED_FORWARD as _FEED_FORWARD
+from ._gated.op import GEGLU as _GEGLU
+from ._gated.op import feed_forward as feed_forward
+from ._gated.op import geglu as geglu
+from ._gated.spec import feed_forward_reference as feed_forward_reference
+from ._gated.spec import geglu_reference as geglu_reference
+from ._gated.tiles import FeedForwardConfig as FeedForwardConfig
+from ._gated.tiles import FeedForwardTiles as FeedForwardTiles
 from ._linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
 from ._linear_cross_entropy import (
   LinearCrossEntropyConfig as LinearCrossEntropyConfig,
@@ -63,3 +66,19 @@ OPS: tuple[Op, ...] = (
   _DECODE_ATTENTION,
   _LINEAR_CROSS_ENTROPY,
 )
+
+# Names of the release before, for one release.
+if _typing.TYPE_CHECKING:
+  from ._gated.tiles import FeedForwardTiles as Tiles  # noqa: F401
+else:
+
+  def __getattr__(name: str) -> _typing.Any:
+    if name != "Tiles":
+      raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _warnings.warn(
+      "pallas_gemma.kernels.Tiles is called FeedForwardTiles now; the old name "
+      "goes with the next release",
+      DeprecationWarning,
+      stacklevel=2,
+    )
+    return FeedForwardTiles

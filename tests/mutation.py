@@ -1,5 +1,6 @@
 """Mutants: a kernel with one line changed, which the tests must notice."""
 
+import contextlib
 import inspect
 import types
 
@@ -16,6 +17,19 @@ def mutant(module, old, new):
   copy.__package__ = module.__package__
   exec(compile(source.replace(old, new), module.__file__, "exec"), vars(copy))
   return copy
+
+
+@contextlib.contextmanager
+def replaced(monkeypatch, owner, name, wrong):
+  """Puts `wrong` in place of a named step of a module or a class.
+
+  Nothing that was traced with the one is run again with the other.
+  """
+  with monkeypatch.context() as patch:
+    patch.setattr(owner, name, wrong)
+    jax.clear_caches()
+    yield
+  jax.clear_caches()
 
 
 def assert_killed(check, *args):
