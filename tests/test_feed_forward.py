@@ -304,12 +304,19 @@ BACKWARD_MUTANTS = {
   "ragged rows reach dscale": ("_add_dscale", ragged_rows_reach_dscale),
   "residual without a gradient": ("_add_residual", lambda i, dx, plan: dx),
 }
+
+
+def fetch_from_the_wrong_place(self, fetch=TRAVEL.Travel._fetch_next):
+  self.after = self.i
+  fetch(self)
+
+
 TRAVEL_MUTANTS = {
   "dx is not awaited": ("_receive", lambda self: None),
   "slots are not awaited": ("_free_next", lambda self: None),
   "dx is fetched from the wrong place": (
-    "_row_tile_after",
-    lambda self: self.i,
+    "_fetch_next",
+    fetch_from_the_wrong_place,
   ),
 }
 

@@ -77,6 +77,10 @@ class Travel:
     self.slot = refs.slot[0]
     self.next = jnp.where(self.slot == _SLOTS - 1, 0, self.slot + 1)
     self.last = jnp.where(self.slot == 0, _SLOTS - 1, self.slot - 1)
+    # The row tiles of the step before the last, and of the next one.
+    i, n = self.i, self.row_tiles
+    self.two_before = jnp.where(i >= 2, i - 2, i - 2 + n)
+    self.after = jnp.where(i == n - 1, 0, i + 1)
 
   def begin(self):
     """Makes this step's slot ready, and the next one for the step after."""
@@ -96,12 +100,10 @@ class Travel:
 
   def _free_next(self):
     """Waits until the sum of the step before the last has left its slot."""
-    i, n = self.i, self.row_tiles
-    two_before = jnp.where(i >= 2, i - 2, i - 2 + n)
 
-    @pl.when((self.j > 0) | (i >= 2))
+    @pl.when((self.j > 0) | (self.i >= 2))
     def _():
-      self._copy_out(two_before, self.next).wait()
+      self._copy_out(self.two_before, self.next).wait()
 
   def _fetch_next(self):
     """Starts to fetch what the next step adds to, if there is anything yet."""
@@ -111,10 +113,7 @@ class Travel:
 
     @pl.when(has_past & jnp.logical_not(is_last))
     def _():
-      self._copy_in(self._row_tile_after(), self.next).start()
-
-  def _row_tile_after(self) -> Any:
-    return jnp.where(self.i == self.row_tiles - 1, 0, self.i + 1)
+      self._copy_in(self.after, self.next).start()
 
   def _receive(self):
     """Waits for what this step adds to; the step before had it fetched."""
