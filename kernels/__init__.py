@@ -6,6 +6,9 @@ K key/value heads, H head size, D model width, F feed-forward width,
 V vocabulary.
 """
 
+import typing as _typing
+import warnings as _warnings
+
 from ._add_rms_norm import OP as _ADD_RMS_NORM
 from ._add_rms_norm import add_rms_norm as add_rms_norm
 from ._add_rms_norm import (
@@ -22,19 +25,19 @@ from ._attention.spec import (
   flash_attention_reference as flash_attention_reference,
 )
 from ._attention.tiles import FlashAttentionConfig as FlashAttentionConfig
-from ._feed_forward import OP as _FEED_FORWARD
-from ._feed_forward import feed_forward as feed_forward
-from ._feed_forward import feed_forward_reference as feed_forward_reference
 from ._frame.op import Case as Case
 from ._frame.op import Cost as Cost
 from ._frame.op import Integers as Integers
 from ._frame.op import Op as Op
 from ._frame.sharding import sharding as sharding
-from ._geglu import OP as _GEGLU
-from ._geglu import geglu as geglu
-from ._geglu import geglu_reference as geglu_reference
-from ._geglu_tiles import FeedForwardConfig as FeedForwardConfig
-from ._geglu_tiles import Tiles as Tiles
+from ._gated.op import FEED_FORWARD as _FEED_FORWARD
+from ._gated.op import GEGLU as _GEGLU
+from ._gated.op import feed_forward as feed_forward
+from ._gated.op import geglu as geglu
+from ._gated.spec import feed_forward_reference as feed_forward_reference
+from ._gated.spec import geglu_reference as geglu_reference
+from ._gated.tiles import FeedForwardConfig as FeedForwardConfig
+from ._gated.tiles import FeedForwardTiles as FeedForwardTiles
 from ._linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
 from ._linear_cross_entropy import (
   LinearCrossEntropyConfig as LinearCrossEntropyConfig,
@@ -65,3 +68,19 @@ OPS: tuple[Op, ...] = (
   _DECODE_ATTENTION,
   _LINEAR_CROSS_ENTROPY,
 )
+
+# Names of the release before, for one release.
+if _typing.TYPE_CHECKING:
+  from ._gated.tiles import FeedForwardTiles as Tiles  # noqa: F401
+else:
+
+  def __getattr__(name: str) -> _typing.Any:
+    if name != "Tiles":
+      raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _warnings.warn(
+      "pallas_gemma.kernels.Tiles is called FeedForwardTiles now; the old name "
+      "goes with the next release",
+      DeprecationWarning,
+      stacklevel=2,
+    )
+    return FeedForwardTiles
