@@ -6,6 +6,12 @@ K key/value heads, H head size, D model width, F feed-forward width,
 V vocabulary.
 """
 
+from ._cross_entropy import OP as _LINEAR_CROSS_ENTROPY
+from ._cross_entropy import LinearCrossEntropyConfig as LinearCrossEntropyConfig
+from ._cross_entropy import linear_cross_entropy as linear_cross_entropy
+from ._cross_entropy import (
+  linear_cross_entropy_reference as linear_cross_entropy_reference,
+)
 from ._decode_attention import OP as _DECODE_ATTENTION
 from ._decode_attention import decode_attention as decode_attention
 from ._decode_attention import (
@@ -31,14 +37,6 @@ from ._geglu import geglu as geglu
 from ._geglu import geglu_reference as geglu_reference
 from ._geglu_tiles import FeedForwardConfig as FeedForwardConfig
 from ._geglu_tiles import Tiles as Tiles
-from ._linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
-from ._linear_cross_entropy import (
-  LinearCrossEntropyConfig as LinearCrossEntropyConfig,
-)
-from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-from ._linear_cross_entropy import (
-  linear_cross_entropy_reference as linear_cross_entropy_reference,
-)
 from ._rms_norm import ADD_OP as _ADD_RMS_NORM
 from ._rms_norm import OP as _RMS_NORM
 from ._rms_norm import RMSNormConfig as RMSNormConfig

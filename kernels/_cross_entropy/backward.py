@@ -1,0 +1,472 @@
+"""Backward pass of linear cross-entropy: one kernel, both gradients.
+
+Each tile of logits is recomputed, or comes from what the forward pass kept, as
+[vocab_block, rows]; turned into
+
+    dz = dtotal * exp(z - top) + dtarget * [word is the label]
+
+and used twice: dE = dz x needs no transpose, and neither does dx^T += E^T dz
+with the block of the table transposed, once, whatever the number of rows.
+
+    step s    all rows, in chunks              all columns of D, in pieces
+            +----------------------------+   +-----------------------------+
+    block   | z = E x^T (or kept)        |   | dE = dz x                   |
+    s - 1   | dz, stored in VMEM         | > | and block s of the table,   |
+            | dx^T += E^T dz             |   | made ready as E and E^T     |
+            +----------------------------+   +-----------------------------+
+
+The matrix units never wait for a transpose: it is done beside dE, a step early.
+So there is one grid step more than blocks of the vocabulary:
+
+  1. start         at the first step: dx^T = 0, the first block of the table
+                   made ready, and the first copy of what was kept begun
+  2. rows pass     at all others: dz of the block before, and its part of dx^T
+  3. columns pass  then: dE of that block, and the next block made ready
+  4. finish        at the last step: dx^T transposed, chunk by chunk, to HBM
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .._frame import tpu
+from .._frame.kernel import Saved
+from .._frame.sharding import varying_like
+from .forward import Static, VocabBlock
+from .spec import Problem, RowArrays, Statistics, cap_slope, capped
+from .tiles import GRADIENT_COLUMNS, Tiles, backward_tiles
+
+# --- the kernel ---------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+  """Refs of the kernel's inputs, or the arrays; None for what there is not."""
+
+  scalars: Any  # [2] int32 in SMEM: valid_vocab, the first row's place in exps
+  labels: Any  # [1, rows] int32
+  numbers: Any  # [4, rows] float32, the fields of `RowNumbers`
+  x: Any  # [rows, D]
+  table: Any  # [vocab_block, D], the block of the next step
+  exps: Any  # [V, R] in HBM, if the forward pass kept it
+  shift: Any  # [1, 8, rows] float32, likewise
+  de_before: (
+    Any  # [vocab_block, D] float32, if other blocks of rows came before
+  )
+
+
+class Outputs(NamedTuple):
+  """Refs of its outputs, or their types; None for what is not wanted."""
+
+  dx: Any  # [rows, D] in HBM
+  de: Any  # [vocab_block, D]
+
+
+class State(NamedTuple):
+  """Refs of its scratch; None for what is not needed."""
+
+  e: Any  # [vocab_block, D] in x's dtype, where logits are recomputed
+  et: Any  # [D, vocab_block], for dx
+  dxt: Any  # [D, rows] float32, for dx
+  stage: Any  # [chunk, D], a part of dx on its way to HBM
+  dz: Any  # [vocab_block, rows], for de
+  piece: Any  # [2, vocab_block, body_rows], parts of exps on their way here
+  semaphores: Any  # [3], of piece's two halves and of stage
+
+
+class RowNumbers(NamedTuple):
+  """What a pass knows of a row, each [1, chunk] float32."""
+
+  top: jax.Array
+  dtotal: jax.Array  # cotangents
+  dtarget: jax.Array
+  target: jax.Array
+
+
+def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
+  step, last = pl.program_id(0), pl.num_programs(0) - 1
+
+  @pl.when(step == 0)
+  def _():
+    _start(i, s, static)
+
+  @pl.when(step > 0)
+  def _():
+    _rows_pass(i, s, step - 1, static)
+    _columns_pass(i, o, s, step, static)
+
+  if o.dx is not None:
+
+    @pl.when(step == last)
+    def _():
+      _finish(o, s, static.tiles)
+
+
+def _start(i: Inputs, s: State, static: Static) -> None:
+  if s.dxt is not None:
+    s.dxt[...] = jnp.zeros_like(s.dxt)
+  if i.exps is not None:
+    _fetch(i, s, 0, static.tiles).start()
+  _for_columns(i.x.shape[1], lambda at: _make_ready(i, s, 0, at, static))
+
+
+def _finish(o: Outputs, s: State, tiles: Tiles) -> None:
+  """dx from dx^T, to HBM."""
+
+  @pl.loop(0, tiles.rows // tiles.chunk)
+  def _(i):
+    at = pl.ds(pl.multiple_of(i * tiles.chunk, tiles.chunk), tiles.chunk)
+    s.stage[...] = s.dxt[:, at].T.astype(s.stage.dtype)
+    copy = pltpu.make_async_copy(s.stage, o.dx.at[at, :], s.semaphores.at[2])
+    copy.start()
+    copy.wait()
+
+
+# --- the rows pass ------------------------------------------------------------
+
+
+def _rows_pass(i: Inputs, s: State, j: Any, static: Static) -> None:
+  """dz of vocabulary block j, and what it adds to dx^T."""
+  tiles = static.tiles
+  block = VocabBlock.at(j, tiles)
+  valid = i.scalars[0] - block.first  # rows of the block that are vocabulary
+
+  @pl.loop(0, tiles.bodies)
+  def _(body):
+    chunks = tiles.chunks(body)
+    if i.exps is not None:
+      sources = _kept_tiles(i, s, j * tiles.bodies + body, tiles)
+    else:
+      sources = [tpu.dot(s.e[...], i.x[at, :], tpu.NT) for at in chunks]
+    for at, source in zip(chunks, sources, strict=True):
+      labels, numbers = i.labels[:, at] - block.first, i.numbers[:, at]
+      is_label = block.row == labels
+      row = RowNumbers(*(numbers[k : k + 1] for k in range(4)))
+      if i.exps is not None:
+        shift = i.shift[0, :, at]
+        dz = _from_kept(source, shift, is_label, row, static)
+      else:
+        dz = _from_logits(source, is_label, row, static)
+        if static.masked:
+          dz = _mask_gradient(block, valid, dz)
+      dz = dz.astype(i.x.dtype)
+      if s.dz is not None:
+        s.dz[:, at] = dz
+      if s.dxt is not None:
+        s.dxt[:, at] += tpu.dot(s.et[...], dz, tpu.NN)
+
+
+def _from_logits(
+  logits: jax.Array, is_label: jax.Array, row: RowNumbers, static: Static
+) -> jax.Array:
+  """dz [vocab_block, chunk] in float32 from the logits before the soft cap."""
+  z = capped(logits, static.soft_cap)
+  dz = jnp.exp(z - row.top) * row.dtotal
+  dz = jnp.where(is_label, dz + row.dtarget, dz)
+  return _through_cap(dz, z, static.soft_cap)
+
+
+def _through_cap(
+  dz: jax.Array, z: jax.Array, soft_cap: float | None
+) -> jax.Array:
+  """The gradient before the soft cap, from that of the capped logits z."""
+  slope = cap_slope(z, soft_cap)
+  return dz if slope is None else dz * slope
+
+
+def _mask_gradient(block: VocabBlock, valid: Any, dz: jax.Array) -> jax.Array:
+  """dz, 0 where there is no vocabulary."""
+  return jnp.where(block.row < valid, dz, 0.0)
+
+
+def _from_kept(
+  kept: jax.Array,
+  shift: jax.Array,
+  is_label: jax.Array,
+  row: RowNumbers,
+  static: Static,
+) -> jax.Array:
+  """dz [vocab_block, chunk] in float32 from what the forward pass kept."""
+  scale = _kept_scale(shift, row)
+  kept = kept.astype(jnp.float32).reshape(-1, tpu.SUBLANES, kept.shape[1])
+  dz = (kept * scale).reshape(is_label.shape)
+  return _with_label(dz, is_label, row, static)
+
+
+def _kept_scale(shift: jax.Array, row: RowNumbers) -> jax.Array:
+  """[8, chunk]: what makes kept exponentials those of the gradient."""
+  return jnp.exp(shift - row.top) * row.dtotal
+
+
+def _with_label(
+  dz: jax.Array, is_label: jax.Array, row: RowNumbers, static: Static
+) -> jax.Array:
+  """dz with the label's own, computed afresh from the label's logit.
+
+  What is kept is rounded, and a probability near 1 has nothing left of its
+  digits when 1 is subtracted.
+  """
+  of_label = jnp.exp(row.target - row.top) * row.dtotal + row.dtarget
+  of_label = _through_cap(of_label, row.target, static.soft_cap)
+  return jnp.where(is_label, of_label, dz)
+
+
+# --- what was kept, from HBM --------------------------------------------------
+
+
+def _kept_tiles(i: Inputs, s: State, body: Any, tiles: Tiles) -> list[Any]:
+  """Loop body `body`'s part of exps, by chunks; begins the next one's copy.
+
+  Loop bodies are counted over all vocabulary blocks.
+  """
+
+  @pl.when(body + 1 < (pl.num_programs(0) - 1) * tiles.bodies)
+  def _():
+    _fetch(i, s, body + 1, tiles).start()
+
+  _await(_fetch(i, s, body, tiles))
+  piece, chunk = s.piece.at[body % 2], tiles.chunk
+  return [
+    piece[:, k * chunk : (k + 1) * chunk] for k in range(tiles.chunks_per_body)
+  ]
+
+
+def _fetch(i: Inputs, s: State, body: Any, tiles: Tiles) -> Any:
+  """The copy of loop body `body`'s part of exps to its half of `piece`."""
+  block, size = tiles.vocab_block, tiles.body_rows
+  rows = pl.multiple_of(i.scalars[1] + body % tiles.bodies * size, size)
+  words = pl.multiple_of(body // tiles.bodies * block, block)
+  return pltpu.make_async_copy(
+    i.exps.at[pl.ds(words, block), pl.ds(rows, size)],
+    s.piece.at[body % 2],
+    s.semaphores.at[body % 2],
+  )
+
+
+def _await(copy: Any) -> None:
+  copy.wait()
+
+
+# --- the columns pass ---------------------------------------------------------
+
+
+def _columns_pass(
+  i: Inputs, o: Outputs, s: State, step: Any, static: Static
+) -> None:
+  """dE of the block that `_rows_pass` did, and the next block of the table."""
+
+  def piece(at):
+    if o.de is not None:
+      de = tpu.dot(s.dz[...], i.x[:, at], tpu.NN)
+      if i.de_before is not None:
+        de = _added(de, i.de_before[:, at])
+      o.de[:, at] = de.astype(o.de.dtype)
+    _make_ready(i, s, step, at, static)
+
+  _for_columns(i.x.shape[1], piece)
+
+
+def _added(de: jax.Array, before: jax.Array) -> jax.Array:
+  """The gradient of this block of rows and of those before it."""
+  return de + before
+
+
+def _for_columns(d: int, body: Callable[[Any], None]) -> None:
+  """Calls body(slice) over [0, d) in pieces of `GRADIENT_COLUMNS` at most."""
+  size = GRADIENT_COLUMNS
+
+  @pl.loop(0, d // size)
+  def _(i):
+    body(pl.ds(pl.multiple_of(i * size, size), size))
+
+  if d % size:
+    body(pl.ds(d // size * size, d % size))
+
+
+def _make_ready(
+  i: Inputs, s: State, step: Any, at: Any, static: Static
+) -> None:
+  """Columns `at` of table block `step`, as the next grid step needs them."""
+  piece = i.table[:, at].astype(i.x.dtype)
+  if s.e is not None:
+    s.e[:, at] = piece
+  if s.et is None:
+    return
+  piece = piece.T
+  if static.masked:
+    valid = i.scalars[0] - step * static.tiles.vocab_block
+    piece = _zero_padding(piece, valid)
+  s.et[at, :] = piece
+
+
+def _zero_padding(piece: jax.Array, valid: Any) -> jax.Array:
+  """[columns, vocab_block] with 0 where there is no vocabulary.
+
+  dz is 0 there, but 0 times what is past the table's end may be NaN.
+  """
+  word = jax.lax.broadcasted_iota(jnp.int32, piece.shape, 1)
+  return jnp.where(word < valid, piece, jnp.zeros_like(piece))
+
+
+# --- the call -----------------------------------------------------------------
+
+
+def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
+  """The gradients of one block of rows; onto de_before, in place, if given."""
+  tiles, x = static.tiles, inputs.x
+  (rows, d), block = x.shape, tiles.vocab_block
+  steps = pl.cdiv(inputs.table.shape[0], block)
+  next_block = functools.partial(_next_block, steps=steps)
+  in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+  finished = pl.BlockSpec((block, d), lambda s: (_finished_block(s), 0))
+  in_specs = Inputs(
+    scalars=pl.BlockSpec(memory_space=pltpu.SMEM),
+    labels=tpu.resident((1, rows)),
+    numbers=tpu.resident((4, rows)),
+    x=tpu.resident((rows, d)),
+    table=pl.BlockSpec((block, d), lambda s: (next_block(s), 0)),
+    exps=in_hbm,
+    shift=pl.BlockSpec(
+      (1, tpu.SUBLANES, rows), lambda s: (_finished_block(s), 0, 0)
+    ),
+    de_before=finished,
+  )
+  aliases = {}
+  if inputs.de_before is not None and types.de is not None:
+    # The last operand and the last result.
+    operands, results = jax.tree.leaves(inputs), jax.tree.leaves(types)
+    aliases = {len(operands) - 1: len(results) - 1}
+  (outs,) = pl.pallas_call(
+    functools.partial(_kernel, static=static),
+    name="linear_cross_entropy_bwd",
+    grid=(steps + 1,),
+    in_specs=[_where_given(in_specs, inputs)],
+    out_specs=[_where_given(Outputs(dx=in_hbm, de=finished), types)],
+    out_shape=[types],
+    input_output_aliases=aliases,
+    scratch_shapes=[_scratch(tiles, inputs, types)],
+    compiler_params=tpu.compiler_params(),
+  )(inputs)
+  return outs
+
+
+def _next_block(step: Any, *, steps: int) -> Any:
+  """The vocabulary block that a grid step makes ready for the next one."""
+  return jnp.minimum(step, steps - 1)
+
+
+def _finished_block(step: Any) -> Any:
+  """The vocabulary block that a grid step finishes."""
+  return jnp.maximum(step - 1, 0)
+
+
+def _where_given(specs: Any, record: Any) -> Any:
+  """The specs, None where the record has None."""
+  given = record._asdict()
+  absent = {name: None for name, value in given.items() if value is None}
+  return specs._replace(**absent)
+
+
+def _scratch(tiles: Tiles, inputs: Inputs, types: Outputs) -> State:
+  (rows, d), dtype = inputs.x.shape, inputs.x.dtype
+  block, keeps = tiles.vocab_block, inputs.exps is not None
+  dx, de = types.dx is not None, types.de is not None
+  return State(
+    e=None if keeps else pltpu.VMEM((block, d), dtype),
+    et=pltpu.VMEM((d, block), dtype) if dx else None,
+    dxt=pltpu.VMEM((d, rows), jnp.float32) if dx else None,
+    stage=pltpu.VMEM((tiles.chunk, d), dtype) if dx else None,
+    dz=pltpu.VMEM((block, rows), dtype) if de else None,
+    piece=pltpu.VMEM((2, block, tiles.body_rows), dtype) if keeps else None,
+    semaphores=pltpu.SemaphoreType.DMA((3,)),
+  )
+
+
+# --- all rows -----------------------------------------------------------------
+
+
+def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
+  """Gradients [R, D] and [V, D] of x and the table; None if not wanted.
+
+  Where x does not fit VMEM at once, its rows go by in blocks, each of which
+  reads the table and adds to the table's gradient, in float32 in HBM.
+  """
+  assert p.config is not None
+  a, wanted = saved.arrays, saved.wanted
+  (n, d), v = a.x.shape, a.embedding.shape[0]
+  tiles = backward_tiles(p.config, n, v, p.keeps_exponentials)
+  static = Static.of(p, tiles, v)
+  blocks = n // tiles.rows
+  # In one block the table's gradient is complete.  Several add it up in whole
+  # tiles: the interpreter cannot alias an array with a ragged one.
+  de_type = varying_like(a.x, a.embedding.shape, a.embedding.dtype)
+  if blocks > 1:
+    padded = tpu.round_up(v, tiles.vocab_block)
+    de_type = varying_like(a.x, (padded, d), jnp.float32)
+  types = Outputs(
+    dx=varying_like(a.x, (tiles.rows, d), a.x.dtype) if wanted.x else None,
+    de=de_type if wanted.embedding else None,
+  )
+  everything = _all_rows(a, saved, d_outs)
+  if blocks == 1:
+    outs = _call(static, everything, types)
+    return RowArrays(outs.dx, outs.de, None, None)
+
+  def add(de: jax.Array | None, block: Any) -> tuple[Any, Any]:
+    inputs = _rows_of_block(everything, block, tiles.rows)
+    outs = _call(static, inputs._replace(de_before=de), types)
+    return outs.de, outs.dx
+
+  de, dx = add(None, 0)
+  de, rest = jax.lax.scan(add, de, jnp.arange(1, blocks))
+  if dx is not None and rest is not None:
+    dx = jnp.concatenate([dx[None], rest]).reshape(n, d)
+  if de is not None:
+    de = de[:v].astype(a.embedding.dtype)
+  return RowArrays(dx, de, None, None)
+
+
+def _all_rows(a: RowArrays, saved: Saved, d_outs: Statistics) -> Inputs:
+  """The kernel's operands, of all rows at once."""
+  row_numbers = RowNumbers(
+    top=saved.outs.top,
+    dtotal=d_outs.total,
+    dtarget=d_outs.target,
+    target=saved.outs.target,
+  )
+  kept = saved.kept
+  return Inputs(
+    scalars=jnp.append(a.valid_vocab, 0),
+    labels=a.labels[None],
+    numbers=jnp.stack(row_numbers),
+    x=a.x,
+    table=a.embedding,
+    exps=None if kept is None else kept.kept.exps,
+    shift=None if kept is None else kept.kept.shift,
+    de_before=None,
+  )
+
+
+def _rows_of_block(inputs: Inputs, block: Any, rows: int) -> Inputs:
+  """The operands of one block of rows.
+
+  What is large stays whole: of `exps` the kernel takes its rows itself.
+  """
+  start = block * rows
+  take = functools.partial(
+    jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=rows
+  )
+  shift = inputs.shift
+  return inputs._replace(
+    scalars=jnp.append(inputs.scalars[:1], start),
+    labels=take(inputs.labels, axis=-1),
+    numbers=take(inputs.numbers, axis=-1),
+    x=take(inputs.x),
+    shift=None if shift is None else take(shift, axis=-1),
+  )
