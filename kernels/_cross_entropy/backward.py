@@ -39,9 +39,16 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.sharding import varying_like
-from .forward import Static, VocabBlock
-from .spec import Problem, RowArrays, Statistics, cap_slope, capped
-from .tiles import GRADIENT_COLUMNS, Tiles, backward_tiles
+from .forward import Static, words_of_block
+from .spec import (
+  Exponentials,
+  Problem,
+  RowArrays,
+  Statistics,
+  cap_slope,
+  capped,
+)
+from .tiles import GRADIENT_COLUMNS, Tiles, tiles_of
 
 # --- the kernel ---------------------------------------------------------------
 
@@ -54,11 +61,9 @@ class Inputs(NamedTuple):
   numbers: Any  # [4, rows] float32, the fields of `RowNumbers`
   x: Any  # [rows, D]
   table: Any  # [vocab_block, D], the block of the next step
-  exps: Any  # [V, R] in HBM, if the forward pass kept it
-  shift: Any  # [1, 8, rows] float32, likewise
-  de_before: (
-    Any  # [vocab_block, D] float32, if other blocks of rows came before
-  )
+  kept: Any  # Exponentials, if the forward pass kept them: exps [V, R] in HBM,
+  # shift [1, 8, rows]
+  de_before: Any  # [vocab_block, D] float32, dE of earlier blocks of rows
 
 
 class Outputs(NamedTuple):
@@ -111,7 +116,7 @@ def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
 def _start(i: Inputs, s: State, static: Static) -> None:
   if s.dxt is not None:
     s.dxt[...] = jnp.zeros_like(s.dxt)
-  if i.exps is not None:
+  if i.kept is not None:
     _fetch(i, s, 0, static.tiles).start()
   _for_columns(i.x.shape[1], lambda at: _make_ready(i, s, 0, at, static))
 
@@ -134,27 +139,26 @@ def _finish(o: Outputs, s: State, tiles: Tiles) -> None:
 def _rows_pass(i: Inputs, s: State, j: Any, static: Static) -> None:
   """dz of vocabulary block j, and what it adds to dx^T."""
   tiles = static.tiles
-  block = VocabBlock.at(j, tiles)
-  valid = i.scalars[0] - block.first  # rows of the block that are vocabulary
+  first, word = j * tiles.vocab_block, words_of_block(tiles)
+  valid = i.scalars[0] - first  # words of the block that are vocabulary
 
   @pl.loop(0, tiles.bodies)
   def _(body):
     chunks = tiles.chunks(body)
-    if i.exps is not None:
-      sources = _kept_tiles(i, s, j * tiles.bodies + body, tiles)
+    if i.kept is not None:
+      sources = _kept_chunks(i, s, j * tiles.bodies + body, tiles)
     else:
       sources = [tpu.dot(s.e[...], i.x[at, :], tpu.NT) for at in chunks]
     for at, source in zip(chunks, sources, strict=True):
-      labels, numbers = i.labels[:, at] - block.first, i.numbers[:, at]
-      is_label = block.row == labels
+      labels, numbers = i.labels[:, at] - first, i.numbers[:, at]
       row = RowNumbers(*(numbers[k : k + 1] for k in range(4)))
-      if i.exps is not None:
-        shift = i.shift[0, :, at]
-        dz = _from_kept(source, shift, is_label, row, static)
+      if i.kept is not None:
+        shift = i.kept.shift[0, :, at]
+        dz = _from_kept(source, shift, word, labels, row, static)
       else:
-        dz = _from_logits(source, is_label, row, static)
+        dz = _from_logits(source, word, labels, row, static)
         if static.masked:
-          dz = _mask_gradient(block, valid, dz)
+          dz = jnp.where(word < valid, dz, 0.0)
       dz = dz.astype(i.x.dtype)
       if s.dz is not None:
         s.dz[:, at] = dz
@@ -163,13 +167,39 @@ def _rows_pass(i: Inputs, s: State, j: Any, static: Static) -> None:
 
 
 def _from_logits(
-  logits: jax.Array, is_label: jax.Array, row: RowNumbers, static: Static
+  logits: jax.Array,
+  word: jax.Array,
+  labels: jax.Array,
+  row: RowNumbers,
+  static: Static,
 ) -> jax.Array:
   """dz [vocab_block, chunk] in float32 from the logits before the soft cap."""
   z = capped(logits, static.soft_cap)
   dz = jnp.exp(z - row.top) * row.dtotal
-  dz = jnp.where(is_label, dz + row.dtarget, dz)
+  dz = jnp.where(word == labels, dz + row.dtarget, dz)
   return _through_cap(dz, z, static.soft_cap)
+
+
+def _from_kept(
+  kept: jax.Array,
+  shift: jax.Array,
+  word: jax.Array,
+  labels: jax.Array,
+  row: RowNumbers,
+  static: Static,
+) -> jax.Array:
+  """dz [vocab_block, chunk] in float32 from what the forward pass kept.
+
+  The label's own is computed afresh, from the label's logit: what is kept is
+  rounded, and a probability near 1 has nothing left of its digits when 1 is
+  subtracted.
+  """
+  scale = jnp.exp(shift - row.top) * row.dtotal
+  kept = kept.astype(jnp.float32).reshape(-1, *scale.shape)
+  dz = (kept * scale).reshape(word.shape)
+  of_label = jnp.exp(row.target - row.top) * row.dtotal + row.dtarget
+  of_label = _through_cap(of_label, row.target, static.soft_cap)
+  return jnp.where(word == labels, of_label, dz)
 
 
 def _through_cap(
@@ -180,48 +210,11 @@ def _through_cap(
   return dz if slope is None else dz * slope
 
 
-def _mask_gradient(block: VocabBlock, valid: Any, dz: jax.Array) -> jax.Array:
-  """dz, 0 where there is no vocabulary."""
-  return jnp.where(block.row < valid, dz, 0.0)
-
-
-def _from_kept(
-  kept: jax.Array,
-  shift: jax.Array,
-  is_label: jax.Array,
-  row: RowNumbers,
-  static: Static,
-) -> jax.Array:
-  """dz [vocab_block, chunk] in float32 from what the forward pass kept."""
-  scale = _kept_scale(shift, row)
-  kept = kept.astype(jnp.float32).reshape(-1, tpu.SUBLANES, kept.shape[1])
-  dz = (kept * scale).reshape(is_label.shape)
-  return _with_label(dz, is_label, row, static)
-
-
-def _kept_scale(shift: jax.Array, row: RowNumbers) -> jax.Array:
-  """[8, chunk]: what makes kept exponentials those of the gradient."""
-  return jnp.exp(shift - row.top) * row.dtotal
-
-
-def _with_label(
-  dz: jax.Array, is_label: jax.Array, row: RowNumbers, static: Static
-) -> jax.Array:
-  """dz with the label's own, computed afresh from the label's logit.
-
-  What is kept is rounded, and a probability near 1 has nothing left of its
-  digits when 1 is subtracted.
-  """
-  of_label = jnp.exp(row.target - row.top) * row.dtotal + row.dtarget
-  of_label = _through_cap(of_label, row.target, static.soft_cap)
-  return jnp.where(is_label, of_label, dz)
-
-
 # --- what was kept, from HBM --------------------------------------------------
 
 
-def _kept_tiles(i: Inputs, s: State, body: Any, tiles: Tiles) -> list[Any]:
-  """Loop body `body`'s part of exps, by chunks; begins the next one's copy.
+def _kept_chunks(i: Inputs, s: State, body: Any, tiles: Tiles) -> list[Any]:
+  """What was kept for a loop body's chunks; begins the next body's copy.
 
   Loop bodies are counted over all vocabulary blocks.
   """
@@ -230,11 +223,10 @@ def _kept_tiles(i: Inputs, s: State, body: Any, tiles: Tiles) -> list[Any]:
   def _():
     _fetch(i, s, body + 1, tiles).start()
 
-  _await(_fetch(i, s, body, tiles))
-  piece, chunk = s.piece.at[body % 2], tiles.chunk
-  return [
-    piece[:, k * chunk : (k + 1) * chunk] for k in range(tiles.chunks_per_body)
-  ]
+  _fetch(i, s, body, tiles).wait()
+  piece, size = s.piece.at[body % 2], tiles.chunk
+  starts = range(0, tiles.body_rows, size)
+  return [piece[:, start : start + size] for start in starts]
 
 
 def _fetch(i: Inputs, s: State, body: Any, tiles: Tiles) -> Any:
@@ -243,14 +235,10 @@ def _fetch(i: Inputs, s: State, body: Any, tiles: Tiles) -> Any:
   rows = pl.multiple_of(i.scalars[1] + body % tiles.bodies * size, size)
   words = pl.multiple_of(body // tiles.bodies * block, block)
   return pltpu.make_async_copy(
-    i.exps.at[pl.ds(words, block), pl.ds(rows, size)],
+    i.kept.exps.at[pl.ds(words, block), pl.ds(rows, size)],
     s.piece.at[body % 2],
     s.semaphores.at[body % 2],
   )
-
-
-def _await(copy: Any) -> None:
-  copy.wait()
 
 
 # --- the columns pass ---------------------------------------------------------
@@ -265,16 +253,11 @@ def _columns_pass(
     if o.de is not None:
       de = tpu.dot(s.dz[...], i.x[:, at], tpu.NN)
       if i.de_before is not None:
-        de = _added(de, i.de_before[:, at])
+        de += i.de_before[:, at]
       o.de[:, at] = de.astype(o.de.dtype)
     _make_ready(i, s, step, at, static)
 
   _for_columns(i.x.shape[1], piece)
-
-
-def _added(de: jax.Array, before: jax.Array) -> jax.Array:
-  """The gradient of this block of rows and of those before it."""
-  return de + before
 
 
 def _for_columns(d: int, body: Callable[[Any], None]) -> None:
@@ -301,17 +284,10 @@ def _make_ready(
   piece = piece.T
   if static.masked:
     valid = i.scalars[0] - step * static.tiles.vocab_block
-    piece = _zero_padding(piece, valid)
+    # dz is 0 there, but 0 times what is past the table's end may be NaN.
+    word = jax.lax.broadcasted_iota(jnp.int32, piece.shape, 1)
+    piece = jnp.where(word < valid, piece, jnp.zeros_like(piece))
   s.et[at, :] = piece
-
-
-def _zero_padding(piece: jax.Array, valid: Any) -> jax.Array:
-  """[columns, vocab_block] with 0 where there is no vocabulary.
-
-  dz is 0 there, but 0 times what is past the table's end may be NaN.
-  """
-  word = jax.lax.broadcasted_iota(jnp.int32, piece.shape, 1)
-  return jnp.where(word < valid, piece, jnp.zeros_like(piece))
 
 
 # --- the call -----------------------------------------------------------------
@@ -322,24 +298,22 @@ def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
   tiles, x = static.tiles, inputs.x
   (rows, d), block = x.shape, tiles.vocab_block
   steps = pl.cdiv(inputs.table.shape[0], block)
-  next_block = functools.partial(_next_block, steps=steps)
   in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   finished = pl.BlockSpec((block, d), lambda s: (_finished_block(s), 0))
+  of_shift = pl.BlockSpec(
+    (1, tpu.SUBLANES, rows), lambda s: (_finished_block(s), 0, 0)
+  )
   in_specs = Inputs(
     scalars=pl.BlockSpec(memory_space=pltpu.SMEM),
     labels=tpu.resident((1, rows)),
     numbers=tpu.resident((4, rows)),
     x=tpu.resident((rows, d)),
-    table=pl.BlockSpec((block, d), lambda s: (next_block(s), 0)),
-    exps=in_hbm,
-    shift=pl.BlockSpec(
-      (1, tpu.SUBLANES, rows), lambda s: (_finished_block(s), 0, 0)
-    ),
+    table=pl.BlockSpec((block, d), lambda s: (_next_block(s, steps), 0)),
+    kept=Exponentials(in_hbm, of_shift),
     de_before=finished,
   )
   aliases = {}
-  if inputs.de_before is not None and types.de is not None:
-    # The last operand and the last result.
+  if inputs.de_before is not None:  # the last operand; de is the last result
     operands, results = jax.tree.leaves(inputs), jax.tree.leaves(types)
     aliases = {len(operands) - 1: len(results) - 1}
   (outs,) = pl.pallas_call(
@@ -356,7 +330,7 @@ def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
   return outs
 
 
-def _next_block(step: Any, *, steps: int) -> Any:
+def _next_block(step: Any, steps: int) -> Any:
   """The vocabulary block that a grid step makes ready for the next one."""
   return jnp.minimum(step, steps - 1)
 
@@ -368,14 +342,15 @@ def _finished_block(step: Any) -> Any:
 
 def _where_given(specs: Any, record: Any) -> Any:
   """The specs, None where the record has None."""
-  given = record._asdict()
-  absent = {name: None for name, value in given.items() if value is None}
-  return specs._replace(**absent)
+  fields = record._asdict()
+  return specs._replace(
+    **{name: None for name in fields if fields[name] is None}
+  )
 
 
 def _scratch(tiles: Tiles, inputs: Inputs, types: Outputs) -> State:
   (rows, d), dtype = inputs.x.shape, inputs.x.dtype
-  block, keeps = tiles.vocab_block, inputs.exps is not None
+  block, keeps = tiles.vocab_block, inputs.kept is not None
   dx, de = types.dx is not None, types.de is not None
   return State(
     e=None if keeps else pltpu.VMEM((block, d), dtype),
@@ -400,7 +375,7 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
   assert p.config is not None
   a, wanted = saved.arrays, saved.wanted
   (n, d), v = a.x.shape, a.embedding.shape[0]
-  tiles = backward_tiles(p.config, n, v, p.keeps_exponentials)
+  tiles = tiles_of(p.config, n, v, is_forward=False, keep=p.keeps_exponentials)
   static = Static.of(p, tiles, v)
   blocks = n // tiles.rows
   # In one block the table's gradient is complete.  Several add it up in whole
@@ -413,7 +388,7 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
     dx=varying_like(a.x, (tiles.rows, d), a.x.dtype) if wanted.x else None,
     de=de_type if wanted.embedding else None,
   )
-  everything = _all_rows(a, saved, d_outs)
+  everything = _all_rows(saved, d_outs)
   if blocks == 1:
     outs = _call(static, everything, types)
     return RowArrays(outs.dx, outs.de, None, None)
@@ -432,23 +407,19 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
   return RowArrays(dx, de, None, None)
 
 
-def _all_rows(a: RowArrays, saved: Saved, d_outs: Statistics) -> Inputs:
+def _all_rows(saved: Saved, d_outs: Statistics) -> Inputs:
   """The kernel's operands, of all rows at once."""
-  row_numbers = RowNumbers(
-    top=saved.outs.top,
-    dtotal=d_outs.total,
-    dtarget=d_outs.target,
-    target=saved.outs.target,
+  a = saved.arrays
+  numbers = RowNumbers(
+    saved.outs.top, d_outs.total, d_outs.target, saved.outs.target
   )
-  kept = saved.kept
   return Inputs(
     scalars=jnp.append(a.valid_vocab, 0),
     labels=a.labels[None],
-    numbers=jnp.stack(row_numbers),
+    numbers=jnp.stack(numbers),
     x=a.x,
     table=a.embedding,
-    exps=None if kept is None else kept.kept.exps,
-    shift=None if kept is None else kept.kept.shift,
+    kept=None if saved.kept is None else saved.kept.kept,
     de_before=None,
   )
 
@@ -462,11 +433,13 @@ def _rows_of_block(inputs: Inputs, block: Any, rows: int) -> Inputs:
   take = functools.partial(
     jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=rows
   )
-  shift = inputs.shift
+  kept = inputs.kept
+  if kept is not None:
+    kept = kept._replace(shift=take(kept.shift, axis=-1))
   return inputs._replace(
     scalars=jnp.append(inputs.scalars[:1], start),
     labels=take(inputs.labels, axis=-1),
     numbers=take(inputs.numbers, axis=-1),
     x=take(inputs.x),
-    shift=None if shift is None else take(shift, axis=-1),
+    kept=kept,
   )

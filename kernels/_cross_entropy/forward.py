@@ -44,7 +44,7 @@ from .spec import (
   cap_slope,
   capped,
 )
-from .tiles import Tiles, forward_tiles
+from .tiles import Tiles, tiles_of
 
 # --- what both passes share ---------------------------------------------------
 
@@ -72,18 +72,10 @@ class Static:
     return cls(tiles, p.logits_soft_cap, masked)
 
 
-class VocabBlock(NamedTuple):
-  """Where the block of the table that is at hand lies in the vocabulary."""
-
-  row: Any  # [vocab_block, chunk] int32, of each logit its row in the block
-  first: Any  # scalar int32, the table's row at which the block begins
-
-  @classmethod
-  def at(cls, step: Any, tiles: Tiles) -> VocabBlock:
-    """The block of a step."""
-    first = step * tiles.vocab_block
-    shape = (tiles.vocab_block, tiles.chunk)
-    return cls(jax.lax.broadcasted_iota(jnp.int32, shape, 0), first)
+def words_of_block(tiles: Tiles) -> jax.Array:
+  """[vocab_block, chunk]: each logit's word, counted from the block's first."""
+  shape = (tiles.vocab_block, tiles.chunk)
+  return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
 
 
 # --- the kernel ---------------------------------------------------------------
@@ -99,13 +91,12 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-  """Refs of its outputs; `exps` and `shift` if they are kept, else None."""
+  """Refs of its outputs."""
 
   top: Any  # [1, rows] float32
   total: Any  # [1, rows] float32
   target: Any  # [1, rows] float32
-  exps: Any  # [vocab_block, rows] of x's dtype
-  shift: Any  # [1, 8, rows] float32
+  kept: Any  # Exponentials [vocab_block, rows] and [1, 8, rows], or None
 
 
 class State(NamedTuple):
@@ -125,7 +116,7 @@ def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
     _start(s)
 
   table = _cast_table(i, s)
-  block = VocabBlock.at(step, tiles)
+  first, word = step * tiles.vocab_block, words_of_block(tiles)
 
   @pl.loop(0, tiles.bodies)
   def _(body):
@@ -134,13 +125,14 @@ def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
     for at, product in zip(chunks, products, strict=True):
       logits = capped(product, static.soft_cap)
       slope = cap_slope(logits, static.soft_cap)
-      s.target[:, at] += _label_logits(block, i.labels[:, at], logits)
+      s.target[:, at] += _label_logits(word, i.labels[:, at], first, logits)
       if static.masked:
-        logits = _mask(block, i.valid_vocab[0], logits)
+        logits = jnp.where(word < i.valid_vocab[0] - first, logits, -jnp.inf)
       exps, top = _accumulate(s, at, logits)
-      if o.exps is not None:
-        o.exps[:, at] = _with_slope(exps, slope).astype(o.exps.dtype)
-        o.shift[0, :, at] = top
+      if o.kept is not None:
+        kept = _with_slope(exps, slope)
+        o.kept.exps[:, at] = kept.astype(o.kept.exps.dtype)
+        o.kept.shift[0, :, at] = top
 
   @pl.when(step == pl.num_programs(1) - 1)
   def _():
@@ -167,16 +159,11 @@ def _by_sublane(tile: jax.Array) -> jax.Array:
 
 
 def _label_logits(
-  block: VocabBlock, labels: jax.Array, logits: jax.Array
+  word: jax.Array, labels: jax.Array, first: Any, logits: jax.Array
 ) -> jax.Array:
   """[8, chunk]: each row's label's logit in one sublane, 0 in the others."""
-  label_logits = jnp.where(block.row == labels - block.first, logits, 0.0)
+  label_logits = jnp.where(word == labels - first, logits, 0.0)
   return jnp.sum(_by_sublane(label_logits), axis=0)
-
-
-def _mask(block: VocabBlock, valid_vocab: Any, logits: jax.Array) -> jax.Array:
-  """The logits, -inf where there is no vocabulary."""
-  return jnp.where(block.row < valid_vocab - block.first, logits, -jnp.inf)
 
 
 def _accumulate(
@@ -233,13 +220,14 @@ def forward(
   assert p.config is not None
   keep = keep and p.keeps_exponentials
   (n, d), v = a.x.shape, a.embedding.shape[0]
-  tiles = forward_tiles(p.config, n, v, keep)
+  tiles = tiles_of(p.config, n, v, is_forward=True, keep=keep)
   block, rows = tiles.vocab_block, tiles.rows
   of_rows = tpu.resident((1, rows), lambda i, j: (0, i))
   row_type = varying_like(a.x, (1, n), jnp.float32)
-  kept_types = exponentials_types(p, a) if keep else Exponentials(None, None)
-  exps_spec = pl.BlockSpec((block, rows), lambda i, j: (j, i))
-  shift_spec = pl.BlockSpec((1, tpu.SUBLANES, rows), lambda i, j: (j, 0, i))
+  kept = Exponentials(
+    pl.BlockSpec((block, rows), lambda i, j: (j, i)),
+    pl.BlockSpec((1, tpu.SUBLANES, rows), lambda i, j: (j, 0, i)),
+  )
   row_scratch = pltpu.VMEM((tpu.SUBLANES, rows), jnp.float32)
   same_dtype = a.embedding.dtype == a.x.dtype
   (outs,) = pl.pallas_call(
@@ -254,14 +242,10 @@ def forward(
         table=pl.BlockSpec((block, d), lambda i, j: (j, 0)),
       )
     ],
-    out_specs=[
-      Outputs(
-        *[of_rows] * 3,
-        exps=exps_spec if keep else None,
-        shift=shift_spec if keep else None,
-      )
+    out_specs=[Outputs(*[of_rows] * 3, kept=kept if keep else None)],
+    out_shape=[
+      Outputs(*[row_type] * 3, kept=exponentials_types(p, a) if keep else None)
     ],
-    out_shape=[Outputs(*[row_type] * 3, *kept_types)],
     scratch_shapes=[
       State(
         table=None if same_dtype else pltpu.VMEM((block, d), a.x.dtype),
@@ -273,14 +257,14 @@ def forward(
     compiler_params=tpu.compiler_params(),
   )(Inputs(a.valid_vocab, a.labels[None], a.x, a.embedding))
   statistics = Statistics(outs.top[0], outs.total[0], outs.target[0])
-  return statistics, Kept(Exponentials(outs.exps, outs.shift)) if keep else None
+  return statistics, Kept(outs.kept) if keep else None
 
 
 def exponentials_types(p: Problem, a: RowArrays) -> Exponentials:
   """Shapes and dtypes of what the forward pass keeps."""
   assert p.config is not None
   n, v = a.x.shape[0], a.embedding.shape[0]
-  block = forward_tiles(p.config, n, v, keep=True).vocab_block
+  block = tiles_of(p.config, n, v, is_forward=True, keep=True).vocab_block
   steps = pl.cdiv(v, block)
   return Exponentials(
     varying_like(a.x, (steps * block, n), a.x.dtype),

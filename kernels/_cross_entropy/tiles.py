@@ -165,31 +165,26 @@ class Tiles:
     return [pl.ds(pl.multiple_of(s, self.chunk), self.chunk) for s in starts]
 
 
-def forward_tiles(
-  config: LinearCrossEntropyConfig, n: int, v: int, keep: bool
+def tiles_of(
+  config: LinearCrossEntropyConfig,
+  n: int,
+  v: int,
+  *,
+  is_forward: bool,
+  keep: bool,
 ) -> Tiles:
-  """Those of the forward pass, of n = `padded_rows` rows and V = v."""
-  # What is kept comes in the backward pass's blocks.
-  block = config.backward_words if keep else config.forward_words
-  return _tiles(config, n, v, block, _overlap(is_forward=True, keep=keep))
+  """Those of a pass over n rows, as `padded_rows` has them, and V = v.
 
-
-def backward_tiles(
-  config: LinearCrossEntropyConfig, n: int, v: int, keep: bool
-) -> Tiles:
-  """Those of the backward pass, of n = `padded_rows` rows and V = v."""
+  With `keep` the forward pass has the backward pass's vocabulary blocks.
+  """
   block = config.backward_words
-  return _tiles(config, n, v, block, _overlap(is_forward=False, keep=keep))
-
-
-def _tiles(
-  config: LinearCrossEntropyConfig, n: int, v: int, block: int, overlap: int
-) -> Tiles:
+  if is_forward and not keep:
+    block = config.forward_words
   return Tiles(
     vocab_block=min(block, tpu.round_up(v, tpu.LANES)),
     rows=n // pl.cdiv(n, config.rows),
     chunk=min(config.chunk, n),
-    overlap=overlap,
+    overlap=_overlap(is_forward=is_forward, keep=keep),
   )
 
 
