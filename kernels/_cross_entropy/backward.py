@@ -150,13 +150,13 @@ def _rows_pass(i: Inputs, s: State, j: Any, static: Static) -> None:
     else:
       sources = [tpu.dot(s.e[...], i.x[at, :], tpu.NT) for at in chunks]
     for at, source in zip(chunks, sources, strict=True):
-      labels, numbers = i.labels[:, at] - first, i.numbers[:, at]
-      row = RowNumbers(*(numbers[k : k + 1] for k in range(4)))
+      is_label = word == i.labels[:, at] - first
+      row = RowNumbers(*(i.numbers[k : k + 1, at] for k in range(4)))
       if i.kept is not None:
         shift = i.kept.shift[0, :, at]
-        dz = _from_kept(source, shift, word, labels, row, static)
+        dz = _from_kept(source, shift, is_label, row, static)
       else:
-        dz = _from_logits(source, word, labels, row, static)
+        dz = _from_logits(source, is_label, row, static)
         if static.masked:
           dz = jnp.where(word < valid, dz, 0.0)
       dz = dz.astype(i.x.dtype)
@@ -168,23 +168,21 @@ def _rows_pass(i: Inputs, s: State, j: Any, static: Static) -> None:
 
 def _from_logits(
   logits: jax.Array,
-  word: jax.Array,
-  labels: jax.Array,
+  is_label: jax.Array,
   row: RowNumbers,
   static: Static,
 ) -> jax.Array:
   """dz [vocab_block, chunk] in float32 from the logits before the soft cap."""
   z = capped(logits, static.soft_cap)
   dz = jnp.exp(z - row.top) * row.dtotal
-  dz = jnp.where(word == labels, dz + row.dtarget, dz)
+  dz = jnp.where(is_label, dz + row.dtarget, dz)
   return _through_cap(dz, z, static.soft_cap)
 
 
 def _from_kept(
   kept: jax.Array,
   shift: jax.Array,
-  word: jax.Array,
-  labels: jax.Array,
+  is_label: jax.Array,
   row: RowNumbers,
   static: Static,
 ) -> jax.Array:
@@ -196,10 +194,10 @@ def _from_kept(
   """
   scale = jnp.exp(shift - row.top) * row.dtotal
   kept = kept.astype(jnp.float32).reshape(-1, *scale.shape)
-  dz = (kept * scale).reshape(word.shape)
+  dz = (kept * scale).reshape(is_label.shape)
   of_label = jnp.exp(row.target - row.top) * row.dtotal + row.dtarget
   of_label = _through_cap(of_label, row.target, static.soft_cap)
-  return jnp.where(word == labels, of_label, dz)
+  return jnp.where(is_label, of_label, dz)
 
 
 def _through_cap(
