@@ -6,7 +6,8 @@ Each tile of logits is recomputed, or comes from what the forward pass kept, as
     dz = dtotal * exp(z - top) + dtarget * [word is the label]
 
 and used twice: dE = dz x needs no transpose, and neither does dx^T += E^T dz
-with the block of the table transposed, once, whatever the number of rows.
+with the block of the table transposed, once, whatever the number of rows: done
+beside dE, a step early, so that the matrix units never wait for it.
 
     step s    all rows, in chunks              all columns of D, in pieces
             +----------------------------+   +-----------------------------+
@@ -15,8 +16,7 @@ with the block of the table transposed, once, whatever the number of rows.
             | dx^T += E^T dz             |   | made ready as E and E^T     |
             +----------------------------+   +-----------------------------+
 
-The matrix units never wait for a transpose: it is done beside dE, a step early.
-So there is one grid step more than blocks of the vocabulary:
+There is one grid step more than blocks of the vocabulary:
 
   1. start         at the first step: dx^T = 0, the first block of the table
                    made ready, and the first copy of what was kept begun
@@ -28,7 +28,6 @@ So there is one grid step more than blocks of the vocabulary:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,11 +43,12 @@ from .spec import (
   Exponentials,
   Problem,
   RowArrays,
+  RowNumbers,
   Statistics,
-  cap_slope,
   capped,
+  through_cap,
 )
-from .tiles import GRADIENT_COLUMNS, Tiles, tiles_of
+from .tiles import Tiles, for_columns, tiles_of
 
 # --- the kernel ---------------------------------------------------------------
 
@@ -61,8 +61,7 @@ class Inputs(NamedTuple):
   numbers: Any  # [4, rows] float32, the fields of `RowNumbers`
   x: Any  # [rows, D]
   table: Any  # [vocab_block, D], the block of the next step
-  kept: Any  # Exponentials, if the forward pass kept them: exps [V, R] in HBM,
-  # shift [1, 8, rows]
+  kept: Any  # Exponentials: exps [V, R] in HBM, shift [1, 8, rows]
   de_before: Any  # [vocab_block, D] float32, dE of earlier blocks of rows
 
 
@@ -83,15 +82,6 @@ class State(NamedTuple):
   dz: Any  # [vocab_block, rows], for de
   piece: Any  # [2, vocab_block, body_rows], parts of exps on their way here
   semaphores: Any  # [3], of piece's two halves and of stage
-
-
-class RowNumbers(NamedTuple):
-  """What a pass knows of a row, each [1, chunk] float32."""
-
-  top: jax.Array
-  dtotal: jax.Array  # cotangents
-  dtarget: jax.Array
-  target: jax.Array
 
 
 def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
@@ -118,7 +108,7 @@ def _start(i: Inputs, s: State, static: Static) -> None:
     s.dxt[...] = jnp.zeros_like(s.dxt)
   if i.kept is not None:
     _fetch(i, s, 0, static.tiles).start()
-  _for_columns(i.x.shape[1], lambda at: _make_ready(i, s, 0, at, static))
+  for_columns(i.x.shape[1], lambda at: _make_ready(i, s, 0, at, static))
 
 
 def _finish(o: Outputs, s: State, tiles: Tiles) -> None:
@@ -176,7 +166,7 @@ def _from_logits(
   z = capped(logits, static.soft_cap)
   dz = jnp.exp(z - row.top) * row.dtotal
   dz = jnp.where(is_label, dz + row.dtarget, dz)
-  return _through_cap(dz, z, static.soft_cap)
+  return through_cap(dz, z, static.soft_cap)
 
 
 def _from_kept(
@@ -196,19 +186,8 @@ def _from_kept(
   kept = kept.astype(jnp.float32).reshape(-1, *scale.shape)
   dz = (kept * scale).reshape(is_label.shape)
   of_label = jnp.exp(row.target - row.top) * row.dtotal + row.dtarget
-  of_label = _through_cap(of_label, row.target, static.soft_cap)
+  of_label = through_cap(of_label, row.target, static.soft_cap)
   return jnp.where(is_label, of_label, dz)
-
-
-def _through_cap(
-  dz: jax.Array, z: jax.Array, soft_cap: float | None
-) -> jax.Array:
-  """The gradient before the soft cap, from that of the capped logits z."""
-  slope = cap_slope(z, soft_cap)
-  return dz if slope is None else dz * slope
-
-
-# --- what was kept, from HBM --------------------------------------------------
 
 
 def _kept_chunks(i: Inputs, s: State, body: Any, tiles: Tiles) -> list[Any]:
@@ -255,19 +234,7 @@ def _columns_pass(
       o.de[:, at] = de.astype(o.de.dtype)
     _make_ready(i, s, step, at, static)
 
-  _for_columns(i.x.shape[1], piece)
-
-
-def _for_columns(d: int, body: Callable[[Any], None]) -> None:
-  """Calls body(slice) over [0, d) in pieces of `GRADIENT_COLUMNS` at most."""
-  size = GRADIENT_COLUMNS
-
-  @pl.loop(0, d // size)
-  def _(i):
-    body(pl.ds(pl.multiple_of(i * size, size), size))
-
-  if d % size:
-    body(pl.ds(d // size * size, d % size))
+  for_columns(i.x.shape[1], piece)
 
 
 def _make_ready(
@@ -293,13 +260,15 @@ def _make_ready(
 
 def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
   """The gradients of one block of rows; onto de_before, in place, if given."""
-  tiles, x = static.tiles, inputs.x
-  (rows, d), block = x.shape, tiles.vocab_block
+  (rows, d), block = inputs.x.shape, static.tiles.vocab_block
   steps = pl.cdiv(inputs.table.shape[0], block)
   in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   finished = pl.BlockSpec((block, d), lambda s: (_finished_block(s), 0))
-  of_shift = pl.BlockSpec(
-    (1, tpu.SUBLANES, rows), lambda s: (_finished_block(s), 0, 0)
+  kept = Exponentials(
+    exps=in_hbm,
+    shift=pl.BlockSpec(
+      (1, tpu.SUBLANES, rows), lambda s: (_finished_block(s), 0, 0)
+    ),
   )
   in_specs = Inputs(
     scalars=pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -307,8 +276,12 @@ def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
     numbers=tpu.resident((4, rows)),
     x=tpu.resident((rows, d)),
     table=pl.BlockSpec((block, d), lambda s: (_next_block(s, steps), 0)),
-    kept=Exponentials(in_hbm, of_shift),
-    de_before=finished,
+    kept=None if inputs.kept is None else kept,
+    de_before=None if inputs.de_before is None else finished,
+  )
+  out_specs = Outputs(
+    dx=None if types.dx is None else in_hbm,
+    de=None if types.de is None else finished,
   )
   aliases = {}
   if inputs.de_before is not None:  # the last operand; de is the last result
@@ -318,11 +291,11 @@ def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
     functools.partial(_kernel, static=static),
     name="linear_cross_entropy_bwd",
     grid=(steps + 1,),
-    in_specs=[_where_given(in_specs, inputs)],
-    out_specs=[_where_given(Outputs(dx=in_hbm, de=finished), types)],
+    in_specs=[in_specs],
+    out_specs=[out_specs],
     out_shape=[types],
     input_output_aliases=aliases,
-    scratch_shapes=[_scratch(tiles, inputs, types)],
+    scratch_shapes=[_scratch(static.tiles, inputs, types)],
     compiler_params=tpu.compiler_params(),
   )(inputs)
   return outs
@@ -336,14 +309,6 @@ def _next_block(step: Any, steps: int) -> Any:
 def _finished_block(step: Any) -> Any:
   """The vocabulary block that a grid step finishes."""
   return jnp.maximum(step - 1, 0)
-
-
-def _where_given(specs: Any, record: Any) -> Any:
-  """The specs, None where the record has None."""
-  fields = record._asdict()
-  return specs._replace(
-    **{name: None for name in fields if fields[name] is None}
-  )
 
 
 def _scratch(tiles: Tiles, inputs: Inputs, types: Outputs) -> State:
@@ -374,8 +339,7 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
   a, wanted = saved.arrays, saved.wanted
   (n, d), v = a.x.shape, a.embedding.shape[0]
   tiles = tiles_of(p.config, n, v, is_forward=False, keep=p.keeps_exponentials)
-  static = Static.of(p, tiles, v)
-  blocks = n // tiles.rows
+  static, blocks = Static.of(p, tiles, v), n // tiles.rows
   # In one block the table's gradient is complete.  Several add it up in whole
   # tiles: the interpreter cannot alias an array with a ragged one.
   de_type = varying_like(a.x, a.embedding.shape, a.embedding.dtype)
@@ -386,32 +350,10 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
     dx=varying_like(a.x, (tiles.rows, d), a.x.dtype) if wanted.x else None,
     de=de_type if wanted.embedding else None,
   )
-  everything = _all_rows(saved, d_outs)
-  if blocks == 1:
-    outs = _call(static, everything, types)
-    return RowArrays(outs.dx, outs.de, None, None)
-
-  def add(de: jax.Array | None, block: Any) -> tuple[Any, Any]:
-    inputs = _rows_of_block(everything, block, tiles.rows)
-    outs = _call(static, inputs._replace(de_before=de), types)
-    return outs.de, outs.dx
-
-  de, dx = add(None, 0)
-  de, rest = jax.lax.scan(add, de, jnp.arange(1, blocks))
-  if dx is not None and rest is not None:
-    dx = jnp.concatenate([dx[None], rest]).reshape(n, d)
-  if de is not None:
-    de = de[:v].astype(a.embedding.dtype)
-  return RowArrays(dx, de, None, None)
-
-
-def _all_rows(saved: Saved, d_outs: Statistics) -> Inputs:
-  """The kernel's operands, of all rows at once."""
-  a = saved.arrays
   numbers = RowNumbers(
     saved.outs.top, d_outs.total, d_outs.target, saved.outs.target
   )
-  return Inputs(
+  operands = Inputs(
     scalars=jnp.append(a.valid_vocab, 0),
     labels=a.labels[None],
     numbers=jnp.stack(numbers),
@@ -420,24 +362,37 @@ def _all_rows(saved: Saved, d_outs: Statistics) -> Inputs:
     kept=None if saved.kept is None else saved.kept.kept,
     de_before=None,
   )
+  if blocks == 1:
+    return RowArrays(*_call(static, operands, types), None, None)
+
+  def add(de: jax.Array | None, block: Any) -> tuple[Any, Any]:
+    inputs = _rows_of_block(operands, block, tiles.rows)
+    outs = _call(static, inputs._replace(de_before=de), types)
+    return outs.de, outs.dx
+
+  de, dx = add(None, 0)
+  de, rest = jax.lax.scan(add, de, jnp.arange(1, blocks))
+  if dx is not None:
+    dx = jnp.concatenate([dx[None], rest]).reshape(n, d)
+  if de is not None:
+    de = de[:v].astype(a.embedding.dtype)
+  return RowArrays(dx, de, None, None)
 
 
 def _rows_of_block(inputs: Inputs, block: Any, rows: int) -> Inputs:
-  """The operands of one block of rows.
-
-  What is large stays whole: of `exps` the kernel takes its rows itself.
-  """
+  """The operands of one block of rows."""
   start = block * rows
-  take = functools.partial(
-    jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=rows
-  )
+
+  def take(array: jax.Array, axis: int = -1) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, rows, axis)
+
   kept = inputs.kept
-  if kept is not None:
-    kept = kept._replace(shift=take(kept.shift, axis=-1))
+  if kept is not None:  # exps is large: the kernel takes its rows itself
+    kept = kept._replace(shift=take(kept.shift))
   return inputs._replace(
     scalars=jnp.append(inputs.scalars[:1], start),
-    labels=take(inputs.labels, axis=-1),
-    numbers=take(inputs.numbers, axis=-1),
-    x=take(inputs.x),
+    labels=take(inputs.labels),
+    numbers=take(inputs.numbers),
+    x=take(inputs.x, axis=0),
     kept=kept,
   )

@@ -137,6 +137,15 @@ class Statistics(NamedTuple):
   target: Any  # [R] float32, the label's logit; 0 if the label is -1
 
 
+class RowNumbers(NamedTuple):
+  """What the backward pass knows of a row: statistics and their cotangents."""
+
+  top: Any
+  dtotal: Any
+  dtarget: Any
+  target: Any
+
+
 class Exponentials(NamedTuple):
   """What the forward pass stores in mode "chunked", vocabulary block by block.
 
@@ -168,6 +177,14 @@ def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
 def cap_slope(capped: jax.Array, soft_cap: float | None) -> jax.Array | None:
   """Derivative of `capped` where it gives `capped`; None stands for 1."""
   return None if soft_cap is None else 1.0 - (capped / soft_cap) ** 2
+
+
+def through_cap(
+  dz: jax.Array, capped: jax.Array, soft_cap: float | None
+) -> jax.Array:
+  """The gradient before the soft cap, from that of the capped logits."""
+  slope = cap_slope(capped, soft_cap)
+  return dz if slope is None else dz * slope
 
 
 def statistics_reference(p: Problem, a: RowArrays) -> Statistics:

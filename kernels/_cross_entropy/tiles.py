@@ -1,16 +1,13 @@
 """How linear cross-entropy is cut into tiles, and what fits VMEM.
 
-LinearCrossEntropyConfig   what a caller may choose
-Tiles                      the sizes that one pass is compiled for
-forward_bytes, backward_bytes
-                           a model of the VMEM that a pass takes
-fitting                    the config that this model picks
+First the config, which is all that a caller may choose; then the sizes that one
+pass is compiled for; at the end a model of VMEM, and the choice by this model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -188,6 +185,22 @@ def tiles_of(
   )
 
 
+# Columns of D per product of dE: more would spill, fewer start too often.
+_GRADIENT_COLUMNS = 512
+
+
+def for_columns(d: int, body: Callable[[Any], None]) -> None:
+  """Calls body(slice) over the columns of D in pieces of at most 512."""
+  size = _GRADIENT_COLUMNS
+
+  @pl.loop(0, d // size)
+  def _(i):
+    body(pl.ds(pl.multiple_of(i * size, size), size))
+
+  if d % size:
+    body(pl.ds(d // size * size, d % size))
+
+
 def padded_rows(config: LinearCrossEntropyConfig, n: int) -> int:
   """n rows and as many more as it takes until tiles divide them."""
   blocks = pl.cdiv(n, config.rows)
@@ -211,8 +224,6 @@ def _body_rows(chunk: int, n: int) -> int:
 # A float32 number per row, in VMEM: a vector along the lanes fills all the
 # sublanes of its registers.
 _ROW_BYTES = 4 * tpu.SUBLANES
-# Columns of D per product of dE: more would spill, fewer start too often.
-GRADIENT_COLUMNS = 512
 
 
 def _value_bytes(tiles: Tiles) -> int:
@@ -255,7 +266,7 @@ def backward_bytes(
   table = block * d * (2 * table_size + copies + gradient)
   rows = tiles.rows * (d * (x_size + 4) + block * x_size + 2 * _ROW_BYTES)
   kept = 2 * (block * tiles.body_rows * x_size + tiles.rows * _ROW_BYTES)
-  values = _value_bytes(tiles) + 2 * 4 * block * min(GRADIENT_COLUMNS, d)
+  values = _value_bytes(tiles) + 2 * 4 * block * min(_GRADIENT_COLUMNS, d)
   stage = tiles.chunk * d * x_size
   return table + rows + stage + values + (kept if keep else 0)
 
