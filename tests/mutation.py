@@ -1,5 +1,6 @@
 """Mutants: a kernel with one line changed, which the tests must notice."""
 
+import functools
 import inspect
 import types
 
@@ -16,6 +17,12 @@ def mutant(module, old, new):
   copy.__package__ = module.__package__
   exec(compile(source.replace(old, new), module.__file__, "exec"), vars(copy))
   return copy
+
+
+def replaced(monkeypatch, module, name, wrong):
+  """Puts `wrong` in a function's place, and gives it that as first argument."""
+  right = getattr(module, name)
+  monkeypatch.setattr(module, name, functools.partial(wrong, right))
 
 
 def assert_killed(check, *args):
