@@ -228,6 +228,7 @@ def forward(
     pl.BlockSpec((block, rows), lambda i, j: (j, i)),
     pl.BlockSpec((1, tpu.SUBLANES, rows), lambda i, j: (j, 0, i)),
   )
+  kept_type = exponentials_types(p, a) if keep else None
   row_scratch = pltpu.VMEM((tpu.SUBLANES, rows), jnp.float32)
   same_dtype = a.embedding.dtype == a.x.dtype
   (outs,) = pl.pallas_call(
@@ -242,10 +243,8 @@ def forward(
         table=pl.BlockSpec((block, d), lambda i, j: (j, 0)),
       )
     ],
-    out_specs=[Outputs(*[of_rows] * 3, kept=kept if keep else None)],
-    out_shape=[
-      Outputs(*[row_type] * 3, kept=exponentials_types(p, a) if keep else None)
-    ],
+    out_specs=[Outputs(of_rows, of_rows, of_rows, kept if keep else None)],
+    out_shape=[Outputs(row_type, row_type, row_type, kept_type)],
     scratch_shapes=[
       State(
         table=None if same_dtype else pltpu.VMEM((block, d), a.x.dtype),
