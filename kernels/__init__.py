@@ -1,6 +1,15 @@
 """Drop-in TPU kernels: the table of contents and the one registry.
 
 Everything public is named here; every module behind it starts with `_`.
+
+    _rms_norm       read this first: an op from its maths to its registration
+    _add_rms_norm   the same kernels, with the residual addition
+    _rope           also the rotation that attention does inside
+    _attention      flash attention and decode attention, a page at a time
+    _gated          geglu and feed_forward
+    _cross_entropy  linear_cross_entropy
+    _frame          what makes functions an op, the same for all: read it last
+
 Array letters, everywhere: B batch, T query and S key length, N query and
 K key/value heads, H head size, D model width, F feed-forward width,
 V vocabulary.
@@ -14,38 +23,34 @@ from ._add_rms_norm import add_rms_norm as add_rms_norm
 from ._add_rms_norm import (
   add_rms_norm_reference as add_rms_norm_reference,
 )
-from ._attention.decode import OP as _DECODE_ATTENTION
-from ._attention.decode import decode_attention as decode_attention
-from ._attention.decode import (
+from ._attention import DECODE_ATTENTION as _DECODE_ATTENTION
+from ._attention import FLASH_ATTENTION as _FLASH_ATTENTION
+from ._attention import FlashAttentionConfig as FlashAttentionConfig
+from ._attention import decode_attention as decode_attention
+from ._attention import (
   decode_attention_reference as decode_attention_reference,
 )
-from ._attention.op import OP as _FLASH_ATTENTION
-from ._attention.op import flash_attention as flash_attention
-from ._attention.spec import (
-  flash_attention_reference as flash_attention_reference,
+from ._attention import flash_attention as flash_attention
+from ._attention import flash_attention_reference as flash_attention_reference
+from ._cross_entropy import LINEAR_CROSS_ENTROPY as _LINEAR_CROSS_ENTROPY
+from ._cross_entropy import LinearCrossEntropyConfig as LinearCrossEntropyConfig
+from ._cross_entropy import linear_cross_entropy as linear_cross_entropy
+from ._cross_entropy import (
+  linear_cross_entropy_reference as linear_cross_entropy_reference,
 )
-from ._attention.tiles import FlashAttentionConfig as FlashAttentionConfig
 from ._frame.op import Case as Case
 from ._frame.op import Cost as Cost
 from ._frame.op import Integers as Integers
 from ._frame.op import Op as Op
 from ._frame.sharding import sharding as sharding
-from ._gated.op import FEED_FORWARD as _FEED_FORWARD
-from ._gated.op import GEGLU as _GEGLU
-from ._gated.op import feed_forward as feed_forward
-from ._gated.op import geglu as geglu
-from ._gated.spec import feed_forward_reference as feed_forward_reference
-from ._gated.spec import geglu_reference as geglu_reference
-from ._gated.tiles import FeedForwardConfig as FeedForwardConfig
-from ._gated.tiles import FeedForwardTiles as FeedForwardTiles
-from ._linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
-from ._linear_cross_entropy import (
-  LinearCrossEntropyConfig as LinearCrossEntropyConfig,
-)
-from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-from ._linear_cross_entropy import (
-  linear_cross_entropy_reference as linear_cross_entropy_reference,
-)
+from ._gated import FEED_FORWARD as _FEED_FORWARD
+from ._gated import GEGLU as _GEGLU
+from ._gated import FeedForwardConfig as FeedForwardConfig
+from ._gated import FeedForwardTiles as FeedForwardTiles
+from ._gated import feed_forward as feed_forward
+from ._gated import feed_forward_reference as feed_forward_reference
+from ._gated import geglu as geglu
+from ._gated import geglu_reference as geglu_reference
 from ._rms_norm import OP as _RMS_NORM
 from ._rms_norm import RMSNormConfig as RMSNormConfig
 from ._rms_norm import rms_norm as rms_norm
@@ -57,7 +62,7 @@ from ._rope import apply_rope as apply_rope
 from ._rope import apply_rope_reference as apply_rope_reference
 from ._row_norm import Norm as Norm
 
-# To add a kernel: one new module, its imports above, one entry here.
+# To add a kernel: one module or room, its imports above, one entry here.
 OPS: tuple[Op, ...] = (
   _RMS_NORM,
   _ADD_RMS_NORM,
@@ -71,7 +76,7 @@ OPS: tuple[Op, ...] = (
 
 # Names of the release before, for one release.
 if _typing.TYPE_CHECKING:
-  from ._gated.tiles import FeedForwardTiles as Tiles  # noqa: F401
+  from ._gated import FeedForwardTiles as Tiles  # noqa: F401
 else:
 
   def __getattr__(name: str) -> _typing.Any:

@@ -337,38 +337,38 @@ def test_no_mutant_lives(module, step, check, monkeypatch):
     calls.append(step)
     return right(*args)
 
-  with mutation.replaced(monkeypatch, module, step, same):
-    check()
+  monkeypatch.setattr(module, step, same)
+  check()
   assert calls
 
 
 @pytest.mark.parametrize("name", FORWARD_MUTANTS)
 def test_forward_mutants_die(name, monkeypatch):
   case(True, FORWARD_SIZES)
-  with mutation.replaced(monkeypatch, FORWARD, *FORWARD_MUTANTS[name]):
-    mutation.assert_killed(forward_agrees)
+  monkeypatch.setattr(FORWARD, *FORWARD_MUTANTS[name])
+  mutation.assert_killed(forward_agrees)
 
 
 @pytest.mark.parametrize("name", BACKWARD_MUTANTS)
 def test_backward_mutants_die(name, monkeypatch):
   case(False, BACKWARD_SIZES)
-  with mutation.replaced(monkeypatch, BACKWARD, *BACKWARD_MUTANTS[name]):
-    mutation.assert_killed(backward_agrees)
+  monkeypatch.setattr(BACKWARD, *BACKWARD_MUTANTS[name])
+  mutation.assert_killed(backward_agrees)
 
 
 @pytest.mark.parametrize("name", TRAVEL_MUTANTS)
 def test_travel_mutants_die(name, monkeypatch):
   case(False, TRAVEL_SIZES)
-  with mutation.replaced(monkeypatch, TRAVEL.Travel, *TRAVEL_MUTANTS[name]):
-    mutation.assert_killed(backward_agrees, TRAVEL_SIZES)
+  monkeypatch.setattr(TRAVEL.Travel, *TRAVEL_MUTANTS[name])
+  mutation.assert_killed(backward_agrees, TRAVEL_SIZES)
 
 
 def test_f_tiles_do_not_run_in_parallel(monkeypatch):
   """Where dx stays in VMEM; else the cores would wait for each other."""
   case(False, BACKWARD_SIZES)
   parallel = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
-  with mutation.replaced(monkeypatch, TPU, "compiler_params", lambda: parallel):
-    mutation.assert_killed(backward_agrees)
+  monkeypatch.setattr(TPU, "compiler_params", lambda: parallel)
+  mutation.assert_killed(backward_agrees)
 
 
 # --- transformations ----------------------------------------------------------

@@ -50,3 +50,11 @@ Read in this order; each page stands on those before it:
     op        the public function and its registration
     decode    decode_attention, which so far is its reference
 """
+
+from .decode import DECODE_ATTENTION as DECODE_ATTENTION
+from .decode import decode_attention as decode_attention
+from .decode import decode_attention_reference as decode_attention_reference
+from .op import FLASH_ATTENTION as FLASH_ATTENTION
+from .op import flash_attention as flash_attention
+from .spec import flash_attention_reference as flash_attention_reference
+from .tiles import FlashAttentionConfig as FlashAttentionConfig

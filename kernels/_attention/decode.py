@@ -99,7 +99,7 @@ def decode_attention(
     NotImplementedError: for implementation="pallas".
   """
   op = "decode_attention"
-  check_implementation(op, implementation, pallas=OP.pallas)
+  check_implementation(op, implementation, pallas=DECODE_ATTENTION.pallas)
   check_attention(op, q, k_cache, v_cache, local_window_size, logits_soft_cap)
   check_shape(op, "lengths", lengths, q.shape[:1], "[B]")
   check_integers(op, "lengths", lengths)
@@ -130,7 +130,7 @@ def _case(name, b, t, s, n, k, h, dtype=jnp.bfloat16, **kwargs) -> Case:
   return Case(name, (q, cache, cache, lengths), kwargs)
 
 
-OP = Op(
+DECODE_ATTENTION = Op(
   name="decode_attention",
   function=decode_attention,
   reference=decode_attention_reference,

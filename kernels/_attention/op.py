@@ -286,7 +286,7 @@ def _rope_at(shape: tuple[int, int]) -> Any:
   return Rope(Integers(shape, lambda _: arange))  # type: ignore[arg-type]
 
 
-OP = Op(
+FLASH_ATTENTION = Op(
   name="flash_attention",
   function=flash_attention,
   reference=flash_attention_reference,

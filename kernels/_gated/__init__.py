@@ -75,3 +75,12 @@ Read in this order:
     backward.py    the backward kernel
     op.py          the public functions, meshes, registration
 """
+
+from .op import FEED_FORWARD as FEED_FORWARD
+from .op import GEGLU as GEGLU
+from .op import feed_forward as feed_forward
+from .op import geglu as geglu
+from .spec import feed_forward_reference as feed_forward_reference
+from .spec import geglu_reference as geglu_reference
+from .tiles import FeedForwardConfig as FeedForwardConfig
+from .tiles import FeedForwardTiles as FeedForwardTiles
