@@ -190,7 +190,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
   def broken(config):
     raise KeyError("a bug")
 
-  monkeypatch.setattr("pallas_gemma.gemma._train.train", broken)
+  monkeypatch.setattr("pallas_gemma.gemma._train.trainer.train", broken)
   with pytest.raises(KeyError, match="a bug"):
     main(["train", "--work-dir", str(tmp_path)])
 

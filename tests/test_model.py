@@ -174,7 +174,7 @@ def test_embedding_scale_is_rounded_in_bfloat16(config, scale):
   model = nnx.eval_shape(lambda: Gemma(one_row, rngs=nnx.Rngs(0)))
   values = jnp.linspace(1, 2, config.width).astype(jnp.bfloat16)
   model.embedder.embedding.set_value(values.astype(jnp.float32)[None])
-  rows = model.embedder.encode(jnp.zeros(1, jnp.int32))[0]
+  rows = model.embedder.embed(jnp.zeros(1, jnp.int32))[0]
   assert rows.dtype == jnp.bfloat16 and rows[0] == scale
 
   def product(root):  # of bfloat16s, in bfloat16

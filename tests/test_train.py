@@ -211,7 +211,7 @@ def test_killed_and_started_again_it_gives_the_same_bits(finished, tmp_path):
 def test_an_interrupt_finishes_the_step_and_saves(
   finished, number, tmp_path, monkeypatch, capfd
 ):
-  loop = importlib.import_module("pallas_gemma.gemma._loop").Loop
+  loop = importlib.import_module("pallas_gemma.gemma._train.loop").Loop
   take_step = loop.take_step
 
   def interrupted(self):

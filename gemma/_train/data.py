@@ -28,8 +28,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from ._errors import UserError
-from ._tokenizer import Tokenizer
+from .._errors import UserError
+from .._tokenizer import Tokenizer
 
 TEXT_SUFFIXES = frozenset(
   ".txt .text .md .markdown .rst .org .tex .html .htm .xml .json .jsonl .csv "
