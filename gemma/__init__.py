@@ -14,8 +14,8 @@ Where to begin: `_model.py` for the architecture, `_train/__init__.py` for how a
 training run goes, `_sampler.py` for how text is continued.
 
 The names and their modules are listed once, in `__init__.pyi` (SPEC 1).  Each
-name is imported when it is first used: `import pallas_gemma.gemma` is quick, and
-`pallas-gemma --help` does not wait for JAX.
+name is imported when it is first used: `import pallas_gemma.gemma` is quick,
+and `pallas-gemma --help` does not wait for JAX.
 """
 
 from __future__ import annotations

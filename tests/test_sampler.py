@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from pallas_gemma.gemma import KERNELS, Gemma, GemmaConfig, Sampler, Tokenizer
+from random_gemma import random_gemma
 
 # In a scan, the interpreter's race detection does not lower (test_model.py).
 pytestmark = pytest.mark.no_interpreter
@@ -43,7 +44,7 @@ def gemma():
   As it is initialised, the last token would decide: so attention is sharper
   and louder, and the residual stream's own token quieter.
   """
-  model = Gemma(CONFIG, rngs=nnx.Rngs(1))
+  model = random_gemma(CONFIG, seed=1)
   model.embedder.embedding[...] *= 0.05
   model.blocks.q[...] *= 3
   model.blocks.out[...] *= 2
@@ -160,7 +161,7 @@ def test_compiles_once_for_similar_calls():
     return KERNELS.rms_norm(*args, **kwargs)
 
   ops = dataclasses.replace(KERNELS, rms_norm=counted)
-  model = Gemma(CONFIG, rngs=nnx.Rngs(0), ops=ops)
+  model = random_gemma(CONFIG, ops=ops)
   sample = functools.partial(
     Sampler(model, tokenizer()), max_new_tokens=6, stop_tokens=()
   )
@@ -177,12 +178,12 @@ def test_compiles_once_for_similar_calls():
 def test_bfloat16_samples_as_its_own_forward_pass():
   """The weights are cast once for all steps; the results are not another's."""
   config = dataclasses.replace(CONFIG, dtype="bfloat16")
-  model = Gemma(config, rngs=nnx.Rngs(1))
+  model = random_gemma(config, seed=1)
   (got,) = Sampler(model, tokenizer())(
     ["fox"], max_new_tokens=1, stop_tokens=()
   )
   ids = jnp.asarray([tokenizer().encode("fox", add_bos=True)])
-  logits = model(ids)[0, -1, : tokenizer().vocab_size]
+  logits = last_logits(model, ids, ids.shape[1])[: tokenizer().vocab_size]
   assert got.tokens[0] == int(logits.argmax())
 
 
