@@ -42,9 +42,10 @@ class Cache:
   def write_prompts(
     self, layer: jax.Array, k: jax.Array, v: jax.Array
   ) -> Cache:
-    """With k and v [B, T, K, H] at the first T places of a layer.
+    """This cache with k and v [B, T, K, H] at the first T places of a layer.
 
-    `lengths` stay: all layers have the same, and they change after the last.
+    `lengths` are left as they are: they hold for all layers, so the caller sets
+    them when every layer has been written.
     """
 
     def write(stacked: jax.Array, new: jax.Array) -> jax.Array:
@@ -54,9 +55,10 @@ class Cache:
     return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
 
   def append(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
-    """With k and v [B, 1, K, H] after the last token of each row of a layer.
+    """This cache with k and v [B, 1, K, H] after each row's last token.
 
-    A row that is full is left as it is.  `lengths` stay, as above.
+    A row that is full is left as it is.  So are `lengths`, as in
+    `write_prompts`.
     """
     rows = jnp.arange(k.shape[0])
 
