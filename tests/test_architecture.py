@@ -58,6 +58,7 @@ def test_files_and_functions_of_gemma_are_short():
     for node in ast.walk(ast.parse(text)):
       if isinstance(node, ast.FunctionDef):
         first = node.body[ast.get_docstring(node) is not None :] or node.body
+        assert node.end_lineno is not None
         assert node.end_lineno - first[0].lineno < 60, node.name
         a = node.args
         count = len([*a.posonlyargs, *a.args, *a.kwonlyargs])
