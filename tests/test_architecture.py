@@ -30,12 +30,40 @@ def test_kernels_stand_alone():
     assert not bad, f"{path.name} imports {bad}: kernels/ must be vendorable"
 
 
+GEMMA = ROOT / "gemma"
+
+
 def test_gemma_knows_no_pallas_and_has_one_door():
-  for path in (ROOT / "gemma").glob("*.py"):
+  for path in GEMMA.rglob("*.py"):
     names = imports(path)
     assert not any("pallas" in m and "pallas_gemma" not in m for m in names)
-    if path.name != "ops.py":
+    if path != GEMMA / "ops.py":
       assert not any("kernels" in m for m in names), path.name
+
+
+def test_the_trainer_stands_on_the_model_and_not_beneath_it():
+  for path in GEMMA.glob("*.py"):
+    if path.name != "_cli.py":
+      assert not any("_train" in m for m in imports(path)), path.name
+  for name in ("step", "optimizer"):  # arithmetic, which knows no storage
+    names = imports(GEMMA / "_train" / f"{name}.py")
+    assert not any("_checkpoint" in m or "_files" in m for m in names), name
+
+
+def test_files_and_functions_of_gemma_are_short():
+  """At most 400 lines a file, 60 a function without its docstring."""
+  for path in GEMMA.rglob("*.py"):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, path.name
+    for node in ast.walk(ast.parse(text)):
+      if isinstance(node, ast.FunctionDef):
+        first = node.body[ast.get_docstring(node) is not None :] or node.body
+        assert node.end_lineno is not None
+        assert node.end_lineno - first[0].lineno < 60, node.name
+        a = node.args
+        count = len([*a.posonlyargs, *a.args, *a.kwonlyargs])
+        public = (path.name, node.name) == ("_sampler.py", "__call__")
+        assert count <= 8 or public, node.name
 
 
 @pytest.mark.parametrize(
@@ -48,7 +76,7 @@ def test_gemma_knows_no_pallas_and_has_one_door():
   ],
 )
 def test_arrows_point_one_way(room, below):
-  files = list((ROOT / room).glob("*.py"))
+  files = list((ROOT / room).rglob("*.py"))
   assert files
   for path in files:
     names = imports(path)

@@ -6,8 +6,8 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from ._config import GemmaConfig
-from ._errors import UserError
+from .._config import GemmaConfig
+from .._errors import UserError
 
 
 def _require(condition: bool, field: str, wanted: str, got: object) -> None:
@@ -24,11 +24,11 @@ class OptimizerConfig:
     final_learning_rate: the lowest, reached by a cosine at the last step.
     warmup_steps: steps in which the learning rate rises from near 0.
     beta1: decay per step of the running mean of the gradient.
-    beta2: decay per step of the running mean of its square.
-    epsilon: added to the root of the latter.
+    beta2: decay per step of the running mean of the squared gradient.
+    epsilon: added to the root of the mean square, the divisor of an update.
     weight_decay: share of a weight taken away per step, times the learning
       rate; the scales of norms are spared.
-    clip_norm: a gradient longer than this is shortened to it.
+    clip_norm: a gradient whose global norm is larger is scaled to this norm.
 
   Raises:
     UserError: for a value that cannot train.

@@ -1,4 +1,4 @@
-"""What is settled before the first step: data, tokenizer, directory."""
+"""What is done before the first step: data, tokenizer, directory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from ._checkpoint import (
+from .._checkpoint import (
   CONFIG,
   TOKENIZER,
   check_identity,
@@ -14,7 +14,10 @@ from ._checkpoint import (
   read_identity,
   write_identity,
 )
-from ._data import (
+from .._errors import UserError
+from .._tokenizer import Tokenizer
+from .config import TrainConfig
+from .data import (
   Corpus,
   Rows,
   Split,
@@ -23,14 +26,21 @@ from ._data import (
   split_documents,
   tokenize,
 )
-from ._errors import UserError
-from ._tokenizer import Tokenizer
-from ._train_config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """All that the steps of a run depend on."""
+  """All that the steps of a run depend on.
+
+  Attributes:
+    config: as the user gave it.
+    directory: of checkpoints and metrics; it exists and can be written.
+    corpus: the text that was read.
+    split: the same, in training and held-out documents.
+    tokenizer: of the run.
+    train_rows: to train on.
+    held_out_rows: to evaluate on.
+  """
 
   config: TrainConfig
   directory: pathlib.Path
@@ -45,7 +55,8 @@ def open_run(config: TrainConfig) -> Run:
   """Reads the data, and makes or checks the directory.
 
   Raises:
-    UserError: if the data do not do, or the directory is another run's.
+    UserError: if the data cannot be read or are too few, or the directory
+      belongs to a run with other settings.
   """
   corpus = read_corpus(config.data)
   directory = open_directory(config.directory)
@@ -60,7 +71,7 @@ def open_run(config: TrainConfig) -> Run:
 
 
 def _identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-  """What must not change from one start to the next."""
+  """What must be the same for a run to be resumed: config.json holds it."""
   return {
     "model": config.model.to_dict(),
     "data": {
@@ -80,7 +91,7 @@ def _identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
 def _tokenizer(
   config: TrainConfig, directory: pathlib.Path, split: Split
 ) -> Tokenizer:
-  """The one that was named, or that of the run, or a new one."""
+  """The one the user named, else that of the run, else a newly trained one."""
   if config.tokenizer is not None:
     tokenizer = Tokenizer.load(config.tokenizer)
   elif (directory / CONFIG).exists():
@@ -100,6 +111,7 @@ def _tokenizer(
 def _rows(
   config: TrainConfig, split: Split, tokenizer: Tokenizer
 ) -> tuple[Rows, Rows]:
+  """Packed rows of the training and of the held-out documents."""
   train = tokenize(split.train, tokenizer)
   tokens = sum(map(len, train))
   if tokens < config.sequence_length:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import matplotlib.figure
 import tensorboardX
 
-from ._checkpoint import write_atomically
+from .._files import write_atomically
 
 _FILE = "metrics.jsonl"
 
 Record = dict[str, Any]
+"""Of one step: "step", "loss" and so on, as `Loop` writes them."""
 
 
 class Metrics(contextlib.AbstractContextManager):
@@ -23,8 +25,8 @@ class Metrics(contextlib.AbstractContextManager):
 
   Args:
     directory: of the run.
-    step: the checkpoint from which it resumes: later records, of steps that
-      were lost with the process, are taken out, since they will come again.
+    step: of the checkpoint from which the run resumes.  Records of later steps
+      are removed: these steps were not saved and will be taken again.
   """
 
   def __init__(self, directory: pathlib.Path, *, step: int):
@@ -38,7 +40,7 @@ class Metrics(contextlib.AbstractContextManager):
     )
 
   def __exit__(self, *_) -> None:
-    """Writes what is pending."""
+    """Flushes and closes both files."""
     self.flush()
     self._file.close()
     self._board.close()
@@ -51,14 +53,22 @@ class Metrics(contextlib.AbstractContextManager):
         self._board.add_scalar(name, value, record["step"])
 
   def flush(self) -> None:
-    """Puts all records on disk, as must be done before a checkpoint."""
+    """Puts all records on disk.
+
+    To be called before a checkpoint is saved: a run that resumes from it does
+    not write the records up to it again.
+    """
     self._file.flush()
     os.fsync(self._file.fileno())
     self._board.flush()
 
 
 def read_metrics(directory: pathlib.Path) -> list[Record]:
-  """All records; a line that was cut by a crash is left out."""
+  """All records of a run, in order; none if there is no file.
+
+  A line that is not whole, because the process died while writing it, is left
+  out.
+  """
   try:
     lines = (directory / _FILE).read_text().splitlines()
   except FileNotFoundError:
@@ -68,6 +78,11 @@ def read_metrics(directory: pathlib.Path) -> list[Record]:
     with contextlib.suppress(json.JSONDecodeError):
       records.append(json.loads(line))
   return records
+
+
+def perplexity(loss: float) -> float:
+  """exp(loss) of a loss in nats; infinity where a float cannot hold it."""
+  return math.exp(loss) if loss < 700 else math.inf
 
 
 def plot_losses(directory: pathlib.Path) -> pathlib.Path:

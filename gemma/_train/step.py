@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,31 +10,49 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from ._checkpoint import Params, model_params
-from ._model import Gemma
-from ._optimizer import make_optimizer
-from ._train_config import TrainConfig
-from .ops import KERNELS, LinearCrossEntropyConfig
+from .._model import (
+  Gemma,
+  Params,
+  abstract_gemma,
+  model_params,
+  num_parameters,
+  with_params,
+)
+from ..ops import KERNELS, LinearCrossEntropyConfig
+from .config import TrainConfig
+from .optimizer import make_optimizer
 
-Batch = dict[str, jax.Array]
+DeviceBatch = dict[str, jax.Array]  # a `data.Batch` inside a compiled function
 Head = Literal["recompute", "chunked"]
 State = tuple[Params, optax.OptState]
 
 
 def token_losses(
   model: Gemma,
-  batch: Batch,
+  batch: DeviceBatch,
   valid_vocab_size: int,
   z_loss: float = 0.0,
   head: Head = "recompute",
 ) -> jax.Array:
-  """[B, T] float32 next-token losses, 0 where the weight is 0."""
+  """The next-token losses of a batch, by the model's `linear_cross_entropy`.
+
+  Args:
+    model: to train or to evaluate.
+    batch: arrays [B, T], named as the fields of `Rows`.
+    valid_vocab_size: the tokenizer's; later rows of the embedding get no
+      probability.
+    z_loss: weight of the squared log-normaliser.
+    head: what the loss keeps for its backward pass; see `TrainConfig.head`.
+
+  Returns:
+    [B, T] float32, in nats, times the batch's weights.
+  """
   hidden = model.hidden_states(
     batch["tokens"], segment_ids=batch["segment_ids"]
   )
   table = model.embedder.embedding[...]
   rows = hidden.reshape(-1, hidden.shape[-1])
-  return KERNELS.linear_cross_entropy(
+  return model.ops.linear_cross_entropy(
     hidden,
     table,
     batch["labels"],
@@ -47,35 +64,34 @@ def token_losses(
 
 
 def choose_head(config: TrainConfig, memory: int | None) -> Head:
-  """What `TrainConfig.head` comes to on a device.
+  """What `TrainConfig.head` means on a device: resolves "auto".
 
   Args:
     config: of the run.
-    memory: bytes of the device, or None where it does not say.
+    memory: bytes of the device, or None if it does not report them.
   """
   if config.head != "auto":
     return config.head
   if memory is None:
     return "recompute"
-  # float32 weights, two moments and a gradient.
-  weights = jax.tree.leaves(abstract_model(config)[1])
-  state = 16 * sum(math.prod(w.shape) for w in weights)
+  # float32, 4 bytes each: weights, two moments and a gradient.
+  state = 4 * 4 * num_parameters(abstract_model(config))
   rows = config.batch_size // config.accumulation * config.sequence_length
   kept = rows * config.model.vocab_size * jnp.dtype(config.model.dtype).itemsize
   return "chunked" if 4 * kept <= memory - state else "recompute"
 
 
 def loss_and_gradient(
-  loss_sum: Callable[[Params, Batch], jax.Array],
+  loss_sum: Callable[[Params, DeviceBatch], jax.Array],
   params: Params,
-  batch: Batch,
+  batch: DeviceBatch,
   accumulation: int,
 ) -> tuple[jax.Array, Params]:
   """Mean loss per weighted token of a batch, and its gradient.
 
   The batch is taken in `accumulation` equal parts, one after the other.  Each
-  part's sum is divided by the weight of the *whole* batch, so parts with more
-  padding do not count for more.
+  part's sum is divided by the weight of the *whole* batch: divided by its own,
+  the few tokens of a part with much padding would count for more.
 
   Args:
     loss_sum: of (params, part), the sum of the weighted losses.
@@ -83,7 +99,7 @@ def loss_and_gradient(
     batch: arrays [B, ...], with "weights".
     accumulation: a divisor of B.
   """
-  # A batch of padding alone has no loss, rather than 0 / 0.
+  # At least 1, so that a batch of nothing but padding has loss 0 and not 0 / 0.
   weight = jnp.maximum(batch["weights"].sum(), 1)
   value_and_grad = jax.value_and_grad(lambda p, b: loss_sum(p, b) / weight)
   if accumulation == 1:
@@ -104,17 +120,22 @@ def make_steps(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Compiled training and evaluation.
 
+  Args:
+    config: of the run.
+    valid_vocab_size: the tokenizer's.
+
   Returns:
-    A function of (params, optimizer state, batch), whose first two arguments
-    are used up, to their successors and (loss, norm of the gradient); and a
-    function of (params, batch) to the sums of losses and of weights.
+    Two functions.  The first takes (params, optimizer state, batch) and returns
+    (params, optimizer state, (loss, gradient norm)); its first two arguments
+    are donated, so that they must not be used again.  The second takes (params,
+    batch) and returns the sum of the losses and the sum of the weights.
   """
-  graph, _ = abstract_model(config)
+  abstract = abstract_model(config)
   head = choose_head(config, device_memory())
   optimizer = make_optimizer(config.optimizer, config.steps)
 
-  def loss_sum(params: Params, batch: Batch, z_loss: float) -> jax.Array:
-    model = nnx.merge(graph, nnx.State(params))
+  def loss_sum(params: Params, batch: DeviceBatch, z_loss: float) -> jax.Array:
+    model = with_params(abstract, params)
     return token_losses(model, batch, valid_vocab_size, z_loss, head).sum()
 
   def train_step(params, state, batch):
@@ -135,22 +156,17 @@ def make_steps(
 
 
 def device_memory() -> int | None:
-  """Bytes that the first device has for arrays, None where it does not say."""
+  """Bytes the first device has for arrays; None if it does not report them."""
   return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def fresh_state(config: TrainConfig) -> State:
   """Parameters and optimizer state before the first step."""
-  params = model_params(_new_model(config))
+  model = Gemma(config.model, rngs=nnx.Rngs(config.seed), ops=KERNELS)
+  params = model_params(model)
   return params, make_optimizer(config.optimizer, config.steps).init(params)
 
 
-def abstract_model(config: TrainConfig) -> tuple[Any, Params]:
-  """The model's graph, and its parameters as shapes."""
-  abstract = nnx.eval_shape(lambda: _new_model(config))
-  graph, state = nnx.split(abstract)
-  return graph, nnx.to_pure_dict(state)
-
-
-def _new_model(config: TrainConfig) -> Gemma:
-  return Gemma(config.model, rngs=nnx.Rngs(config.seed), ops=KERNELS)
+def abstract_model(config: TrainConfig) -> Gemma:
+  """The model that is trained, with shapes in place of its parameters."""
+  return abstract_gemma(config.model, KERNELS)

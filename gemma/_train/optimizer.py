@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from ._train_config import OptimizerConfig
+from .._model import is_norm_scale
+from .config import OptimizerConfig
 
 
 def learning_rate_schedule(
@@ -15,10 +16,11 @@ def learning_rate_schedule(
 ) -> optax.Schedule:
   """Linear warm-up to the highest rate, then a cosine to the final one.
 
-  The first step of `steps` already has a rate above 0, and the last the final
-  one.
+  The first of the `steps` already has a rate above 0; the last has the final
+  rate.
   """
-  # A warm-up as long as the run would leave no step at the highest rate.
+  # At least one step has the highest rate, also in a run that is shorter than
+  # its warm-up.
   warmup = min(config.warmup_steps, steps - 1)
 
   rises = optax.linear_schedule(
@@ -50,14 +52,7 @@ def make_optimizer(
 
 
 def decays(params: Any) -> Any:
-  """True for the weights that decay: all but the scales of norms.
-
-  A scale is known by its name, since layers are stacked: all have two or more
-  dimensions.
-  """
-
-  def decays_at(path: tuple[Any, ...], _: Any) -> bool:
-    names = [str(getattr(key, "key", key)) for key in path]
-    return not any(n.endswith("norm") for n in names)
-
-  return jax.tree_util.tree_map_with_path(decays_at, params)
+  """True for the weights that decay: all but the scales of norms."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: not is_norm_scale(path), params
+  )

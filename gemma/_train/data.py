@@ -12,8 +12,9 @@ Documents are joined end to end and cut into rows of one length:
     labels      eos .   c   c   c   c   eos .
     segments    1   1   2   2   2   2   2   2
 
-so every token is an input once, every token but BOS a label once, and no
-label, and no attention that minds the segments, crosses documents.
+Every token is an input once, and every token but BOS is a label once.  No label
+belongs to another document than its input, and attention that is given the
+segments does not reach into other documents either.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from ._errors import UserError
-from ._tokenizer import Tokenizer
+from .._errors import UserError
+from .._tokenizer import Tokenizer
 
 TEXT_SUFFIXES = frozenset(
   ".txt .text .md .markdown .rst .org .tex .html .htm .xml .json .jsonl .csv "
@@ -38,10 +39,12 @@ TEXT_SUFFIXES = frozenset(
   ".jl .hs .ml .lisp .el .sql .swift .m".split()
 )
 
-Batch = dict[str, np.ndarray]  # the fields of Rows
+Batch = dict[str, np.ndarray]
+"""Some rows of `Rows`: its fields by name."""
 
-# Shorter paragraphs ("See also:") are shared by texts that are not copies.
-_COPIED_PARAGRAPH = 64  # characters
+# Characters from which a paragraph that stands in two documents is taken for a
+# copy.  Shorter ones, such as "See also:", unrelated texts share as well.
+_COPIED_PARAGRAPH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +57,14 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Documents, and what was passed over: reason -> names."""
+  """Documents, and what was skipped: the names of files by the reason."""
 
   documents: tuple[Document, ...]
   skipped: dict[str, list[str]]
 
   @property
   def fingerprint(self) -> str:
-    """The same for the same texts in the same order, whatever their names."""
+    """A hash of the texts in their order; their names do not count."""
     digest = hashlib.sha256()
     for document in self.documents:
       text = document.text.encode()
@@ -73,10 +76,11 @@ class Corpus:
 
 
 def read_corpus(paths: Sequence[str | pathlib.Path]) -> Corpus:
-  """Reads text files, and folders whole; without any, Python's documentation.
+  """Reads text files and folders; if none are given, Python's documentation.
 
-  A file named by the user must be text.  In a folder, what does not look like
-  text, by its suffix or its content, is passed over, as are hidden files.
+  A file named by the user must be text.  Of a folder everything is read, its
+  own folders too, but for hidden files and for what is not text, judged by its
+  suffix and its content.
 
   Raises:
     UserError: for a missing or unreadable path, a named file that is not
@@ -105,7 +109,7 @@ def read_corpus(paths: Sequence[str | pathlib.Path]) -> Corpus:
 def _documents(
   paths: Sequence[str | pathlib.Path],
 ) -> Iterator[tuple[Document, str]]:
-  """Every document met on the way, with the reason to skip it, or ""."""
+  """Every document in `paths`, with the reason to skip it, or "" for none."""
   if not paths:
     from pydoc_data import topics  # what `help("for")` prints
 
@@ -139,7 +143,7 @@ def _folder(root: pathlib.Path) -> Iterator[tuple[Document, str]]:
 
 
 def _read_text(path: pathlib.Path) -> tuple[str, str]:
-  """The text of a file, or the reason why it has none."""
+  """The text of a file and "", or "" and the reason why it has no text."""
   try:
     content = path.read_bytes()
   except OSError as error:
@@ -172,13 +176,15 @@ class Split:
 def split_documents(
   documents: Sequence[Document], fraction: float, seed: int
 ) -> Split:
-  """Holds out about `fraction` of the text, whole documents by preference.
+  """Holds out about `fraction` of the text: whole documents if it can.
 
-  The order in which documents are considered follows from their text and the
-  seed alone.  If none is small enough, the end of one is held out.  Paragraphs
-  that the training documents share with held-out ones are taken out of the
-  former: otherwise the held-out loss would measure memory (a third of Python's
-  documentation topics is copies of paragraphs of other topics).
+  The order in which documents are considered depends on their text and the seed
+  alone.  If no document is small enough, the end of one is held out.
+
+  Paragraphs that also stand in a held-out document are removed from the
+  training documents.  Otherwise the held-out loss would measure what the model
+  knows by heart: a third of Python's documentation topics is paragraphs copied
+  from other topics.
   """
   if not 0 < fraction < 1:
     raise UserError(
@@ -212,7 +218,7 @@ def _draw(text: str, seed: int) -> bytes:
 
 
 def _cut(document: Document, fraction: float) -> tuple[Document, Document]:
-  """A document's head and its tail, of `fraction`, at the end of a line."""
+  """A document in two, at the end of a line; the tail is about `fraction`."""
   text = document.text.strip()
   if len(text) < 2:
     raise UserError(
@@ -243,7 +249,7 @@ def _paragraphs(document: Document) -> list[str]:
 
 
 def _key(paragraph: str) -> str:
-  """What copies share whatever their indentation; "" for a short one."""
+  """Equal for copies, also if their white space differs; "" for a short one."""
   words = " ".join(paragraph.split())
   return words if len(words) >= _COPIED_PARAGRAPH else ""
 
@@ -272,14 +278,14 @@ class Rows:
     return len(self.tokens)
 
   def __getitem__(self, index: Any) -> Batch:
-    """Row or rows `index`, by name of the model's argument."""
+    """One row or some, as `index` picks from the first axis."""
     return {
       f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)
     }
 
   @property
   def num_labels(self) -> int:
-    """Tokens that are predicted."""
+    """How many tokens are predicted: those whose label has weight 1."""
     return int(self.weights.sum())
 
 
@@ -301,7 +307,7 @@ def pack(
     raise UserError(f"sequence length {sequence_length}: wanted 1 or more")
   total = sum(map(len, documents))
   num_rows = -(-total // sequence_length)
-  # One more, for the label of the last token.
+  # One token more than the rows hold: the last token's label.
   tokens = np.full(num_rows * sequence_length + 1, pad_id, np.int32)
   document = np.zeros(tokens.shape, np.int32)  # 0 is padding
   tokens[:total] = np.concatenate(documents)
@@ -325,8 +331,9 @@ def pack(
 def training_batches(
   rows: Rows, batch_size: int, seed: int
 ) -> Callable[[int], Batch]:
-  """The batch of any step, which depends on the seed and the step alone.
+  """A function from a step's number to its batch.
 
+  The batch depends on the rows, the seed and the step alone.
   Each pass over the rows is in another order.
   """
   source = grain.MapDataset.source(rows).seed(seed)
@@ -341,7 +348,11 @@ def training_batches(
 
 
 def evaluation_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-  """Every row once, in order; the last batch is filled up with weight 0."""
+  """Every row once, in order.
+
+  All batches have `batch_size` rows: the last one is filled up with rows whose
+  weights are 0.
+  """
   for start in range(0, len(rows), batch_size):
     index = np.arange(start, start + batch_size)
     batch = rows[np.minimum(index, len(rows) - 1)]
@@ -350,10 +361,10 @@ def evaluation_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
 
 
 def unigram_loss(train: Rows, held_out: Rows, vocab_size: int) -> float:
-  """Loss on the held-out labels of the best guess that ignores the context.
+  """The held-out loss of a model that ignores the context.
 
-  Each token's probability is its share of the training labels, one added to
-  every count, so that none is zero.
+  It gives each token the probability that it has among the training labels,
+  after one is added to every count, so that no probability is zero.
 
   Returns:
     Nats per token; its exponential is the unigram perplexity.

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 
 import rich.console
 import rich.progress
 
-from ._metrics import Record
+from .metrics import Record, perplexity
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress(contextlib.AbstractContextManager):
-  """A live line on a terminal; elsewhere, a plain line now and then.
+  """A line that is redrawn in a terminal; elsewhere, a new line now and then.
 
   Args:
     start: steps done by earlier runs.
@@ -41,16 +40,16 @@ class Progress(contextlib.AbstractContextManager):
     self._task = self._bar.add_task("compiling", total=steps, completed=start)
 
   def __enter__(self) -> Progress:
-    """Starts the live line."""
+    """Starts to draw."""
     self._bar.start()
     return self
 
   def __exit__(self, *_) -> None:
-    """Takes the live line away."""
+    """Removes the line that was redrawn."""
     self._bar.stop()
 
   def show(self, record: Record) -> None:
-    """Reports a step; with a held-out loss, on a line that stays."""
+    """Reports a step; if it was evaluated, the line stays in a terminal too."""
     now, step = time.monotonic(), record["step"]
     evaluated = "held_out_loss" in record
     if evaluated:
@@ -74,14 +73,9 @@ class Progress(contextlib.AbstractContextManager):
       )
 
   def _left(self, step: int, now: float) -> str:
-    """The time that the remaining steps will take, if they go on like this."""
+    """The time left, if a step takes what it took on average in this call."""
     if step <= self._start or step >= self._steps:
       return ""
     each = (now - self._started) / (step - self._start)
     minutes, seconds = divmod(round(each * (self._steps - step)), 60)
     return f"  {minutes}:{seconds:02d} left"
-
-
-def perplexity(loss: float) -> float:
-  """exp(loss), infinite where that is too large for a float."""
-  return math.exp(loss) if loss < 700 else math.inf

@@ -9,20 +9,31 @@ import time
 import jax
 import numpy as np
 
-from ._checkpoint import Checkpoints
-from ._data import evaluation_batches, training_batches, unigram_loss
-from ._errors import UserError
-from ._flops import flops_per_token, peak_flops
-from ._metrics import Metrics
-from ._optimizer import learning_rate_schedule
-from ._progress import Progress
-from ._run import Run
-from ._step import State, fresh_state, make_steps
-from ._train_config import TrainConfig
+from .._checkpoint import Checkpoints
+from .._errors import UserError
+from .._flops import flops_per_token, peak_flops
+from .config import TrainConfig
+from .data import evaluation_batches, training_batches, unigram_loss
+from .metrics import Metrics
+from .optimizer import learning_rate_schedule
+from .progress import Progress
+from .run import Run
+from .step import State, fresh_state, make_steps
 
 
 class Loop:
-  """The state of training, and what happens after each step."""
+  """The state of training, and what happens at and after each step.
+
+  Args:
+    run: data and settings.
+    done: steps that are done; their checkpoint is the state to begin with.
+    checkpoints: where to restore from and save to.
+    metrics: takes the record of each step.
+    progress: shows it.
+
+  Attributes:
+    step: optimizer steps done.
+  """
 
   def __init__(
     self,
@@ -49,13 +60,18 @@ class Loop:
     self._unigram = unigram_loss(run.train_rows, run.held_out_rows, valid)
     self._clock = _Clock(config)
     self._saved = done
-    # The newest step's loss and gradient norm, perhaps still being computed:
-    # they are read when the next step has been started, not to keep the
-    # device waiting.
+    # Loss and gradient norm of the newest step, not read yet.  Reading them
+    # waits until the device has computed them, so they are read after the next
+    # step has been started: the device always has work.
     self._pending: tuple[jax.Array, jax.Array] | None = None
 
   def take_step(self) -> None:
-    """One optimizer step, and the evaluation and checkpoint that are due."""
+    """One optimizer step, and the evaluation and checkpoint that are due.
+
+    Raises:
+      UserError: if the loss or the gradient is not a finite number, or the disk
+        is full.
+    """
     config, batch = self._run.config, self._batch(self.step)
     self._params, self._optimizer_state, measured = self._train_step(
       self._params, self._optimizer_state, batch
@@ -70,7 +86,11 @@ class Loop:
       self.save()
 
   def save(self) -> None:
-    """A checkpoint of now, unless there is one; the record of it before."""
+    """Saves a checkpoint of this step, unless there is one.
+
+    The metrics go to disk first: a run that resumes from the checkpoint does
+    not write them again.
+    """
     self._report()
     if self.step == self._saved:
       return
@@ -82,7 +102,7 @@ class Loop:
     self._clock.pause()
 
   def _report(self, held_out_loss: float | None = None) -> None:
-    """Records and shows the newest step, once."""
+    """Records and shows the newest step, unless that was done already."""
     if self._pending is None:
       return
     (loss, norm), self._pending = map(float, self._pending), None
@@ -120,7 +140,7 @@ class Loop:
 def _initial_state(
   config: TrainConfig, checkpoints: Checkpoints, done: int
 ) -> State:
-  """Fresh, or that of the checkpoint of step `done`."""
+  """New parameters and optimizer state, or those of checkpoint `done`."""
   fresh = functools.partial(fresh_state, config)
   if not done:
     return jax.jit(fresh)()
@@ -130,21 +150,26 @@ def _initial_state(
 
 
 class _Clock:
-  """Tokens per second of recent steps, without evaluations and saves."""
+  """Tokens per second of recent steps; evaluations and saves do not count."""
 
   def __init__(self, config: TrainConfig):
     self._tokens = config.batch_size * config.sequence_length
     self._flops = flops_per_token(config.model, config.sequence_length)
     self._peak = peak_flops(jax.devices()[0].device_kind)
-    self._seconds = 0.0  # of a step, recent ones counting more
+    # Of one step: an exponential moving average.
+    self._seconds = 0.0
+    # When the step before ended, if nothing but training has happened since.
     self._mark: float | None = None
 
   def pause(self) -> None:
-    """What happens until the next tick is not training."""
+    """Leaves out the time until the next tick: it is not of training alone."""
     self._mark = None
 
   def tick(self) -> dict[str, float]:
-    """Called after each step; the first of them included compilation."""
+    """Called after each step; returns the rates by the name of their metric.
+
+    The first call only starts the clock: the first step includes compilation.
+    """
     before, self._mark = self._mark, time.perf_counter()
     if before is not None:
       taken = self._mark - before

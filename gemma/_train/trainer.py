@@ -1,14 +1,11 @@
-"""The trainer: from text to a checkpoint, stoppable at any moment.
+"""A whole run: from a `TrainConfig` to a checkpoint and what came of it.
 
-Every step is a function of the one before, the batch of its number, and
-nothing else.  So a run that was killed and started again gives the losses, bit
-by bit, that it would have given undisturbed.
+The package's docstring says which module does what, and in which order.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 import signal
 from collections.abc import Iterator
@@ -16,16 +13,17 @@ from collections.abc import Iterator
 import jax
 import rich.console
 
-from ._checkpoint import Checkpoints, complete_steps
-from ._flops import peak_flops
-from ._interrupt import deferred_interrupts
-from ._loop import Loop
-from ._metrics import Metrics, plot_losses, read_metrics
-from ._progress import Progress
-from ._run import Run, open_run
-from ._step import abstract_model, choose_head, device_memory
-from ._train_config import TrainConfig
-from .ops import KERNELS, describe_ops
+from .._checkpoint import Checkpoints, complete_steps
+from .._flops import peak_flops
+from .._model import num_parameters
+from ..ops import describe_ops
+from .config import TrainConfig
+from .interrupt import deferred_interrupts
+from .loop import Loop
+from .metrics import Metrics, plot_losses, read_metrics
+from .progress import Progress
+from .run import Run, open_run
+from .step import abstract_model, choose_head, device_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +32,11 @@ class TrainResult:
 
   Attributes:
     directory: holds the checkpoints, metrics.jsonl and loss.png.
-    step: optimizer steps done, all runs together.
-    held_out_loss: of the last evaluation, nats per token; None before it.
-    unigram_loss: of the same tokens, guessed without context.
+    step: optimizer steps done, those of earlier calls included.
+    held_out_loss: of the last evaluation, in nats per token; None if there was
+      none yet.
+    unigram_loss: of the same tokens, predicted from the frequency of tokens in
+      the training text alone, in nats per token; likewise None.
     interrupted_by: the signal that ended it early, or None.
   """
 
@@ -50,10 +50,10 @@ class TrainResult:
 def train(
   config: TrainConfig, *, console: rich.console.Console | None = None
 ) -> TrainResult:
-  """Trains until `config.steps` are done; resumes what its directory holds.
+  """Trains until `config.steps` are done; resumes the run its directory holds.
 
   Args:
-    config: what to train on what, where, and for how long.
+    config: the model, the data, the directory, and for how long.
     console: where to report; standard output by default.
 
   Raises:
@@ -95,7 +95,7 @@ def _train(run: Run, done: int, console: rich.console.Console) -> TrainResult:
 
 
 def _describe(run: Run, done: int) -> Iterator[str]:
-  """The lines at the start: on what, with what, how much."""
+  """The lines printed at the start: device, ops, model, data, steps."""
   config, device = run.config, jax.devices()[0]
   others = jax.device_count() - 1
   unused = f"; {others} more are not used" if others else ""
@@ -103,14 +103,14 @@ def _describe(run: Run, done: int) -> Iterator[str]:
     f"device    {device.device_kind} ({device.platform}), "
     f"JAX {jax.__version__}{unused}"
   )
-  for line in describe_ops(KERNELS, device.platform):
+  model = abstract_model(config)
+  for line in describe_ops(model.ops, device.platform):
     yield f"op        {line}"
   if device.platform == "tpu":
     yield f"head      {choose_head(config, device_memory())}"
-  parameters = jax.tree.leaves(abstract_model(config)[1])
   yield (
-    f"model     {sum(math.prod(p.shape) for p in parameters):,} parameters in "
-    f"float32, computing in {config.model.dtype}"
+    f"model     {num_parameters(model):,} parameters in float32, computing in "
+    f"{config.model.dtype}"
   )
   for reason, names in run.corpus.skipped.items():
     more = ", ..." if len(names) > 3 else ""
