@@ -34,7 +34,7 @@ def sources(
   files = closure(starts, bench)
   if suite.endswith(".py"):
     files.add(pathlib.Path(suite))
-  module = _module_of(op) if suite == "registry" else None
+  module = module_of(op) if suite == "registry" else None
   if module is None:
     files |= {*kernels.rglob("*.py"), *kernels.rglob("*.json")}
     files |= set((home / "gemma").rglob("*.py"))
@@ -44,7 +44,7 @@ def sources(
   return frozenset(files)
 
 
-def _module_of(op: str) -> str | None:
+def module_of(op: str) -> str | None:
   """The module of a registered op's public function, below `kernels`."""
   from pallas_gemma import kernels
 

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import re
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,7 +82,7 @@ def output_folder() -> pathlib.Path:
   Raises:
     RuntimeError: if the process was not started with `environment`.
   """
-  for flag in shlex.split(os.environ.get("LIBTPU_INIT_ARGS", "")):
+  for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split():
     if flag.startswith(_OUTPUT_FLAG):
       return pathlib.Path(flag.removeprefix(_OUTPUT_FLAG))
   raise RuntimeError(
