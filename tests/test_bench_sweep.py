@@ -54,8 +54,10 @@ def test_every_tuned_config_is_compiled(monkeypatch):
   for name in ("_flash_attention", "_geglu_tiles", "_linear_cross_entropy"):
     module = importlib.import_module(f"pallas_gemma.kernels.{name}")
     monkeypatch.setattr(module, "tuned_config", look_up)
+  tables = {op.name for op in OPS if tuned._table(op.name)}
   for program in PROGRAMS.values():
-    built = program.build()
-    jax.eval_shape(built.function, *built.specs)
+    if program.op in tables:
+      built = program.build()
+      jax.eval_shape(built.function, *built.specs)
   entries = {(op.name, key) for op in OPS for key in tuned._table(op.name)}
   assert entries and not entries - wanted

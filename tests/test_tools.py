@@ -42,17 +42,20 @@ def test_neighbours_change_one_field():
 def test_search_goes_down_to_the_best(monkeypatch):
   """Cycles are least at 256; above 512 a config is refused."""
 
-  def measure(arguments, configs):
+  def estimate(arguments, configs):
     return [
-      {
-        "error": "too large" if c["rows"] > 512 else None,
-        "lower_bound": False,
-        "cycles": 1000 + abs(c["rows"] - 256),
-      }
+      bench.Row(
+        op="rms_norm",
+        case="gemma_2b_8k",
+        which="fwd+bwd",
+        implementation="pallas",
+        error="too large" if c["rows"] > 512 else None,
+        cycles=1000 + abs(c["rows"] - 256),
+      )
       for c in configs
     ]
 
-  monkeypatch.setattr(TUNE, "measure", measure)
+  monkeypatch.setattr(TUNE, "estimate", estimate)
   arguments = TUNE.Arguments("rms_norm", "gemma_2b_8k")
   assert TUNE.search(arguments, {"rows": 16}) == ({"rows": 256}, 1000)
   assert TUNE.search(arguments, {"rows": 1024}) == ({"rows": 256}, 1000)
@@ -137,7 +140,7 @@ def test_finds_the_hottest_loop():
     ]
   )
   listing = bench.parse_listing(program)
-  cycles = bench.count(listing)
+  cycles = bench.count_cycles(listing)
   assert DUMP.hottest(listing, cycles) == range(1, 9)
   assert cycles.visits[:10] == (1, *[9] * 8, 1)
   units = [DUMP.unit(i.opcode) for b in listing.bundles for i in b]

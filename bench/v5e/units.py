@@ -112,6 +112,7 @@ class Units:
   """
 
   def __init__(self) -> None:
+    """All of them idle."""
     self.queue_stall = 0
     self.result_stall = 0
     self._free: dict[str, int] = collections.defaultdict(int)

@@ -1,7 +1,7 @@
 """Turns results/*.json into the README's table and plots.
 
     pallas-gemma-bench --json results/v5e.json
-    python -P -m pallas_gemma.bench.report
+    python -P -m pallas_gemma.bench.show.report
 
 The table goes between the markers `<!-- bench -->` and `<!-- /bench -->`; no
 number in it is typed.
@@ -10,16 +10,17 @@ number in it is typed.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import tyro
+from pallas_gemma.kernels import OPS
 
-from ._chip import V5E
-from ._row import Row
+from ..run.row import Row
+from ..v5e import V5E
+from . import files
 
 _START, _END = "<!-- bench -->", "<!-- /bench -->"
 _OURS = "pallas"
@@ -72,16 +73,11 @@ def read(folder: pathlib.Path) -> tuple[list[Row], list[str]]:
   Raises:
     ValueError: if there are none.
   """
-  rows, commands = [], []
-  for path in sorted(folder.glob("*.json")):
-    for line in path.read_text().splitlines():
-      fields = json.loads(line)
-      commands.append(fields.pop("command"))
-      rows.append(Row.from_json(fields))
-  rows = [row for row in rows if not row.error]
+  lines = files.read(sorted(folder.glob("*.json")))
+  rows = [line.row for line in lines if not line.row.error]
   if not rows:
     raise ValueError(f"report: no results in {folder}/*.json")
-  return rows, sorted(set(commands))
+  return rows, sorted({line.command for line in lines})
 
 
 def problems(rows: Iterable[Row]) -> list[Problem]:
@@ -204,17 +200,18 @@ def _one_per_op(rows: Sequence[Row]) -> list[Row]:
 
 
 def _lengths(axes, rows: Sequence[Row]) -> None:
+  attention = {op.name for op in OPS if "attention" in op.baselines}
   by_case = {
     row.case: row.shapes[0][1]
     for row in rows
-    if row.op == "flash_attention"
+    if row.op in attention
     and row.which == "fwd"
     and row.implementation in (_OURS, "xla")
     and row.case.startswith("gemma_2b")
   }
   lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
   for row in rows:
-    if row.op == "flash_attention" and row.case in by_case and row.of_bound:
+    if row.op in attention and row.case in by_case and row.of_bound:
       line = lines.setdefault((row.implementation, row.which), [])
       line.append((by_case[row.case], 100 * row.of_bound))
   for (implementation, which), points in lines.items():
@@ -230,8 +227,8 @@ def _lengths(axes, rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-  """Entry point of `python -m pallas_gemma.bench.report`."""
-  arguments = tyro.cli(Arguments, prog="pallas_gemma.bench.report")
+  """Entry point of `python -m pallas_gemma.bench.show.report`."""
+  arguments = tyro.cli(Arguments, prog="pallas_gemma.bench.show.report")
   rows, commands = read(arguments.results)
   readme = arguments.readme.read_text()
   arguments.readme.write_text(insert(readme, markdown(rows, commands)))

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 
-from ._chip import V5E
-from ._program import Built, Program
-from ._row import Row, bound
+from ..suites.program import Built, Program, bound
+from ..v5e import V5E
+from .row import Row
 
 MEASURED = "measured"
 _RUN = "pallas-gemma-bench-run"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ._listing import Instruction
+from .listing import Instruction
 
 Value = int | bool | None
 
@@ -105,6 +105,7 @@ class Scalars:
   """
 
   def __init__(self, operands: Mapping[int, np.ndarray] | None = None):
+    """Nothing known but integer operands, by their index."""
     self._operands = dict(operands or {})
     self._registers: dict[str, Value] = {}
     self._smem: dict[int, Value] = {}

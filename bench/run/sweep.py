@@ -11,13 +11,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
-from . import _compiler
-from ._job import MARK, Job
-from ._row import Row
+from .. import v5e
+from .job import MARK, Job
+from .row import Result, Row
 
-_WORKER = f"{__package__}._worker"
+_WORKER = f"{__package__}.worker"
 
 
 def cache_directory() -> pathlib.Path:
@@ -32,8 +31,8 @@ def run_jobs(
   workers: int = 1,
   timeout: float = 900.0,
   cache: pathlib.Path | None = None,
-  done: Callable[[Job, dict[str, Any]], None] = lambda job, row: None,
-) -> list[dict[str, Any]]:
+  done: Callable[[Job, Result], None] = lambda job, result: None,
+) -> list[Result]:
   """The result of every job, in order.
 
   A job that fails gives a row with an error; it ends no other job.
@@ -56,30 +55,35 @@ def run_jobs(
       raise
 
 
-def _cached(job, timeout, cache, done) -> dict[str, Any]:
+def _cached(
+  job: Job,
+  timeout: float,
+  cache: pathlib.Path | None,
+  done: Callable[[Job, Result], None],
+) -> Result:
   path = cache / f"{job.digest()}.json" if cache else None
   if path and path.exists():
-    result = json.loads(path.read_text())
+    result = Result.from_json(json.loads(path.read_text()))
   else:
     result = run_job(job, timeout)
     # A timeout or a lack of memory may pass; what the compiler refuses stays.
-    if path and not result.get("transient"):
+    if path and not result.transient:
       path.parent.mkdir(parents=True, exist_ok=True)
       partial = path.with_suffix(f".{os.getpid()}")
-      partial.write_text(json.dumps(result))
+      partial.write_text(json.dumps(result.to_json()))
       partial.replace(path)
   done(job, result)
   return result
 
 
-def run_job(job: Job, timeout: float = 900.0) -> dict[str, Any]:
-  """Runs one job in a process; returns its row as JSON holds it."""
+def run_job(job: Job, timeout: float = 900.0) -> Result:
+  """Runs one job in a process of its own."""
   with tempfile.TemporaryDirectory(prefix="pallas-gemma-") as directory:
-    dump = pathlib.Path(directory)
+    folder = pathlib.Path(directory)
     try:
       process = subprocess.run(
-        worker_command(job, dump),
-        env=_compiler.environment(dump, static=job.static),
+        _worker_command(job),
+        env=v5e.environment(folder, ask_compiler=job.ask_compiler),
         capture_output=True,
         text=True,
         errors="replace",
@@ -89,23 +93,16 @@ def run_job(job: Job, timeout: float = 900.0) -> dict[str, Any]:
       return _failure(job, f"gave up after {timeout:.0f} s", transient=True)
   for line in process.stdout.splitlines():
     if line.startswith(MARK):
-      return json.loads(line.removeprefix(MARK))
+      return Result.from_json(json.loads(line.removeprefix(MARK)))
   killed = process.returncode < 0
   return _failure(
     job, _reason(process.stderr, process.returncode), transient=killed
   )
 
 
-def worker_command(job: Job, dump: pathlib.Path) -> list[str]:
+def _worker_command(job: Job) -> list[str]:
   """The command line that runs a job."""
-  return [
-    sys.executable,
-    "-P",
-    "-m",
-    _WORKER,
-    json.dumps(job.to_json()),
-    str(dump),
-  ]
+  return [sys.executable, "-P", "-m", _WORKER, json.dumps(job.to_json())]
 
 
 def _reason(stderr: str, code: int) -> str:
@@ -119,7 +116,7 @@ def _reason(stderr: str, code: int) -> str:
   return f"the compiler ended the process (code {code}): {last}"
 
 
-def _failure(job: Job, error: str, *, transient: bool) -> dict[str, Any]:
+def _failure(job: Job, error: str, *, transient: bool) -> Result:
   op, case, which, implementation = job.key.split("/")
   row = Row(
     op=op,
@@ -129,19 +126,19 @@ def _failure(job: Job, error: str, *, transient: bool) -> dict[str, Any]:
     error=error,
     config=job.config,
   )
-  return row.to_json() | {"transient": transient}
+  return Result(row, transient=transient)
 
 
 @contextlib.contextmanager
-def dumped(job: Job, timeout: float = 900.0) -> Iterator[pathlib.Path]:
+def compiler_output(job: Job, timeout: float = 900.0) -> Iterator[pathlib.Path]:
   """Runs a job and lends the folder that its compiler printed into."""
   with tempfile.TemporaryDirectory(prefix="pallas-gemma-") as directory:
-    dump = pathlib.Path(directory)
+    folder = pathlib.Path(directory)
     subprocess.run(
-      worker_command(job, dump),
-      env=_compiler.environment(dump, static=job.static),
+      _worker_command(job),
+      env=v5e.environment(folder, ask_compiler=job.ask_compiler),
       capture_output=True,
       check=True,
       timeout=timeout,
     )
-    yield dump
+    yield folder

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from pallas_gemma.kernels import OPS, Case, Norm, rms_norm_reference
 
-from ._program import Built, Program, integer_values, passes
+from .program import Built, Program, integer_values, passes
 
 _BLOCKS = (  # query, key/value, key/value computed at a time
   (1024, 1024, 512),
@@ -107,6 +107,11 @@ class _Attention:
     """Causal and nothing else."""
     return self.window is None and self.segments is None
 
+  @property
+  def is_long(self) -> bool:
+    """Whether to execute what the compiler prints takes minutes."""
+    return self.length > 1 << 14
+
   @classmethod
   def of(cls, case: Case) -> _Attention:
     q, k = case.args[:2]
@@ -139,23 +144,40 @@ def _attention(case: Case, fields: dict[str, Any]) -> Iterator[Program]:
     name = "x".join(map(str, blocks))
     # The others for those who ask.  Larger ones do not fit beside a window.
     best = blocks == _BLOCKS[0 if problem.window is None else -1]
-    for fused in (False, True):
-      for program in passes(
-        functools.partial(_jax_splash, problem, blocks, fused),
-        implementation=f"jax-splash-{name}" + ("-fused" if fused else ""),
-        default=best,
-        **fields,
-      ):
-        if not fused or program.which != "fwd":
-          yield program
+    default = best and not problem.is_long
+    yield from _jax_splash_passes(problem, blocks, default=default, **fields)
     if problem.is_plain:
       yield from passes(
         functools.partial(_tokamax_splash, problem, blocks),
         implementation=f"tokamax-splash-{name}",
-        default=best,
+        default=default,
         needs="tokamax",
         **fields,
       )
+
+
+def _jax_splash_passes(
+  problem: _Attention,
+  blocks: tuple[int, int, int],
+  *,
+  default: bool,
+  **fields: Any,
+) -> Iterator[Program]:
+  """The forward pass, and the gradients by two kernels and by one."""
+  name = "jax-splash-" + "x".join(map(str, blocks))
+  two, one = (
+    passes(
+      functools.partial(_jax_splash, problem, blocks, fused),
+      implementation=name + ("-fused" if fused else ""),
+      default=default,
+      **fields,
+    )
+    for fused in (False, True)
+  )
+  for program in (*two, one[-1]):
+    # One kernel is the faster way, but for a window's few keys.
+    slower = program is two[-1] and problem.window is None
+    yield dataclasses.replace(program, default=default and not slower)
 
 
 def _jax_flash(problem: _Attention) -> Built:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 
-from ._chip import Chip
+from .chip import Chip
 
 Flag = int | bool | None  # the flag's address, None where that is not known
 
@@ -52,6 +52,7 @@ class Copies:
   """
 
   def __init__(self, chip: Chip):
+    """None under way, to and from a chip's memory."""
     self._chip = chip
     self._hbm_free = 0.0
     self._flags: dict[Flag, _SyncFlag] = collections.defaultdict(_SyncFlag)

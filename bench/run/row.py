@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pallas_gemma.kernels import Cost
-
-from ._chip import V5E, Chip
+from ..v5e import StaticModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,15 +96,31 @@ class Row:
     return cls(**values)
 
 
-def bound(costs: Sequence[Cost], chip: Chip = V5E) -> tuple[int, str]:
-  """The fewest cycles for passes that run one after the other.
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a job gives.
 
-  Returns:
-    The cycles, and which of MXU and HBM sets them, for the most part.
+  Attributes:
+    row: the time of its program, or why there is none.
+    transient: whether another run may end otherwise, so that this result is not
+      worth keeping.
+    static: by the compiler's own model too, if the job asked for it.
   """
-  shares = {"MXU": 0, "HBM": 0}
-  for cost in costs:
-    mxu = -(-cost.flops // chip.flops_per_cycle)
-    hbm = round(cost.hbm_bytes / chip.hbm_bytes_per_cycle)
-    shares["MXU" if mxu >= hbm else "HBM"] += max(mxu, hbm)
-  return sum(shares.values()), max(shares, key=lambda unit: shares[unit])
+
+  row: Row
+  transient: bool = False
+  static: StaticModel | None = None
+
+  def to_json(self) -> dict[str, Any]:
+    """The fields, as JSON can hold them."""
+    return dataclasses.asdict(self) | {"row": self.row.to_json()}
+
+  @classmethod
+  def from_json(cls, fields: Mapping[str, Any]) -> Result:
+    """The inverse of `to_json`."""
+    static = fields["static"]
+    return cls(
+      row=Row.from_json(fields["row"]),
+      transient=fields["transient"],
+      static=StaticModel(**static) if static else None,
+    )

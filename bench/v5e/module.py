@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from . import _hlo, _listing, _machine
-from ._chip import V5E, Chip
+from . import hlo, listing, machine
+from .chip import V5E, Chip
 
 Operands = Mapping[str, Mapping[int, np.ndarray]]
 
@@ -61,8 +61,8 @@ class Collective:
 
 
 @dataclasses.dataclass
-class Estimate:
-  """The time of a program.
+class Total:
+  """The time of a program, as it adds up.
 
   Attributes:
     cycles: in all, collectives left out.
@@ -81,13 +81,13 @@ class Estimate:
   lower_bound: bool = False
 
 
-def estimate(
+def estimate_module(
   module_text: str,
   listings: Mapping[str, pathlib.Path],
   operands: Operands | None = None,
   chip: Chip = V5E,
-) -> Estimate:
-  """The time of a compiled program.
+) -> Total:
+  """The time of a compiled program, from what the compiler printed of it.
 
   Args:
     module_text: its optimised HLO.
@@ -95,7 +95,7 @@ def estimate(
     operands: values of integer operands by kernel name and operand index.
     chip: what it runs on.
   """
-  return _Program(module_text, listings, operands or {}, chip).run()
+  return _Module(module_text, listings, operands or {}, chip).run()
 
 
 @dataclasses.dataclass
@@ -125,7 +125,7 @@ class _InFlight:
     return lacking
 
 
-class _Program:
+class _Module:
   def __init__(
     self,
     text: str,
@@ -133,14 +133,14 @@ class _Program:
     operands: Operands,
     chip: Chip,
   ):
-    self._module = _hlo.parse(text)
+    self._module = hlo.parse(text)
     self._listings, self._operands, self._chip = listings, operands, chip
-    self._counted: dict[str, _machine.Cycles | None] = {}
+    self._counted: dict[str, machine.Cycles | None] = {}
     self._twins: dict[str, str] | None = None
     self._flight = _InFlight()
-    self._result = Estimate()
+    self._result = Total()
 
-  def run(self) -> Estimate:
+  def run(self) -> Total:
     self._result.cycles = round(self._walk(self._module.entry, 1))
     self._result.notes = sorted(set(self._result.notes))
     return self._result
@@ -156,10 +156,10 @@ class _Program:
       for instruction in self._module.computations[computation]
     )
 
-  def _step(self, instruction: _hlo.Instruction, times: int) -> float:
+  def _step(self, instruction: hlo.Instruction, times: int) -> float:
     opcode = instruction.opcode
     base = re.sub(r"-(start|done|update)$", "", opcode)
-    if base in _hlo.COLLECTIVES:
+    if base in hlo.COLLECTIVES:
       return self._collective(instruction, times)
     control: Mapping[str, Callable[..., float]] = {
       "while": self._loop,
@@ -176,7 +176,7 @@ class _Program:
 
   # --- control flow -----------------------------------------------------------
 
-  def _loop(self, instruction: _hlo.Instruction, times: int) -> float:
+  def _loop(self, instruction: hlo.Instruction, times: int) -> float:
     body = re.search(r"body=%?([\w.\-]+)", instruction.text)
     trips = instruction.trip_count
     if trips is None:
@@ -184,11 +184,11 @@ class _Program:
       trips = 1
     return trips * self._walk(body[1], times * trips) if body else 0.0
 
-  def _conditional(self, instruction: _hlo.Instruction, times: int) -> float:
+  def _conditional(self, instruction: hlo.Instruction, times: int) -> float:
     before = self._result
     choices = []
     for branch in instruction.calls:
-      self._result = Estimate()
+      self._result = Total()
       choices.append((self._walk(branch, times), self._result))
     cycles, taken = max(choices, key=lambda choice: choice[0])
     self._result = before
@@ -203,12 +203,12 @@ class _Program:
       )
     return cycles
 
-  def _call(self, instruction: _hlo.Instruction, times: int) -> float:
+  def _call(self, instruction: hlo.Instruction, times: int) -> float:
     return sum(self._walk(name, times) for name in instruction.calls)
 
   # --- instructions -----------------------------------------------------------
 
-  def _compute(self, instruction: _hlo.Instruction, times: int) -> float:
+  def _compute(self, instruction: hlo.Instruction, times: int) -> float:
     cycles = self._count(instruction)
     if cycles is None:
       return 0.0
@@ -227,7 +227,7 @@ class _Program:
     self._flight.pass_time(max(0.0, capacity - step.hbm_bytes))
     return cycles.total
 
-  def _start(self, instruction: _hlo.Instruction, times: int) -> float:
+  def _start(self, instruction: hlo.Instruction, times: int) -> float:
     if instruction.name in self._listings:
       return self._compute(instruction, times)
     # The result is (destination, source, context); both ends may be in HBM.
@@ -240,11 +240,11 @@ class _Program:
     self._flight.remaining[instruction.name] = traffic
     return 0.0
 
-  def _done(self, instruction: _hlo.Instruction) -> float:
+  def _done(self, instruction: hlo.Instruction) -> float:
     lacking = sum(self._flight.finish(name) for name in instruction.operands)
     return lacking / self._chip.hbm_bytes_per_cycle
 
-  def _collective(self, instruction: _hlo.Instruction, times: int) -> float:
+  def _collective(self, instruction: hlo.Instruction, times: int) -> float:
     if not instruction.opcode.endswith(("-done", "-update")):
       nbytes = sum(array.nbytes for array in instruction.arrays)
       self._result.collectives.append(
@@ -254,7 +254,7 @@ class _Program:
 
   # --- listings ---------------------------------------------------------------
 
-  def _count(self, instruction: _hlo.Instruction) -> _machine.Cycles | None:
+  def _count(self, instruction: hlo.Instruction) -> machine.Cycles | None:
     """One run of an instruction, from its own listing or that of its twin."""
     printed = instruction.name
     if printed not in self._listings:
@@ -274,15 +274,15 @@ class _Program:
       self._note(f"{instruction.name}: {note}")
     return cycles
 
-  def _execute(self, name: str) -> _machine.Cycles | None:
+  def _execute(self, name: str) -> machine.Cycles | None:
     text = self._listings[name].read_text(errors="replace")
     try:
-      return _machine.count(
-        _listing.parse_listing(text, name),
+      return machine.count_cycles(
+        listing.parse_listing(text, name),
         self._kernel_operands(name),
         self._chip,
       )
-    except _machine.Undecidable as error:
+    except machine.Undecidable as error:
       self._note(f"{name}: not counted, {error}")
       return None
 
@@ -294,7 +294,7 @@ class _Program:
     names = [kernel for kernel in self._operands if kernel in name]
     return self._operands[max(names, key=len)] if names else None
 
-  def _twin(self, instruction: _hlo.Instruction) -> str | None:
+  def _twin(self, instruction: hlo.Instruction) -> str | None:
     if self._twins is None:
       self._twins = {
         self._module.signature(known): name

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from pallas_gemma.kernels import Case, Cost, Integers, Op
 
+from ..v5e import V5E, Chip
+
 Pass = Literal["fwd", "fwd+bwd"]
 
 
@@ -45,7 +47,10 @@ class Program:
     which: `fwd`, or `fwd+bwd`: the result and every gradient.
     build: makes the function and describes its arguments.
     costs: of each pass, for the bound.
-    default: whether the table shows it unless asked for more.
+    default: whether the table shows it unless asked for more: not if it is of
+      little interest, nor if it takes minutes of the compiler's time or of that
+      of executing what it prints, since two cores are to finish the table in a
+      quarter of an hour.
     needs: a package without which it cannot run.
     free_layouts: whether the compiler lays out arguments and results, as it
       does with what a model's other operations make and take; row-major if not.
@@ -65,6 +70,20 @@ class Program:
   def key(self) -> str:
     """Its name: `rms_norm/gemma_2b_8k/fwd/pallas`."""
     return f"{self.op}/{self.case}/{self.which}/{self.implementation}"
+
+
+def bound(costs: Sequence[Cost], chip: Chip = V5E) -> tuple[int, str]:
+  """The fewest cycles for passes that run one after the other.
+
+  Returns:
+    The cycles, and which of MXU and HBM sets them, for the most part.
+  """
+  shares = {"MXU": 0, "HBM": 0}
+  for cost in costs:
+    mxu = -(-cost.flops // chip.flops_per_cycle)
+    hbm = round(cost.hbm_bytes / chip.hbm_bytes_per_cycle)
+    shares["MXU" if mxu >= hbm else "HBM"] += max(mxu, hbm)
+  return sum(shares.values()), max(shares, key=lambda unit: shares[unit])
 
 
 def with_gradients(
@@ -210,8 +229,8 @@ def suite(name: str) -> tuple[Program, ...]:
   """The programs of a suite.
 
   Args:
-    name: a module of this package, without its underscore, or the path of a
-      Python file; either defines `programs()`.
+    name: a module of this package, or the path of a Python file; either defines
+      `programs()`.
   """
   if name.endswith(".py"):
     path = pathlib.Path(name)
@@ -222,5 +241,5 @@ def suite(name: str) -> tuple[Program, ...]:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
   else:
-    module = importlib.import_module(f"{__package__}._{name}")
+    module = importlib.import_module(f"{__package__}.{name}")
   return tuple(module.programs())

@@ -8,7 +8,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from ._row import Row
+from ..run.row import Row
 
 _MIB = 1 << 20
 

@@ -1,70 +1,42 @@
-"""How far the timing model is to be trusted: `pallas-gemma-bench --calibrate`.
+"""Programs whose time is known from elsewhere.
 
-Programs whose time is known from elsewhere: published measurements on a v5e,
-and the compiler's own static model, which unrolls every loop.  The static model
-assumes slower copies (1,133 cycles to the first byte, 90 % of the bandwidth,
-but that for each of those under way), so programs that wait for copies differ;
-the last column is our model with copies like that.
+From measurements that were published for a v5e, or from the compiler's own
+static model, which unrolls every loop.  `show.calibration` puts them side by
+side with the cycle model.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import rich.box
-import rich.table
 from jax.experimental import pallas as pl
 from pallas_gemma.kernels import Cost
 
-from ._chip import V5E
-from ._job import Job
-from ._program import Built, Program, passes
+from .program import Built, Program, passes
 
-# Milliseconds by the wall clock, from JAX's guide to matmuls in Pallas.
-_PUBLISHED = {
-  "matmul/8192/fwd/pallas-512x1024x1024": 6.10,
-  "matmul/8192/fwd/xla": 6.05,
-  "matmul/4096/fwd/pallas-512x1024x1024": 0.889,
-  "matmul/4096/fwd/xla": 0.827,
-  "matmul/1024/fwd/pallas-128x128x128": 0.298,
-}
-_DISPATCH_MS = 0.1  # of which is the host's
+_TOO_LARGE = 8192  # its unrolled program takes the compiler minutes
 
-# The unrolled program of the others takes the compiler minutes.
-_STATIC = frozenset(
-  {
-    "matmul/4096/fwd/xla",
-    "matmul/4096/fwd/pallas-512x1024x1024",
-    "matmul/1024/fwd/xla",
-    "matmul/1024/fwd/pallas-128x128x128",
-    "matmul/1024/fwd/pallas-256x256x256",
-    "feed_forward/2048/fwd/xla",
-    "flash_attention/1024/fwd/jax-flash",
-    "two_matmuls/128/fwd/pallas",
-    "row_sum/128/fwd/pallas",
-    "transpose/128/fwd/pallas",
-    "transpose/512/fwd/pallas",
-    "left_transposed/512/fwd/pallas",
-    "right_transposed/512/fwd/pallas",
-  }
-)
+
+def is_unrolled(program: Program) -> bool:
+  """Whether to ask the compiler for its own estimate of a program too."""
+  return program.case != str(_TOO_LARGE)
 
 
 def programs() -> Iterator[Program]:
   """The programs of the table."""
   for size, blocks in (
-    (8192, (512, 1024, 1024)),
+    (_TOO_LARGE, (512, 1024, 1024)),
     (4096, (512, 1024, 1024)),
     (1024, (128, 128, 128)),
     (1024, (256, 256, 256)),
   ):
     name = "pallas-" + "x".join(map(str, blocks))
     yield from _program("matmul", size, name, _matmul(*blocks), 2 * size**3, 2)
-  for size in (8192, 4096, 1024):
+  for size in (_TOO_LARGE, 4096, 1024):
     yield from _program("matmul", size, "xla", jnp.matmul, 2 * size**3, 2)
   yield from _feed_forward()
   yield from _flash()
@@ -77,61 +49,6 @@ def programs() -> Iterator[Program]:
     ("right_transposed", 512, functools.partial(_product_kernel, (1, 1)), 2),
   ):
     yield from _program(name, size, "pallas", _whole(kernel), 0, inputs)
-
-
-def jobs() -> list[Job]:
-  """What has to be run for the table."""
-  return [
-    Job("calibration", program.key, static=program.key in _STATIC)
-    for program in programs()
-  ]
-
-
-def table(results: Sequence[Mapping[str, Any]]) -> rich.table.Table:
-  """The model beside what is known from elsewhere.
-
-  Args:
-    results: of `jobs()`, as the worker gives them.
-  """
-  shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-  shown.add_column("program", no_wrap=True)
-  for heading in (
-    "model cycles",
-    "model ms",
-    "published ms",
-    "less dispatch",
-    "model / published",
-    "compiler's static cycles",
-    "model / static",
-    "with the compiler's copies",
-  ):
-    shown.add_column(heading, justify="right")
-  for result in results:
-    shown.add_row(*_line(result))
-  return shown
-
-
-def _line(result: Mapping[str, Any]) -> list[str]:
-  key = "/".join(
-    result[name] for name in ("op", "case", "which", "implementation")
-  )
-  if result["error"]:
-    return [key, result["error"], *[""] * 7]
-  ms = V5E.seconds(result["cycles"]) * 1e3
-  line = [key, f"{result['cycles']:,}", f"{ms:.3f}", *[""] * 6]
-  if key in _PUBLISHED:
-    published = _PUBLISHED[key]
-    device = published - _DISPATCH_MS
-    line[3:6] = [f"{published:.3f}", f"{device:.3f}", f"{ms / device:.3f}"]
-  static = result.get("static")
-  if static and static["compiler"]:
-    compiler = static["compiler"]
-    line[6:] = [
-      f"{compiler:,}",
-      f"{static['model'] / compiler:.3f}",
-      f"{static['model_as_compiled'] / compiler:.3f}",
-    ]
-  return line
 
 
 # --- programs -----------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Compiles for a TPU that is described, not attached.
 
-libtpu brings the whole compiler.  What it prints is chosen by environment
-variables that must stand before JAX is imported: `environment` makes them for a
-subprocess.
+libtpu brings the whole compiler.  What it prints, and where, is chosen by
+environment variables, which it reads once, when a process first compiles:
+`environment` makes them for a subprocess, `output_folder` finds in them where
+this process's compiler prints.
 """
 
 from __future__ import annotations
@@ -41,21 +42,28 @@ class Compiled:
   output_bytes: int
 
 
-def environment(dump: pathlib.Path, *, static: bool = False) -> dict[str, str]:
-  """Variables for a process that compiles and prints into `dump`.
+_OUTPUT_FLAG = "--xla_jf_dump_to="
+_PROFILES = "static"  # folder of the compiler's own estimates
+
+
+def environment(
+  folder: pathlib.Path, *, ask_compiler: bool = False
+) -> dict[str, str]:
+  """Variables for a process that compiles and prints into `folder`.
 
   Args:
-    dump: where listings go.
-    static: also print the compiler's own estimate; it unrolls every loop, which
-      takes minutes for large kernels.
+    folder: where listings go; must be empty.
+    ask_compiler: also print the compiler's own estimate; it unrolls every loop,
+      which takes minutes for large kernels.
   """
   flags = [
-    f"--xla_jf_dump_to={dump}",
+    f"{_OUTPUT_FLAG}{folder}",
     "--xla_jf_dump_llo_text=true",
     "--xla_jf_dump_llo_pass_label_regex=final_bundles",
   ]
-  if static:
-    flags.append(f"--xla_jf_dump_static_llo_profile_to={dump / 'static'}")
+  if ask_compiler:
+    profiles = folder / _PROFILES
+    flags.append(f"--xla_jf_dump_static_llo_profile_to={profiles}")
   return {
     **os.environ,
     "LIBTPU_INIT_ARGS": " ".join(
@@ -66,6 +74,22 @@ def environment(dump: pathlib.Path, *, static: bool = False) -> dict[str, str]:
     # Else two compilers side by side die on a lock file.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }
+
+
+def output_folder() -> pathlib.Path:
+  """Where the compiler of this process prints.
+
+  Raises:
+    RuntimeError: if the process was not started with `environment`.
+  """
+  for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split():
+    if flag.startswith(_OUTPUT_FLAG):
+      return pathlib.Path(flag.removeprefix(_OUTPUT_FLAG))
+  raise RuntimeError(
+    "v5e: wanted a process whose compiler prints its programs, got one without "
+    f"{_OUTPUT_FLAG} in LIBTPU_INIT_ARGS; start it with the variables of "
+    "v5e.environment(folder)"
+  )
 
 
 def describe(topology: str = "v5e:1x1") -> Sequence[Any]:
@@ -121,11 +145,11 @@ class Vmem:
   spilled: int
 
 
-def vmem(dump: pathlib.Path) -> Vmem | None:
+def vmem(folder: pathlib.Path) -> Vmem | None:
   """What the compiler reports of VMEM, None if it printed no report."""
   instructions = [
     instruction
-    for path in dump.glob("*-vmem_report.html")
+    for path in folder.glob("*-vmem_report.html")
     for instruction in _report(path.read_text()).values()
   ]
   if not instructions:
@@ -152,3 +176,15 @@ def _spilled(instruction: Mapping[str, Any]) -> int:
     for allocation in block.get("allocations", ())
     if allocation.get("tag") == "SPILL"
   )
+
+
+def profiled_cycles(folder: pathlib.Path) -> dict[str, int]:
+  """The compiler's own estimate of each instruction that it profiled."""
+  found = {}
+  for path in (folder / _PROFILES).glob("*_static_llo_profile.textproto"):
+    text = path.read_text(errors="replace")
+    name = re.search(r'hlo_op_name: "(.*?)"', text)
+    cycles = re.search(r"estimated_cycles: (\d+)", text)
+    if name and cycles and int(cycles[1]):
+      found[name[1]] = int(cycles[1])
+  return found

@@ -3,9 +3,9 @@
 A program's time is the bundles that it issues, one per cycle, and its stalls:
 
     delays   `vdelay n` is n idle cycles
-    copies   `dma.done.wait` blocks until the bytes have arrived (_copies.py)
+    copies   `dma.done.wait` blocks until the bytes have arrived (copies.py)
     units    a bundle waits while the queue of a matrix or transpose unit is
-             full, and for results that are not there yet (_units.py)
+             full, and for results that are not there yet (units.py)
 
 A branch takes effect four bundles after it was issued.
 
@@ -24,11 +24,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ._chip import V5E, Chip
-from ._copies import Copies
-from ._listing import Instruction, Listing, ListingError
-from ._scalar import Scalars, signed
-from ._units import (
+from .chip import V5E, Chip
+from .copies import Copies
+from .listing import Instruction, Listing, ListingError
+from .scalar import Scalars, signed
+from .units import (
   State,
   Units,
   Work,
@@ -81,7 +81,7 @@ class Cycles:
     )
 
 
-def count(
+def count_cycles(
   listing: Listing,
   operands: Mapping[int, np.ndarray] | None = None,
   chip: Chip = V5E,
