@@ -15,18 +15,17 @@ kernels, that of a kernel is the part of the config that is named in the key.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
-import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import jax
 import tyro
 from pallas_gemma import bench
 from pallas_gemma.kernels import OPS, Case, Op
+from pallas_gemma.kernels._frame import tuned
 
 Config = dict[str, Any]
 
@@ -137,22 +136,12 @@ def _cycles(row: bench.Row) -> int:
 
 def table_keys(op: Op, case: Case, which: str) -> list[dict[str, Any]]:
   """What the op asks its tuned table for in a pass of a case, if anything."""
-  tuned: Any = importlib.import_module("pallas_gemma.kernels._tuned")
-  asked: list[frozenset] = []
-
-  class Recorder(dict):
-    def get(self, key, default=None):
-      asked.append(key)
-      return default
-
-  table, tuned._table = tuned._table, lambda name: Recorder()
-  try:
-    programs = bench.of_case(op, case, "pallas")
-    built = next(p for p in programs if p.which == which).build()
+  programs = bench.of_case(op, case, "pallas")
+  built = next(p for p in programs if p.which == which).build()
+  with tuned.asked_keys() as asked:
     jax.eval_shape(built.function, *built.specs)
-  finally:
-    tuned._table = table
-  return [dict(sorted(key)) for key in dict.fromkeys(asked)]
+  keys = [dict(sorted(key.items())) for name, key in asked if name == op.name]
+  return [key for i, key in enumerate(keys) if key not in keys[:i]]
 
 
 def entries(
@@ -166,18 +155,6 @@ def entries(
     (key, config[key["which"]] if "which" in key else config) for key in keys
   ]
   return [{"key": k, "config": part, **facts} for k, part in parts if part]
-
-
-def write(op: str, entry: Mapping[str, Any]) -> pathlib.Path:
-  """Puts an entry into an op's table, in place of one with its key."""
-  tuned: Any = importlib.import_module("pallas_gemma.kernels._tuned")
-  path = pathlib.Path(str(tuned.__file__)).parent / "tuned" / f"{op}.json"
-  entries = json.loads(path.read_text()) if path.exists() else []
-  entries = [e for e in entries if e["key"] != entry["key"]] + [entry]
-  entries.sort(key=lambda e: json.dumps(e["key"], sort_keys=True))
-  lines = ",\n".join(f"  {json.dumps(e, sort_keys=True)}" for e in entries)
-  path.write_text(f"[\n{lines}\n]\n")
-  return path
 
 
 def main() -> None:
@@ -207,7 +184,7 @@ def main() -> None:
   for entry in entries(keys, best, cycles=cycles, **own.versions):
     print(json.dumps(entry))
     if not arguments.dry_run:
-      print(f"wrote {write(op.name, entry)}")
+      print(f"wrote {tuned.write_entry(op.name, entry)}")
 
 
 if __name__ == "__main__":
