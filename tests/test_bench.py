@@ -725,10 +725,10 @@ def test_the_command_compares_files(monkeypatch, tmp_path, capsys):
   assert "1 programs: 1 equal" in capsys.readouterr().out
   assert compared(old / "a.json", old / "b.json", "--against", same) == 0
 
-  assert "no such file" in compared(tmp_path / "nothing.json")
-  assert "no results" in compared(old, "--filter", "nothing")
+  assert "no such file" in str(compared(tmp_path / "nothing.json"))
+  assert "no results" in str(compared(old, "--filter", "nothing"))
   (tmp_path / "other.json").write_text('{"rows": 3}\n')
-  assert "wanted lines of" in compared(tmp_path / "other.json")
+  assert "wanted lines of" in str(compared(tmp_path / "other.json"))
 
 
 def test_a_program_that_is_not_listed_any_more_is_missing(

@@ -73,6 +73,7 @@ Read in this order:
     tiles.py       FeedForwardConfig, and which tiles fit VMEM
     forward.py     the forward kernel
     backward.py    the backward kernel
+    travel.py      how it sums dx in HBM
     op.py          the public functions, meshes, registration
 """
 

@@ -3,13 +3,13 @@
 One grid step has an F tile of the weights and a row tile of x, and the rows are
 the inner dimension of the grid:
 
-  1. begin    frees a slot for a row tile of dx, has the next one fetched
-  2. clear    the row tile's sum of dx, at the first F tile
+  1. begin    has this row tile's sum of dx in VMEM, see travel.py
+  2. clear    that sum, at the first F tile
   3. gate     dgate, dup and h of this tile, from gate and up, which are kept or
               computed again, and from dh = dy Wd^T, or as geglu is given it
   4. dx       adds dgate Wg^T + dup Wu^T
   5. weights  adds x^T dgate, x^T dup and h^T dy to their sums
-  6. end      sends the row tile of dx off
+  6. end      sends the sum of dx off to HBM
   7. finish   dx, through the norm and with the residual, at the last F tile
   8. write    the weights' gradients, at the last row tile
 
@@ -112,7 +112,7 @@ def _kernel(i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
 
   @pl.when(f_tile == 0)
   def _():
-    s.dx_sum[slot] = jnp.zeros(s.dx_sum.shape[1:], jnp.float32)
+    _clear_dx(s, slot)
 
   _gate_gradients(i, s, plan)
   _add_dx(i, s, slot, plan)
@@ -122,12 +122,15 @@ def _kernel(i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
 
   @pl.when(f_tile == plan.f_tiles - 1)
   def _():
-    dx = _through_the_norm(i, o, s.dx_sum[slot], plan)
-    o.dx[...] = _add_residual(i, dx, plan).astype(o.dx.dtype)
+    _finish_dx(i, o, s.dx_sum[slot], plan)
 
   @pl.when(row_tile == plan.row_tiles - 1)
   def _():
     _write_weight_gradients(o, s)
+
+
+def _clear_dx(s: Scratch, slot: Any):
+  s.dx_sum[slot] = jnp.zeros(s.dx_sum.shape[1:], jnp.float32)
 
 
 def _factor(i: Inputs) -> Any:
@@ -215,9 +218,15 @@ def _add_weight_gradients(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
 
 
 def _accumulate(total: Any, part: jax.Array, is_first: jax.Array):
-  """Adds to a sum, or starts it."""
+  """Adds to the sum in a ref, or starts it."""
   # A selection costs nothing beside the product; to clear the sum would.
   total[...] = jnp.where(is_first, 0.0, total[...]) + part
+
+
+def _finish_dx(i: Inputs, o: Outputs, dx: jax.Array, plan: Plan):
+  """Writes dx of a row tile from its sum."""
+  dx = _through_the_norm(i, o, dx, plan)
+  o.dx[...] = _add_residual(i, dx, plan).astype(o.dx.dtype)
 
 
 def _through_the_norm(
@@ -245,6 +254,7 @@ def _add_residual(i: Inputs, dx: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _write_weight_gradients(o: Outputs, s: Scratch):
+  """Those that are not their own sums."""
   outs = Sums(o.dw_gate, o.dw_up, o.dw_down)
   for out, total in zip(outs, s.sums, strict=True):
     if total is not None:

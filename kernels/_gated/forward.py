@@ -71,7 +71,8 @@ def _kernel(i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
     o.y[...] = h
   else:
     _project(i, o, s, h, plan)
-    _finish(i, o, s, plan)
+    if s.y_sum is not None or plan.problem.residual:
+      _finish(i, o, s, plan)
 
 
 def _normalise(i: Inputs, o: Outputs, s: Scratch, plan: Plan) -> jax.Array:
@@ -107,6 +108,7 @@ def _gate(gate: jax.Array, up: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _y_sum(o: Outputs, s: Scratch) -> Any:
+  """Where y is summed over F tiles."""
   return o.y if s.y_sum is None else s.y_sum
 
 
@@ -132,8 +134,6 @@ def _inside_f(
 def _finish(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
   """Writes y from its sum, after the last F tile."""
   residual, y_sum = plan.problem.residual, _y_sum(o, s)
-  if s.y_sum is None and not residual:
-    return
 
   @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
   def _():

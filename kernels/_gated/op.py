@@ -1,4 +1,7 @@
-"""geglu and feed_forward: their doors, their meshes and their registration."""
+"""The public functions, how they are split over a mesh, and what is registered.
+
+The maths, the traffic and the tiling are in the docstring of the package.
+"""
 
 from __future__ import annotations
 
@@ -130,9 +133,9 @@ def geglu(
   approximation of GELU.
 
   Args:
-    x: [..., D] float32 or bfloat16.  The matrix unit multiplies bfloat16 in one
-      pass; float32 is multiplied as float32, in six.  So bfloat16 is the fast
-      dtype.
+    x: [..., D] float32 or bfloat16, the dtype of the products.  The kernel
+      multiplies float32 as float32, in six passes of the matrix unit, and
+      bfloat16 in one: bfloat16 is the fast dtype.
     w_gate: [D, F] float32 or bfloat16, the activated branch; computed with in
       x's dtype, to which the kernel casts its tiles.
     w_up: [D, F], the linear branch.
@@ -173,8 +176,8 @@ def feed_forward(
   """The gated feed-forward block, geglu(x, w_gate, w_up) w_down.
 
   Args:
-    x: [..., D] float32 or bfloat16, which as in `geglu` is the fast dtype:
-      float32 is multiplied as float32, in six passes of the matrix unit.
+    x: [..., D] float32 or bfloat16, the dtype of the products.  As in `geglu`,
+      float32 takes six passes of the matrix unit and bfloat16 one.
     w_gate: [D, F], as in `geglu`.
     w_up: [D, F], as in `geglu`.
     w_down: [F, D] float32 or bfloat16.
