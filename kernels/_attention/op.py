@@ -181,7 +181,8 @@ def flash_attention(
   Dao et al., arXiv 2205.14135; multi-query: Shazeer, arXiv 1911.02150.
 
   Args:
-    q: [B, T, N, H] float32 or bfloat16.
+    q: [B, T, N, H] float32 or bfloat16.  Products of float32 are float32, six
+      passes of the matrix unit; bfloat16 takes one.
     k: [B, S, K, H] of q's dtype; N is a multiple of K, and query head n reads
       kv head n // (N / K).  K = 1 is multi-query, K = N multi-head.
     v: [B, S, K, H].
