@@ -225,8 +225,8 @@ def test_function_and_reference_share_a_signature(op):
 @pytest.mark.parametrize("op", OPS)
 def test_a_story_opens_with_its_maths(op):
   """In its file, or in the room's first page and those of its own."""
-  module = inspect.getmodule(op.function)
-  room = sys.modules[module.__package__]
-  doc = module.__doc__ + (room.__doc__ if room is not kernels else "")
+  module = sys.modules[op.function.__module__]
+  room = sys.modules[str(module.__package__)]
+  doc = str(module.__doc__) + (str(room.__doc__) if room is not kernels else "")
   for heading in ("Maths", "Traffic", "Tiling"):
     assert heading in doc, f"{op.name}: no docstring has {heading!r}"
