@@ -115,6 +115,11 @@ def scale_without_the_norm(self, x, scale, dy):
   return ORIGINAL(self, x, scale, dy)[0], dy * x
 
 
+def not_cleared(tile, end, axis):
+  del end, axis
+  return tile
+
+
 def last_alone(ref, part):
   ref[...] = part
 
@@ -127,7 +132,7 @@ def parallel(vmem_bytes):
 
 ORIGINAL = ROWS.RowNorm.gradients
 MUTANTS = {
-  "ragged rows reach dscale": (TPU, "zero_past", lambda tile, *_, **__: tile),
+  "ragged rows reach dscale": (TPU, "zero_past", not_cleared),
   "only the last tile": (MODULE, "_add", last_alone),
   "parallel sum": (TPU, "compiler_params", parallel),
   "epsilon": (ROWS.RowNorm, "_mean_square", no_epsilon),
