@@ -25,6 +25,7 @@ from .show import table as tables
 from .suites.program import Program, suite
 
 SUITES = ("registry", "baselines", "gemma")
+_WIDTH = 180  # of what goes to a file or a pipe: the tables whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,10 +237,9 @@ def _compare(arguments: Arguments, console: rich.console.Console) -> None:
     compared, now = compare_rows(arguments)
   except ValueError as error:
     sys.exit(f"pallas-gemma-bench: {error}")
-  console.print(compare.table(compared), soft_wrap=True)
-  console.print(f"before: {tables.versions([c.before for c in compared])}")
-  console.print(f"now: {tables.versions(now)}")
-  console.print(compare.summary(compared), highlight=False)
+  for when, rows in (("before", [c.before for c in compared]), ("now", now)):
+    console.print(f"{when}: {tables.versions(rows)}", highlight=False)
+  compare.show(console, compared)
   _write(arguments, now)
   if any(change.is_worse for change in compared):
     sys.exit(1)
@@ -274,7 +274,7 @@ def _show(arguments: Arguments, console: rich.console.Console) -> None:
 def main() -> None:
   """Entry point of `pallas-gemma-bench`."""
   arguments = tyro.cli(Arguments, prog="pallas-gemma-bench")
-  console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+  console = rich.console.Console(width=None if sys.stdout.isatty() else _WIDTH)
   runs = not (arguments.list or arguments.against)
   if (
     runs

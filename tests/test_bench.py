@@ -740,7 +740,7 @@ def test_a_program_that_is_not_listed_any_more_is_missing(
   options = ("--cache", tmp_path / "cache", "--mode", "compiled")
   assert run_command(monkeypatch, "--compare", old, *options) == 1
   shown = capsys.readouterr().out
-  assert "not listed any more" in shown and "1 missing; 1 worse" in shown
+  assert "no such row any more" in shown and "1 missing; 1 worse" in shown
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import rich.box
+import rich.console
 import rich.table
 
 from ..run.row import Row
@@ -82,23 +83,30 @@ def _name(row: Row) -> str:
   return f"{row.key} {dict(row.config)}" if row.config else row.key
 
 
-def table(compared: Sequence[Change]) -> rich.table.Table:
-  """A line for each change."""
-  shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-  shown.add_column("program", no_wrap=True)
+def show(console: rich.console.Console, compared: Sequence[Change]) -> None:
+  """Prints a line for each change, why programs are missing, and the sum."""
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+  table.add_column("program", overflow="fold", min_width=24)
+  table.add_column("", no_wrap=True, min_width=len("missing !"))
   for heading in (
     "cycles before",
-    "cycles now",
+    "now",
     "difference",
-    "temp bytes before",
-    "temp bytes now",
+    "temp before",
+    "now",
     "difference",
   ):
-    shown.add_column(heading, justify="right", no_wrap=True)
-  shown.add_column("", no_wrap=True)
+    table.add_column(heading, justify="right", no_wrap=True)
   for change in compared:
-    shown.add_row(_name(change.before), *_numbers(change))
-  return shown
+    table.add_row(_name(change.before), *_numbers(change))
+  console.print(table)
+  for change in compared:
+    if change.is_missing:
+      why = change.now.error if change.now else "no such row any more"
+      console.print(
+        f"{_name(change.before)}: {why}", highlight=False, soft_wrap=True
+      )
+  console.print(summary(compared), highlight=False, soft_wrap=True)
 
 
 def _numbers(change: Change) -> list[str]:
@@ -106,16 +114,15 @@ def _numbers(change: Change) -> list[str]:
   mark = change.verdict + (" !" if change.is_worse else "")
   cycles, temp = _cycles(before), _bytes(before.temp_bytes)
   if now is None or now.error:
-    why = now.error if now else "not listed any more"
-    return [cycles, "", "", temp, "", "", f"{mark} {why}"]
+    return [mark, cycles, "", "", temp, "", ""]
   return [
+    mark,
     cycles,
     _cycles(now),
     _difference(change.cycles, before.cycles),
     temp,
     _bytes(now.temp_bytes),
     f"{change.temp_bytes:+,}" if change.temp_bytes else "",
-    mark,
   ]
 
 

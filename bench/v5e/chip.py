@@ -1,4 +1,4 @@
-"""What a chip can do, in the units of the timing model: cycles and bytes."""
+"""What a chip can do, in the units of the cycle model: cycles and bytes."""
 
 from __future__ import annotations
 
