@@ -49,6 +49,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import checkify
 from jax.experimental import pallas as pl
 
+from ._frame.check import check_integers
 from ._linear_cross_entropy_bwd import backward, backward_bytes
 from ._linear_cross_entropy_fwd import (
   LANES,
@@ -72,7 +73,6 @@ from ._op import (
   dispatch,
   nbytes,
 )
-from ._rope import check_integers
 from ._sharding import leading_dims, per_device, split_axes
 from ._tuned import power_of_two, tuned_config
 

@@ -13,56 +13,13 @@ it can split: those over which its rows are independent.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-Axes = tuple[str, ...]
-_Rules = tuple[Any, Mapping[str, Axes]]
-_RULES: contextvars.ContextVar[_Rules | None] = contextvars.ContextVar(
-  "pallas_gemma_sharding", default=None
-)
-
-
-def _as_axes(entry: Any) -> Axes:
-  if entry is None:
-    return ()
-  return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-@contextlib.contextmanager
-def sharding(
-  mesh: jax.sharding.Mesh, rules: Mapping[str, str | Sequence[str] | None]
-) -> Iterator[None]:
-  """Says how the kernels traced inside are split over a mesh of Auto axes.
-
-  Args:
-    mesh: the mesh of the surrounding `jit`.
-    rules: mesh axis or axes for each letter that is split, for example
-      `{"B": "data", "N": "model", "F": "model"}`.  Letters: B batch (the first
-      dimension of an activation), T query length (the second), N query heads,
-      K key/value heads, F feed-forward, V vocabulary.
-
-  Raises:
-    ValueError: if a rule names an axis that the mesh does not have.
-  """
-  clean = {letter: _as_axes(axes) for letter, axes in rules.items()}
-  for letter, axes in clean.items():
-    for axis in axes:
-      if axis not in mesh.axis_names:
-        raise ValueError(
-          f"sharding: rule {letter!r} wants a mesh axis among "
-          f"{mesh.axis_names}, got {axis!r}"
-        )
-  token = _RULES.set((mesh, clean))
-  try:
-    yield
-  finally:
-    _RULES.reset(token)
+from ._frame.sharding import _RULES, Axes, _as_axes
 
 
 def leading_dims(ndim: int) -> tuple[str, ...]:

@@ -19,23 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._flash_attention import (
-  Window,
-  check_attention,
-  masked_attention,
-  visible_pairs,
-)
-from ._op import (
-  Case,
-  Cost,
+from .._frame.check import (
   Implementation,
-  Integers,
-  Op,
   check_implementation,
+  check_integers,
   check_shape,
-  nbytes,
 )
-from ._rope import check_integers
+from .._frame.op import Case, Cost, Integers, Op, nbytes
+from .op import check_attention
+from .spec import Window, masked_attention, visible_pairs
 
 # --- specification ------------------------------------------------------------
 
@@ -56,7 +48,7 @@ def decode_attention_reference(
   mask = visible_pairs(q_index, jnp.arange(s), True, local_window_size)
   # What lies beyond a row's length may be anything, even NaN times weight 0.
   valid = (jnp.arange(s) < lengths[:, None])[:, :, None, None]
-  out, _ = masked_attention(
+  outs = masked_attention(
     q,
     jnp.where(valid, k_cache, 0),
     jnp.where(valid, v_cache, 0),
@@ -64,7 +56,7 @@ def decode_attention_reference(
     scale,
     logits_soft_cap,
   )
-  return out
+  return outs.out
 
 
 # --- public -------------------------------------------------------------------
