@@ -1,0 +1,73 @@
+"""The documentation is true: its Python runs, its tables are those computed."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+from pallas_gemma.bench.show import report
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = sorted(
+  path
+  for path in (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "results" / "README.md",
+    *(ROOT / "docs").rglob("*.md"),
+  )
+)
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
+
+pytestmark = pytest.mark.no_interpreter  # pages ask for it where they want it
+
+
+def name(path):
+  return str(path.relative_to(ROOT))
+
+
+def blocks(path):
+  """Each Python block, at the line of its page for tracebacks."""
+  text = path.read_text()
+  for found in BLOCK.finditer(text):
+    line = text.count("\n", 0, found.start(1))
+    yield compile("\n" * line + found.group(1), str(path), "exec")
+
+
+WITH_PYTHON = [page for page in PAGES if any(blocks(page))]
+
+
+def test_the_readme_and_the_lesson_have_examples():
+  assert {"README.md", "docs/first_kernel.md"} <= {*map(name, WITH_PYTHON)}
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_examples_run(page):
+  """The blocks of a page, one after the other, as a reader would."""
+  namespace = {"__name__": "__main__"}
+  for code in blocks(page):
+    exec(code, namespace)
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+  for target in LINK.findall(page.read_text()):
+    assert (page.parent / target).exists(), f"{name(page)} links to {target}"
+
+
+def test_generated_tables_are_those_of_the_results():
+  """`python -P -m pallas_gemma.bench.show.report` would change nothing."""
+  rows, commands = report.read(ROOT / "results")
+  readme = (ROOT / "README.md").read_text()
+  assert report.readme_text(readme, rows) == readme
+  full = (ROOT / "results" / "README.md").read_text()
+  assert report.insert(full, report.markdown(rows, commands)) == full
+
+
+def test_the_readme_says_estimated_before_its_first_time():
+  """Before the first table, of which every number is an estimate."""
+  text = (ROOT / "README.md").read_text()
+  said = text.index("estimated from the compiled program, not measured")
+  assert said < text.index("|") and said < text.index("<!-- headline -->")
