@@ -5,6 +5,7 @@ import re
 
 import jax
 import pytest
+from pallas_gemma import bench, gemma, kernels
 from pallas_gemma.bench.show import report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -71,3 +72,21 @@ def test_the_readme_says_estimated_before_its_first_time():
   text = (ROOT / "README.md").read_text()
   said = text.index("estimated from the compiled program, not measured")
   assert said < text.index("|") and said < text.index("<!-- headline -->")
+
+
+@pytest.mark.parametrize(
+  "page, names",
+  [
+    ("kernels", [n for n in dir(kernels) if not n.startswith("_")]),
+    ("gemma", [n for n in dir(gemma) if n != "main"]),
+    ("v5e", [n for n in dir(bench.v5e) if hasattr(bench, n)]),
+  ],
+  ids=["kernels", "gemma", "v5e"],
+)
+def test_the_api_pages_have_every_public_name(page, names):
+  text = (ROOT / "docs" / "api" / f"{page}.md").read_text()
+  listed = re.findall(
+    r"^::: pallas_gemma\.(?:\w+\.)+(\w+)$", text, re.MULTILINE
+  )
+  missing = {n for n in names if not n.startswith("_")} - {*listed}
+  assert not missing
