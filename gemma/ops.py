@@ -59,7 +59,7 @@ KERNELS = _ops(None, rms_norm="xla", add_rms_norm="xla")
 The two norms are the exception: they are always the reference.  The norm before
 the feed-forward is done inside the feed-forward's kernel.  The norm before
 attention XLA fuses into the matrix products that follow, where a kernel would
-read and write the residual stream once more.  bench/notes/rms_norm.md has the
+read and write the residual stream once more.  docs/kernels/rms_norm.md has the
 cycles of a block either way."""
 
 REFERENCE = _ops("xla")
