@@ -367,7 +367,7 @@ def test_f_tiles_do_not_run_in_parallel(monkeypatch):
   """Where dx stays in VMEM; else the cores would wait for each other."""
   case(False, BACKWARD_SIZES)
   parallel = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
-  monkeypatch.setattr(TPU, "compiler_params", lambda: parallel)
+  monkeypatch.setattr(TPU, "compiler_params", lambda _: parallel)
   mutation.assert_killed(backward_agrees)
 
 

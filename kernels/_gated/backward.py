@@ -46,7 +46,7 @@ from .._frame.kernel import Saved
 from .._frame.sharding import varying_like
 from .activation import activate_and_derive
 from .spec import Arrays, Kept, Outs, Problem
-from .tiles import Plan, Sizes, backward_tiles, where_present
+from .tiles import VMEM_BYTES, Plan, Sizes, backward_tiles, where_present
 from .travel import Travel, TravelScratch, dx_travels, slots, travel_scratch
 
 
@@ -279,7 +279,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     out_specs=[where_present(shapes, specs[1])],
     out_shape=[shapes],
     scratch_shapes=[_scratch(plan, a)],
-    compiler_params=tpu.compiler_params(),
+    compiler_params=tpu.compiler_params(VMEM_BYTES),
   )(arrays)
   dscale = outs.dscale
   if dscale is not None:

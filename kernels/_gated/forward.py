@@ -29,7 +29,7 @@ from .._frame import tpu
 from .._frame.sharding import varying_like
 from .activation import activate
 from .spec import Arrays, Kept, Outs, Problem
-from .tiles import Plan, Sizes, forward_tiles, where_present
+from .tiles import VMEM_BYTES, Plan, Sizes, forward_tiles, where_present
 
 
 class Inputs(NamedTuple):
@@ -163,7 +163,7 @@ def forward(p: Problem, a: Arrays, *, keep: bool) -> tuple[Outs, Kept | None]:
     out_specs=[where_present(shapes, specs[1])],
     out_shape=[shapes],
     scratch_shapes=[_scratch(plan)],
-    compiler_params=tpu.compiler_params(),
+    compiler_params=tpu.compiler_params(VMEM_BYTES),
   )(arrays)
   if not kept:
     return Outs(outs.y), None
