@@ -77,14 +77,6 @@ class State(NamedTuple):
   cos: Any  # [S, H / 2], or None
 
 
-class Gradients(NamedTuple):
-  """Of rows q [B K, T G, H] and keys k, v [B K, S, H]."""
-
-  dq: Any
-  dk: Any
-  dv: Any
-
-
 # --- the kernel ---------------------------------------------------------------
 
 
@@ -278,10 +270,8 @@ def _rotate_back(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 # --- the call -----------------------------------------------------------------
 
 
-def _run(
-  call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any
-) -> Gradients:
-  """Of q and out [B K, T G, H], k and v [B K, S, H], lse [B K, 1, T G]."""
+def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
+  """dq, dk and dv, of q [B K, T G, H], k and v [B K, S, H]."""
   q, k, v = a.q, tiles.padded(a.k, call), tiles.padded(a.v, call)
   bk, tg, h = q.shape
   row, whole, lane = tiles.block_specs(call, q, k)
@@ -309,9 +299,8 @@ def _run(
     ],
     compiler_params=tpu.compiler_params(tiles.VMEM_BYTES),
   )(bounds, inputs)
-  return Gradients(
-    gradients.dq, gradients.dk[:, : call.s], gradients.dv[:, : call.s]
-  )
+  dq, dk, dv = gradients
+  return Arrays(dq, dk[:, : call.s], dv[:, : call.s])
 
 
 def _state(call: Call, i: Inputs) -> State:
@@ -361,15 +350,13 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   else:
     grads = _run_and_add(calls, rows, outs, d)
   return Arrays(
-    q=spec.from_rows(grads.dq, a.q.shape),
-    k=spec.from_keys(grads.dk, a.k.shape),
-    v=spec.from_keys(grads.dv, a.v.shape),
+    q=spec.from_rows(grads.q, a.q.shape),
+    k=spec.from_keys(grads.k, a.k.shape),
+    v=spec.from_keys(grads.v, a.v.shape),
   )
 
 
-def _run_and_add(
-  calls: list[Call], a: Arrays, outs: Outs, d: Outs
-) -> Gradients:
+def _run_and_add(calls: list[Call], a: Arrays, outs: Outs, d: Outs) -> Arrays:
   """As `_run`, span by span; dq is added up in float32."""
   dq = jnp.zeros(a.q.shape, jnp.float32)
   dk, dv = jnp.zeros_like(a.k), jnp.zeros_like(a.v)
@@ -380,7 +367,7 @@ def _run_and_add(
     )
     a_of_call = tiles.part_of(a, call)
     new = _run(call, a_of_call, outs_of_call, d_of_call, jnp.float32)
-    dq = dq.at[:, rows].add(new.dq)
-    dk = dk.at[:, keys].set(new.dk)
-    dv = dv.at[:, keys].set(new.dv)
-  return Gradients(dq.astype(a.q.dtype), dk, dv)
+    dq = dq.at[:, rows].add(new.q)
+    dk = dk.at[:, keys].set(new.k)
+    dv = dv.at[:, keys].set(new.v)
+  return Arrays(dq.astype(a.q.dtype), dk, dv)

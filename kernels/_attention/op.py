@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -276,16 +277,24 @@ def _packed(shape: tuple[int, int], segments: int) -> Integers:
   return Integers(shape, lambda _: np.broadcast_to(row, shape))
 
 
-def _case(name, b, t, n, k, h, dtype=jnp.bfloat16, s=None, **kwargs) -> Case:
+def _rope_at(shape: tuple[int, int]) -> Any:
+  arange = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+  return Rope(Integers(shape, lambda _: arange))  # type: ignore[arg-type]
+
+
+def _case(name, shape, dtype=jnp.bfloat16, s=None, **kwargs) -> Case:
+  """Of shape (B, T, N, K, H) and S keys, T of them by default."""
+  b, t, n, k, h = shape
   q = jax.ShapeDtypeStruct((b, t, n, h), dtype)
   kv = jax.ShapeDtypeStruct((b, s or t, k, h), dtype)
   return Case(name, (q, kv, kv), kwargs)
 
 
-def _rope_at(shape: tuple[int, int]) -> Any:
-  arange = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-  return Rope(Integers(shape, lambda _: arange))  # type: ignore[arg-type]
-
+_causal = functools.partial(_case, is_causal=True)
+_small = functools.partial(_causal, dtype=jnp.float32)
+_WINDOW = {"local_window_size": (16, 0), "logits_soft_cap": 20.0}
+_PACKED = {"segment_ids": _packed((2, 64), 3), "rope": _rope_at((2, 64))}
+_GEMMA_2B = (1, 8192, 8, 1, 256)
 
 FLASH_ATTENTION = Op(
   name="flash_attention",
@@ -297,70 +306,21 @@ FLASH_ATTENTION = Op(
   own_layout=lambda q, k, *_, **__: k.shape[2] > 1,
   baselines=("attention",),
   tests=(
-    _case("mqa_causal", 1, 128, 4, 1, 128, jnp.float32, is_causal=True),
-    _case("gqa_ragged", 2, 37, 4, 2, 64, jnp.float32, s=50),
-    _case(
-      "window_cap",
-      1,
-      96,
-      2,
-      2,
-      128,
-      jnp.float32,
-      is_causal=True,
-      local_window_size=(16, 0),
-      logits_soft_cap=20.0,
-    ),
-    _case(
-      "packed_rope",
-      2,
-      64,
-      2,
-      1,
-      128,
-      jnp.float32,
-      is_causal=True,
-      segment_ids=_packed((2, 64), 3),
-      rope=_rope_at((2, 64)),
-    ),
-    _case("bf16", 1, 128, 2, 1, 256, is_causal=True),
+    _small("mqa_causal", (1, 128, 4, 1, 128)),
+    _case("gqa_ragged", (2, 37, 4, 2, 64), jnp.float32, s=50),
+    _small("window_cap", (1, 96, 2, 2, 128), **_WINDOW),
+    _small("packed_rope", (2, 64, 2, 1, 128), **_PACKED),
+    _causal("bf16", (1, 128, 2, 1, 256)),
   ),
   benches=(
-    _case("gemma_2b_8k", 1, 8192, 8, 1, 256, is_causal=True),
-    _case("gemma_2b_4k", 1, 4096, 8, 1, 256, is_causal=True),
-    _case("gemma_2b_4x2k", 4, 2048, 8, 1, 256, is_causal=True),
-    _case("gemma_7b_8k", 1, 8192, 16, 16, 256, is_causal=True),
-    _case("gemma_2b_32k", 1, 32768, 8, 1, 256, is_causal=True),
-    _case("llama_gqa_8k", 1, 8192, 32, 8, 128, is_causal=True),
-    _case(
-      "window_1024",
-      1,
-      8192,
-      8,
-      1,
-      256,
-      is_causal=True,
-      local_window_size=(1024, 0),
-    ),
-    _case(
-      "packed_8x1024",
-      1,
-      8192,
-      8,
-      1,
-      256,
-      is_causal=True,
-      segment_ids=_packed((1, 8192), 8),
-    ),
-    _case(
-      "gemma_2b_8k_rope",
-      1,
-      8192,
-      8,
-      1,
-      256,
-      is_causal=True,
-      rope=_rope_at((1, 8192)),
-    ),
+    _causal("gemma_2b_8k", _GEMMA_2B),
+    _causal("gemma_2b_4k", (1, 4096, 8, 1, 256)),
+    _causal("gemma_2b_4x2k", (4, 2048, 8, 1, 256)),
+    _causal("gemma_7b_8k", (1, 8192, 16, 16, 256)),
+    _causal("gemma_2b_32k", (1, 32768, 8, 1, 256)),
+    _causal("llama_gqa_8k", (1, 8192, 32, 8, 128)),
+    _causal("window_1024", _GEMMA_2B, local_window_size=(1024, 0)),
+    _causal("packed_8x1024", _GEMMA_2B, segment_ids=_packed((1, 8192), 8)),
+    _causal("gemma_2b_8k_rope", _GEMMA_2B, rope=_rope_at((1, 8192))),
   ),
 )
