@@ -47,7 +47,9 @@ def run_jobs(
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     futures = []
     for job in jobs:
-      futures.append(pool.submit(_cached, job, timeout, cache, done))
+      # Here, not in the pool: Python 3.11 cannot parse in several threads.
+      path = cache / f"{job.digest()}.json" if cache else None
+      futures.append(pool.submit(_cached, job, timeout, path, done))
     try:
       return [future.result() for future in futures]
     except KeyboardInterrupt:
@@ -58,10 +60,9 @@ def run_jobs(
 def _cached(
   job: Job,
   timeout: float,
-  cache: pathlib.Path | None,
+  path: pathlib.Path | None,
   done: Callable[[Job, Result], None],
 ) -> Result:
-  path = cache / f"{job.digest()}.json" if cache else None
   if path and path.exists():
     result = Result.from_json(json.loads(path.read_text()))
   else:
