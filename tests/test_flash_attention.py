@@ -285,7 +285,9 @@ def expected(name):
   arrays = draw(*shape)
   reference = functools.partial(flash_attention_reference, **kwargs)
   with jax.enable_x64(True):
-    truth = numerics.value_and_gradients(reference, numerics.widened(arrays))
+    truth = numerics.value_and_gradients(
+      reference, numerics.widened(arrays), jit=True
+    )
   return arrays, numerics.value_and_gradients(reference, arrays), truth
 
 
