@@ -82,14 +82,14 @@ def run(settings: TrainConfig) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-  """Every run compiles the same programs: this module does it once."""
+  """The folder of compiled programs: every run of this module has the same."""
   names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
   before = [getattr(jax.config, f"jax_{name}") for name in names]
   cache = str(tmp_path_factory.mktemp("compiled"))
   for name, value in zip(names, (cache, 0.0), strict=True):
     jax.config.update(f"jax_{name}", value)
   reset_cache()  # or it goes on as the first compilation found it
-  yield
+  yield cache
   for name, value in zip(names, before, strict=True):
     jax.config.update(f"jax_{name}", value)
   reset_cache()
@@ -174,7 +174,9 @@ train(TrainConfig(**a))
 """
 
 
-def test_killed_and_started_again_it_gives_the_same_bits(finished, tmp_path):
+def test_killed_and_started_again_it_gives_the_same_bits(
+  finished, compiled_once, tmp_path
+):
   directory = tmp_path / "killed"
   settings = config(directory)
   arguments = json.dumps(dataclasses.asdict(settings), default=str)
@@ -182,7 +184,7 @@ def test_killed_and_started_again_it_gives_the_same_bits(finished, tmp_path):
     [sys.executable, "-P", "-c", CHILD, arguments],
     env=os.environ
     | {
-      "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+      "JAX_COMPILATION_CACHE_DIR": compiled_once,
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     },
     stdout=subprocess.DEVNULL,
