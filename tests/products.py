@@ -69,15 +69,17 @@ def results_and_gradients(*arrays):
 
 
 def programs():
-  for dtype in (jnp.float32, jnp.bfloat16):
+  for dtype in ("float32", "bfloat16"):
     shapes = [SQUARE, SQUARE]
     for op in MULTIPLY:
       shapes += ARGUMENTS[op.name]
-    specs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    specs = tuple(
+      jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes
+    )
     built = bench.Built(results_and_gradients, specs, (None,) * len(specs))
     yield bench.Program(
       op="products",
-      case=dtype.__name__,
+      case=dtype,
       implementation="pallas",
       which="fwd",
       build=lambda built=built: built,
