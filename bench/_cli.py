@@ -6,38 +6,26 @@ import dataclasses
 import fnmatch
 import glob
 import importlib.util
-import json
 import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Literal
 
 import rich.console
 import rich.progress
 import tyro
 
-from . import _calibration, _measured, _program, _sweep, _table
-from ._job import Job
-from ._row import Row
+from .run import measured, sweep
+from .run.job import Job
+from .run.row import Result, Row
+from .show import calibration, compare, files
+from .show import table as tables
+from .suites.program import Program, suite
 
 SUITES = ("registry", "baselines", "gemma")
-
-
-# Minutes of the compiler's, or of executing what it prints: not in the default
-# table, which a machine with two cores is to finish in a quarter of an hour.
-_SLOW = (
-  "gemma_2b_32k",
-  "gemma_2b_8k_f32_weights",
-  "geglu/gemma_2b_8k_normed/*",
-  "*/pallas-residuals-none",
-  "feed_forward/*/fwd+bwd/xla",
-  "flash_attention/*/fwd+bwd/jax-splash-1024x1024x512",  # the fused is faster
-  "linear_cross_entropy/gemma_2b_8k/*",
-  "linear_cross_entropy/gemma_7b_4k/*",
-  "gemma_block/gemma_2b_4x2k/*",
-)
+_WIDTH = 180  # of what goes to a file or a pipe: the tables whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +67,16 @@ class Arguments:
   fresh: bool = False
   """Neither read nor write earlier results."""
 
+  compare: tuple[pathlib.Path, ...] = ()
+  """Files that --json wrote, or folders of them: run the programs that they
+  list, show what has changed, and fail if a program is gone, or has more
+  temporaries or more than 0.05 % more cycles."""
+
+  against: tuple[pathlib.Path, ...] = ()
+  """With --compare: files or folders of later results, to run nothing."""
+
   calibrate: bool = False
-  """Show the timing model beside published measurements and the compiler's own
+  """Show the cycle model beside published measurements and the compiler's own
   static model, and nothing else."""
 
   timeout: float = 900.0
@@ -92,21 +88,12 @@ class Choice:
   """A program and the suite that lists it."""
 
   suite: str
-  program: _program.Program
+  program: Program
 
 
 def choose(arguments: Arguments) -> list[Choice]:
   """The programs that the arguments ask for, one op and case after another."""
-  choices = [
-    Choice(suite, program)
-    for suite in SUITES
-    for program in _program.suite(suite)
-    if _wanted(program, arguments)
-  ]
-  for package in sorted({c.program.needs for c in choices if c.program.needs}):
-    if importlib.util.find_spec(package) is None:
-      print(f"left out: {package} is not installed", file=sys.stderr)
-      choices = [c for c in choices if c.program.needs != package]
+  choices = _installed(c for c in _all() if _wanted(c.program, arguments))
   # A baseline belongs beside the op that it is compared with.
   order: dict[tuple[str, str, str], int] = {}
   for choice in choices:
@@ -114,21 +101,35 @@ def choose(arguments: Arguments) -> list[Choice]:
   return sorted(choices, key=lambda c: order[_problem(c.program)])
 
 
-def _problem(program: _program.Program) -> tuple[str, str, str]:
+def _all() -> Iterator[Choice]:
+  for name in SUITES:
+    for program in suite(name):
+      yield Choice(name, program)
+
+
+def _installed(choices: Iterable[Choice]) -> list[Choice]:
+  """Those that have what they need; says what the others lack."""
+  choices = list(choices)
+  for package in sorted({c.program.needs for c in choices if c.program.needs}):
+    if importlib.util.find_spec(package) is None:
+      print(f"left out: {package} is not installed", file=sys.stderr)
+      choices = [c for c in choices if c.program.needs != package]
+  return choices
+
+
+def _problem(program: Program) -> tuple[str, str, str]:
   return program.op, program.case, program.which
 
 
-def _wanted(program: _program.Program, arguments: Arguments) -> bool:
+def _wanted(program: Program, arguments: Arguments) -> bool:
   if not arguments.filter:
-    slow = _matches(program, _SLOW)
-    return (program.default and not slow) or arguments.all
-  return _matches(program, arguments.filter)
+    return program.default or arguments.all
+  return _matches(program.key, arguments.filter)
 
 
-def _matches(program: _program.Program, patterns: Sequence[str]) -> bool:
+def _matches(key: str, patterns: Sequence[str]) -> bool:
   return any(
-    fnmatch.fnmatchcase(program.key, pattern)
-    or pattern in program.key.split("/")
+    fnmatch.fnmatchcase(key, pattern) or pattern in key.split("/")
     for pattern in patterns
   )
 
@@ -141,7 +142,7 @@ def measures(arguments: Arguments) -> bool:
   return arguments.mode == "measured"
 
 
-def run(arguments: Arguments, choices: Sequence[Choice]) -> list[Row]:
+def run_choices(arguments: Arguments, choices: Sequence[Choice]) -> list[Row]:
   """Times programs in the way that the arguments ask for."""
   if measures(arguments):
     return measure(arguments, choices)
@@ -164,7 +165,7 @@ def measure(arguments: Arguments, choices: Sequence[Choice]) -> list[Row]:
     if jax.default_backend() != "tpu" and "xla" not in program.implementation:
       console.print(f"{program.key}: left out, needs a TPU", soft_wrap=True)
       continue
-    rows.append(_measured.measure(program, arguments.runs))
+    rows.append(measured.measure(program, arguments.runs))
     state = rows[-1].error or f"{rows[-1].seconds * 1e3:.3f} ms"
     console.print(f"{program.key}: {state}", soft_wrap=True)
   return rows
@@ -173,16 +174,13 @@ def measure(arguments: Arguments, choices: Sequence[Choice]) -> list[Row]:
 def estimate(arguments: Arguments, choices: Sequence[Choice]) -> list[Row]:
   """Compiles the programs and estimates their time."""
   jobs = [Job(choice.suite, choice.program.key) for choice in choices]
-  results = _results(arguments, jobs)
-  for result in results:
-    result.pop("transient", None)
-  return [Row.from_json(result) for result in results]
+  return [result.row for result in _results(arguments, jobs)]
 
 
-def _results(arguments: Arguments, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def _results(arguments: Arguments, jobs: Sequence[Job]) -> list[Result]:
   """Runs jobs, with a display of their progress."""
   console = _progress_console()
-  cache = arguments.cache or _sweep.cache_directory()
+  cache = arguments.cache or sweep.cache_directory()
   with rich.progress.Progress(
     rich.progress.TextColumn("{task.completed}/{task.total}"),
     rich.progress.BarColumn(bar_width=24),
@@ -194,14 +192,14 @@ def _results(arguments: Arguments, jobs: Sequence[Job]) -> list[dict[str, Any]]:
   ) as progress:
     task = progress.add_task("compiling", total=len(jobs))
 
-    def done(job: Job, result: dict[str, Any]) -> None:
+    def done(job: Job, result: Result) -> None:
       progress.update(task, advance=1, description=job.key)
       if not console.is_terminal:
-        at_least = "at least " if result["lower_bound"] else ""
-        state = result["error"] or f"{at_least}{result['cycles']:,} cycles"
+        at_least = "at least " if result.row.lower_bound else ""
+        state = result.row.error or f"{at_least}{result.row.cycles:,} cycles"
         console.print(f"{job.key}: {state}", soft_wrap=True)
 
-    return _sweep.run_jobs(
+    return sweep.run_jobs(
       jobs,
       workers=arguments.jobs,
       timeout=arguments.timeout,
@@ -210,29 +208,51 @@ def _results(arguments: Arguments, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     )
 
 
-def write(path: pathlib.Path, rows: Sequence[Row], command: str) -> None:
-  """Writes rows as JSON lines, each with the command that made it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(
-    "".join(
-      json.dumps(row.to_json() | {"command": command}) + "\n" for row in rows
+def compare_rows(
+  arguments: Arguments,
+) -> tuple[list[compare.Change], list[Row]]:
+  """What has changed since earlier results, and the rows of now.
+
+  Raises:
+    ValueError: if there are no earlier results, or a file cannot be read.
+  """
+  before = [line.row for line in files.read(arguments.compare)]
+  if arguments.filter:
+    before = [row for row in before if _matches(row.key, arguments.filter)]
+  if not any(not row.error for row in before):
+    raise ValueError("--compare: no results in these files to compare with")
+  if arguments.against:
+    now = [line.row for line in files.read(arguments.against)]
+  else:
+    keys = {row.key for row in before if not row.error}
+    now = run_choices(
+      arguments, _installed(c for c in _all() if c.program.key in keys)
     )
-  )
+  return compare.changes(before, now), now
 
 
-def main() -> None:
-  """Entry point of `pallas-gemma-bench`."""
-  arguments = tyro.cli(Arguments, prog="pallas-gemma-bench")
-  console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
-  if not measures(arguments) and importlib.util.find_spec("libtpu") is None:
-    sys.exit(
-      "pallas-gemma-bench: libtpu, the TPU compiler, is not installed: "
-      "pip install 'jax[tpu]' on x86-64 Linux"
-    )
-  if arguments.calibrate:
-    results = _results(arguments, _calibration.jobs())
-    console.print(_calibration.table(results))
-    return
+def _compare(arguments: Arguments, console: rich.console.Console) -> None:
+  """Shows what has changed; exits with 1 if anything is worse."""
+  try:
+    compared, now = compare_rows(arguments)
+  except ValueError as error:
+    sys.exit(f"pallas-gemma-bench: {error}")
+  for when, rows in (("before", [c.before for c in compared]), ("now", now)):
+    console.print(f"{when}: {tables.versions(rows)}", highlight=False)
+  compare.show(console, compared)
+  _write(arguments, now)
+  if any(change.is_worse for change in compared):
+    sys.exit(1)
+
+
+def _write(arguments: Arguments, rows: Sequence[Row]) -> None:
+  if arguments.json:
+    command = shlex.join(["pallas-gemma-bench", *sys.argv[1:]])
+    files.write(arguments.json, rows, command)
+
+
+def _show(arguments: Arguments, console: rich.console.Console) -> None:
+  """Times the programs that are asked for; exits with 1 if one fails."""
   choices = choose(arguments)
   if not choices:
     sys.exit(
@@ -243,18 +263,38 @@ def main() -> None:
     for choice in choices:
       console.print(choice.program.key, highlight=False)
     return
-  try:
-    rows = run(arguments, choices)
-  except KeyboardInterrupt:
-    sys.exit("pallas-gemma-bench: stopped; finished programs are kept")
-  _table.show(console, rows)
-  console.print(_table.versions(rows), highlight=False)
-  if arguments.json:
-    write(
-      arguments.json, rows, shlex.join(["pallas-gemma-bench", *sys.argv[1:]])
-    )
+  rows = run_choices(arguments, choices)
+  tables.show(console, rows)
+  console.print(tables.versions(rows), highlight=False)
+  _write(arguments, rows)
   if any(row.error for row in rows):
     sys.exit(1)
+
+
+def main() -> None:
+  """Entry point of `pallas-gemma-bench`."""
+  arguments = tyro.cli(Arguments, prog="pallas-gemma-bench")
+  console = rich.console.Console(width=None if sys.stdout.isatty() else _WIDTH)
+  runs = not (arguments.list or arguments.against)
+  if (
+    runs
+    and not measures(arguments)
+    and importlib.util.find_spec("libtpu") is None
+  ):
+    sys.exit(
+      "pallas-gemma-bench: libtpu, the TPU compiler, is not installed: "
+      "pip install 'jax[tpu]' on x86-64 Linux"
+    )
+  try:
+    if arguments.calibrate:
+      results = _results(arguments, calibration.jobs())
+      console.print(calibration.table(results))
+    elif arguments.compare:
+      _compare(arguments, console)
+    else:
+      _show(arguments, console)
+  except KeyboardInterrupt:
+    sys.exit("pallas-gemma-bench: stopped; finished programs are kept")
 
 
 if __name__ == "__main__":

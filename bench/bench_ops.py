@@ -18,7 +18,7 @@ from pallas_gemma import bench
 
 
 class _Clock:
-  """Shows pytest-benchmark the times that the lab found."""
+  """Shows pytest-benchmark the times that were found."""
 
   def __init__(self) -> None:
     self.now = 0.0
@@ -37,7 +37,7 @@ _CHOICES = bench.choose(bench.Arguments())
 )
 def bench_program(benchmark: Any, choice: bench.Choice) -> None:
   """One program; its group is the problem, so that rivals stand together."""
-  (row,) = bench.run(bench.Arguments(jobs=1), [choice])
+  (row,) = bench.run_choices(bench.Arguments(jobs=1), [choice])
   if row.error:
     pytest.fail(row.error)
   benchmark.group = "/".join((row.op, row.case, row.which)) + f" ({row.method})"

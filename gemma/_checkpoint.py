@@ -8,7 +8,7 @@
 Orbax writes a step under another name and renames it when all is on disk.
 Then `checksums.json` is written, with size and CRC-32 of every file: a step
 without it is unfinished and ignored, and a file that differs from it is
-named.  (Orbax restores a tensor with a flipped bit without a word.)
+named.  (Orbax itself restores an array with a flipped bit without complaint.)
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 
 from . import ops as _ops
 from ._config import GemmaConfig
 from ._errors import UserError
-from ._model import Gemma
+from ._files import write_atomically
+from ._model import Gemma, abstract_gemma, model_params, with_params
 from ._tokenizer import Tokenizer
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 _CHECKSUMS = "checksums.json"
-
-Params = dict[str, Any]  # nested, of arrays
 
 
 # --- a whole model, in and out ---
@@ -98,23 +96,20 @@ def load_checkpoint(
       f"{'' if step is None else f' {step}'}; it has "
       f"{', '.join(map(str, steps)) or 'none'}"
     )
-  graph, abstract = nnx.split(
-    nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0), ops=ops))
-  )
-  params = _restore(directory, wanted, params=nnx.to_pure_dict(abstract))
-  return nnx.merge(graph, nnx.State(params["params"])), tokenizer
-
-
-def model_params(model: Gemma) -> Params:
-  """The parameters as nested dicts of arrays, the form checkpoints hold."""
-  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  model = abstract_gemma(config, ops)
+  restored = _restore(directory, wanted, params=model_params(model))
+  return with_params(model, restored["params"]), tokenizer
 
 
 # --- the directory and its identity ---
 
 
 def open_directory(directory: str | pathlib.Path) -> pathlib.Path:
-  """Creates it if need be, and makes sure that files can be written there."""
+  """Makes the directory if it is missing, and tries that it can be written.
+
+  Raises:
+    UserError: if it cannot be made or written, saying why.
+  """
   directory = pathlib.Path(directory).absolute()
   probe = directory / f".writable-{os.getpid()}"
   try:
@@ -141,7 +136,7 @@ def write_identity(
   """Writes config.json and tokenizer.model, or checks those that are there.
 
   Raises:
-    UserError: naming the first field that differs and both values.
+    UserError: as `check_identity`.
   """
   identity = {**identity, "tokenizer": tokenizer_identity(tokenizer)}
   if (directory / CONFIG).exists():
@@ -175,7 +170,17 @@ def read_identity(directory: pathlib.Path) -> dict[str, Any]:
 def check_identity(
   directory: pathlib.Path, there: dict[str, Any], now: dict[str, Any]
 ) -> None:
-  """Compares what a directory holds with what is about to be done in it."""
+  """Refuses a directory that was made with another model, data or settings.
+
+  Args:
+    directory: for the message.
+    there: what its config.json records.
+    now: what is about to be done in it; fields of `there` that are not in it
+      are not compared.
+
+  Raises:
+    UserError: naming the first field that differs and both values.
+  """
   for field, new in _flatten(now).items():
     old = _flatten(there).get(field)
     if old != new:
@@ -187,6 +192,7 @@ def check_identity(
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} as {"a.b": 1}."""
   flat: dict[str, Any] = {}
   for key, value in tree.items():
     if isinstance(value, dict):
@@ -208,21 +214,11 @@ def _model_config(
     ) from error
 
 
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-  """The file is there whole or, whatever happens meanwhile, as it was."""
-  temporary = path.with_name(f".{path.name}.part")
-  with open(temporary, "wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-
-
 # --- steps ---
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-  """The steps of one directory, to save to and restore from.
+  """Saves and restores training steps in one directory.
 
   Args:
     directory: holds `checkpoints/`.
@@ -232,7 +228,8 @@ class Checkpoints(contextlib.AbstractContextManager):
   def __init__(self, directory: pathlib.Path, *, keep: int | None):
     self._directory = directory
     self._root = directory / "checkpoints"
-    # A step that was killed between Orbax's last file and the checksums.
+    # If a save was killed after Orbax had finished and before the checksums
+    # were written, Orbax takes the step for a good one: remove it first.
     for unfinished in set(_step_directories(directory)) - set(
       complete_steps(directory)
     ):
@@ -269,7 +266,8 @@ class Checkpoints(contextlib.AbstractContextManager):
       checksums = json.dumps(_checksums(path), indent=2)
       write_atomically(path / _CHECKSUMS, checksums.encode())
     except (OSError, ValueError) as error:
-      # Orbax passes on TensorStore's errors, in which the code is text.
+      # Orbax passes on TensorStore's errors: a ValueError whose message holds
+      # the error number, where Python's own OSError has an attribute.
       if f"os_error_code='{errno.ENOSPC}'" not in str(error) and (
         getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT)
       ):

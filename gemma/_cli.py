@@ -1,6 +1,7 @@
 """The command `pallas-gemma`.
 
-What is heavy is imported inside the commands, when it is needed.
+JAX and other slow imports are inside the commands, so that `--help` and a
+mistyped option are answered at once.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0 if name else _MISUSE)
   if name not in _COMMANDS:
     _fail(f"unknown command {name!r}; give one of {', '.join(_COMMANDS)}")
-  # Libraries log the traceback of what they raise: it would be told twice.
+  # absl and asyncio log the traceback of an exception before they raise it;
+  # the user would read every error twice.
   for library in ("absl", "asyncio"):
     logging.getLogger(library).setLevel(logging.CRITICAL)
   try:
@@ -97,6 +99,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _parse(config: type[_Config], name: str, arguments: list[str]) -> _Config:
+  """The options of command `name`; a mistake ends the program with one line."""
   import tyro
 
   box = io.StringIO()
@@ -106,7 +109,8 @@ def _parse(config: type[_Config], name: str, arguments: list[str]) -> _Config:
   except SystemExit as end:
     if not end.code:
       raise  # --help
-    # tyro draws boxes; the message is in the first compartment.
+    # tyro draws a box of several compartments, divided by rules; the message is
+    # in the first.
     lines = re.sub("[│╭╮╰╯]", " ", box.getvalue()).splitlines()[1:]
     rule = next((i for i, line in enumerate(lines) if "───" in line), None)
     message = " ".join(lines[:rule])
@@ -117,12 +121,12 @@ def _parse(config: type[_Config], name: str, arguments: list[str]) -> _Config:
 
 
 def _train(arguments: list[str]) -> int:
-  from ._train_config import TrainConfig
+  from ._train.config import TrainConfig
 
   config = _parse(TrainConfig, "train", arguments)
 
-  from ._progress import perplexity
-  from ._train import train
+  from ._train.metrics import perplexity
+  from ._train.trainer import train
 
   _keep_compiled(config.directory)
   result = train(config)
@@ -156,10 +160,11 @@ def _sample(arguments: list[str]) -> int:
 
 
 def _keep_compiled(directory: pathlib.Path) -> None:
-  """Compiled programs stay in `directory`, for the next start.
+  """Keeps compiled programs in `directory`, so that the next start is faster.
 
-  By machine: code for one processor may not run on another.  A cache chosen
-  by the user (JAX_COMPILATION_CACHE_DIR) goes first.
+  In a folder for each machine, since code that was compiled for one processor
+  may not run on another.  If the user has chosen a cache
+  (JAX_COMPILATION_CACHE_DIR), that one is used.
   """
   import jax
 
@@ -171,7 +176,7 @@ def _keep_compiled(directory: pathlib.Path) -> None:
 
 
 def _print_samples(config: SampleConfig) -> None:
-  """Prints prompts and continuations, the first as it grows."""
+  """Prints prompts and continuations; the first one piece by piece."""
   from ._checkpoint import load_checkpoint
   from ._sampler import Sampler
 

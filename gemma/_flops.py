@@ -20,9 +20,10 @@ _PEAK = {
 def flops_per_token(config: GemmaConfig, sequence_length: int) -> float:
   """Model FLOPs of one training token, forward and backward.
 
-  6 * P + 6 * L * T * N * H: P the weights of matrix products, the tied head
-  once, then causal attention, which is half of the full square.
-  Recomputation by a remat policy is not counted.
+  6 * P for the products with weights, where P counts the weights, the tied
+  embedding once, as the head; and 6 * L * T * N * H for causal attention, half
+  of what the full square of queries and keys would take.  What a remat policy
+  computes a second time is not counted.
   """
   heads = config.num_heads * config.head_size
   kv_heads = config.num_kv_heads * config.head_size

@@ -8,9 +8,10 @@
 
 where norm(x) = x / rms(x) * (1 + scale).  There is no bias anywhere.
 
-Parameters are float32 and cast to `config.dtype` where they are used.  Letters
-as in `kernels`; L blocks are stacked in front, and scanned, so that 28 blocks
-compile as fast as one:
+Parameters are float32 and cast to `config.dtype` where they are used.  The
+letters are those of `kernels`.  The parameters of all L blocks are stacked
+along a first axis, and a scan runs over it, so that 28 blocks compile as fast
+as one:
 
     embedder.embedding             [V, D]
     blocks.attention_norm          [L, D]           zero: an identity scale
@@ -26,17 +27,22 @@ The released checkpoints hold the same arrays, one layer at a time: 2B's
 `q_einsum` and `kv_einsum` are q and kv, 7B's `qkv_einsum` [3, N, D, H] is q
 followed by kv, and `gating_einsum` [2, D, F] is gate followed by up.
 
-Weights start as normals of variance 1 / fan-in, so that every projection of a
-normalised row has unit variance.  The embedding starts with deviation
-0.5 / sqrt(D), 0.011 for 2B: the residual stream then begins at 0.5, below what
-the blocks add to it, and the logits of random rows have deviation 0.5, so that
-the first loss is close to log V.  At 1 / sqrt(D) a token would predict itself:
-its own logit is sqrt(D) over the rms of the stream.
+Weights are drawn from a normal distribution of variance 1 / fan-in, so that
+every projection of a normalised row has unit variance.  The embedding is drawn
+with standard deviation 0.5 / sqrt(D), 0.011 for 2B.  The residual stream then
+begins with an rms of 0.5, less than what the blocks add to it, and the logits
+have standard deviation 0.5, so that the first loss is close to log V.  With
+1 / sqrt(D) each token would predict itself, because the logit of the input
+token would be sqrt(D) over the rms of the stream.
+
+Read in this order: `_config` (the sizes), this page down to `hidden_states`,
+`_layers` (one block), then `prefill` and `decode` here with `_cache`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,120 +50,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ._cache import Cache
 from ._config import GemmaConfig, Remat
-from .ops import KERNELS, FeedForwardConfig, Norm, Ops, Rope
+from ._layers import Block, Embedder
+from .ops import KERNELS, Ops, Rope
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cache:
-  """Keys and values of the tokens so far, right-padded.
-
-  Attributes:
-    k: [L, B, S, K, H] keys as attention reads them: rotated by RoPE.
-    v: [L, B, S, K, H] values.
-    lengths: [B] int32 tokens of each row.  Entries from there on are rubbish,
-      never read and later overwritten.
-  """
-
-  k: jax.Array
-  v: jax.Array
-  lengths: jax.Array
-
-
-jax.tree_util.register_dataclass(
-  Cache, data_fields=["k", "v", "lengths"], meta_fields=[]
-)
-
-
-def _normal(rngs: nnx.Rngs, *shape: int, deviation: float) -> nnx.Param:
-  return nnx.Param(deviation * jax.random.normal(rngs.params(), shape))
-
-
-class Embedder(nnx.Module):
-  """The token table, used at both ends of the model."""
-
-  embedding: nnx.Param[jax.Array]
-
-  def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
-    d = config.width
-    self.dtype = jnp.dtype(config.dtype)
-    self.embedding = _normal(
-      rngs, config.vocab_size, d, deviation=0.5 * d**-0.5
-    )
-
-  def encode(self, tokens: jax.Array) -> jax.Array:
-    """Tokens [...] to rows [..., D] of the compute dtype."""
-    x = self.embedding[tokens].astype(self.dtype)
-    # The released model multiplies by the rounded root: in bfloat16 45.25 for
-    # 2B and 55.5 for 7B, where the exact roots are 45.2548 and 55.4256.
-    return x * jnp.sqrt(x.shape[-1]).astype(self.dtype)
-
-  def decode(self, x: jax.Array) -> jax.Array:
-    """Rows [..., D] to logits [..., V] in float32."""
-    table = self.embedding[...].astype(self.dtype)
-    return jnp.einsum(
-      "...D,VD->...V", x, table, preferred_element_type=jnp.float32
-    )
-
-
-class Block(nnx.Module):
-  """All layers, stacked; inside a scan over it, one of them."""
-
-  def __init__(self, config: GemmaConfig, ops: Ops, *, rngs: nnx.Rngs):
-    layers, d, f = config.num_layers, config.width, config.hidden_size
-    n, k, h = config.num_heads, config.num_kv_heads, config.head_size
-
-    def fan_in(size: int, *shape: int) -> nnx.Param[jax.Array]:
-      return _normal(rngs, layers, *shape, deviation=size**-0.5)
-
-    self.config, self.ops = config, ops
-    self.attention_norm = nnx.Param(jnp.zeros((layers, d)))
-    self.q = fan_in(d, n, d, h)
-    self.kv = fan_in(d, 2, k, d, h)
-    self.out = fan_in(n * h, n, h, d)
-    self.feed_forward_norm = nnx.Param(jnp.zeros((layers, d)))
-    self.gate = fan_in(d, d, f)
-    self.up = fan_in(d, d, f)
-    self.down = fan_in(f, f, d)
-
-  def __call__(self, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-    """The residual stream past this layer.
-
-    Args:
-      x: [B, T, D].
-      attend: maps q [B, T, N, H] and k, v [B, T, K, H], not yet rotated, to
-        [B, T, N, H] and whatever it wants returned.
-
-    Returns:
-      [B, T, D], and what attend returned beside its result.
-    """
-    norm = dict(epsilon=self.config.norm_epsilon, scale_offset=1.0)
-
-    def weight(param: nnx.Param[jax.Array]) -> jax.Array:
-      return param[...].astype(x.dtype)
-
-    with jax.named_scope("attention"):
-      y = self.ops.rms_norm(x, self.attention_norm[...], **norm)
-      q = jnp.einsum("BTD,NDH->BTNH", y, weight(self.q))
-      k, v = jnp.einsum("BTD,CKDH->CBTKH", y, weight(self.kv))
-      y, extra = attend(q, k, v)
-      x += jnp.einsum("BTNH,NHD->BTD", y, weight(self.out))
-
-    with jax.named_scope("feed_forward"):
-      # Not cast here: the op casts tiles, and XLA would move the cast of all
-      # layers' weights out of the scan and hold the copy.
-      x = self.ops.feed_forward(
-        x,
-        self.gate[...],
-        self.up[...],
-        self.down[...],
-        norm=Norm(self.feed_forward_norm[...], **norm),
-        residual=True,
-        config=_feed_forward_config(self.config.remat),
-      )
-    return x, extra
+Params = dict[str, Any]
+"""A model's parameters: nested dicts of arrays, by the names above."""
 
 
 class Gemma(nnx.Module):
@@ -233,27 +132,28 @@ class Gemma(nnx.Module):
 
     layer = _rematerialised(layer, self.config.remat)
     with jax.named_scope("embed"):
-      x = self.embedder.encode(tokens)
+      x = self.embedder.embed(tokens)
     x, _ = jax.lax.scan(layer, x, self.blocks)
     return self._final_norm(x)
 
   def cast(self) -> Gemma:
-    """This model with its weights in the compute dtype, as each use casts them.
+    """This model with its weights in the compute dtype.
 
-    Its results are the same; decoding reads half the bytes.  Norm scales, which
-    are used in float32, are kept.
+    Every use of a weight casts it so, hence the results are the same; but in
+    bfloat16 decoding reads half the bytes.  The scales of norms are used in
+    float32 and kept.
     """
     dtype = jnp.dtype(self.config.dtype)
 
     def cast(path: Any, x: jax.Array) -> jax.Array:
-      return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
+      return x if is_norm_scale(path) else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, self)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Next-token logits [..., V] in float32 of hidden states [..., D]."""
     with jax.named_scope("logits"):
-      return self.embedder.decode(hidden)
+      return self.embedder.logits(hidden)
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of up to `length` tokens.
@@ -261,30 +161,17 @@ class Gemma(nnx.Module):
     Raises:
       ValueError: if the length exceeds the context.
     """
-    config = self.config
-    if not 0 < length <= config.context_length:
+    if not 0 < length <= self.config.context_length:
       raise ValueError(
         f"init_cache: length must be from 1 to the context length "
-        f"{config.context_length}, got {length}"
+        f"{self.config.context_length}, got {length}"
       )
-    shape = (
-      config.num_layers,
-      batch,
-      length,
-      config.num_kv_heads,
-      config.head_size,
-    )
-    dtype = jnp.dtype(config.dtype)
-    return Cache(
-      jnp.zeros(shape, dtype),
-      jnp.zeros(shape, dtype),
-      jnp.zeros(batch, jnp.int32),
-    )
+    return Cache.empty(self.config, batch, length)
 
   def prefill(
     self, tokens: jax.Array, prompt_lengths: jax.Array, cache: Cache
   ) -> tuple[jax.Array, Cache]:
-    """Reads whole prompts; what the cache held before is forgotten.
+    """Reads whole prompts into a cache; what it held before is overwritten.
 
     Args:
       tokens: [B, T] prompts, right-padded with anything; T is at most the
@@ -305,18 +192,13 @@ class Gemma(nnx.Module):
         f"got {tokens.shape[1]}"
       )
 
-    def write(stacked: jax.Array, layer: jax.Array, new: jax.Array):
-      return jax.lax.dynamic_update_slice(
-        stacked, new[None], (layer, 0, 0, 0, 0)
-      )
+    def attend(layer, q, k, v, cache):
+      # The padding comes after a prompt's tokens, and no token sees later ones.
+      y = self.ops.flash_attention(q, k, v, is_causal=True)
+      return y, cache.write_prompts(layer, k, v)
 
-    # The padding comes last, where no prompt's token sees it.
-    def attend(q, k, v, k_cache, v_cache):
-      del k_cache, v_cache
-      return self.ops.flash_attention(q, k, v, is_causal=True)
-
-    x, cache = self._cached(
-      tokens, positions_of(tokens, None), cache, write, attend
+    x, cache = self._with_cache(
+      tokens, positions_of(tokens, None), cache, attend
     )
     last = prompt_lengths.astype(jnp.int32) - 1
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -336,55 +218,60 @@ class Gemma(nnx.Module):
       ValueError: if tokens are not [B] integers.
     """
     self._check_tokens("decode", tokens, ndim=1)
-    rows = jnp.arange(tokens.shape[0])
     lengths = cache.lengths + 1
 
-    def write(stacked: jax.Array, layer: jax.Array, new: jax.Array):
-      return stacked.at[layer, rows, cache.lengths].set(new[:, 0])
+    def attend(layer, q, k, v, cache):
+      cache = cache.append(layer, k, v)
+      y = self.ops.decode_attention(q, cache.k[layer], cache.v[layer], lengths)
+      return y, cache
 
-    def attend(q, k, v, k_cache, v_cache):
-      del k, v
-      return self.ops.decode_attention(q, k_cache, v_cache, lengths)
-
-    x, cache = self._cached(
-      tokens[:, None], cache.lengths[:, None], cache, write, attend
+    x, cache = self._with_cache(
+      tokens[:, None], cache.lengths[:, None], cache, attend
     )
     cache = dataclasses.replace(cache, lengths=lengths)
     return self._final_norm(x[:, 0]), cache
 
-  def _cached(
+  def _with_cache(
     self,
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
-    write: Callable[..., jax.Array],
-    attend: Callable[..., jax.Array],
+    attend: Callable[..., tuple[jax.Array, Cache]],
   ) -> tuple[jax.Array, Cache]:
-    """All layers over tokens [B, T], each writing the cache, then attending.
+    """All layers over tokens that extend a cache.
 
-    The whole cache is carried from layer to layer and written in place; as a
-    scanned input and output it would be copied at every step.
+    The whole cache is carried from layer to layer, so that XLA writes it in
+    place; as an input and output of the scan it would be copied at every token.
+
+    Args:
+      tokens: [B, T].
+      positions: [B, T], for RoPE.
+      cache: of all layers.
+      attend: maps a layer's index, its rotated q and k, its v and the cache to
+        the attention's result [B, T, N, H] and the cache with k and v in it.
+
+    Returns:
+      The residual stream [B, T, D] after the last layer, and the cache, with
+      its former lengths.
     """
     base = self.config.rope_base_frequency
 
     def layer(carry, xs):
-      x, k_cache, v_cache = carry
+      x, cache = carry
       index, block = xs
 
-      def cached_attend(q, k, v):
+      def rotate_and_attend(q, k, v):
         q = self.ops.apply_rope(q, positions, base_frequency=base)
         k = self.ops.apply_rope(k, positions, base_frequency=base)
-        ks, vs = write(k_cache, index, k), write(v_cache, index, v)
-        return attend(q, k, v, ks[index], vs[index]), (ks, vs)
+        return attend(index, q, k, v, cache)
 
-      x, caches = block(x, cached_attend)
-      return (x, *caches), None
+      return block(x, rotate_and_attend), None
 
     with jax.named_scope("embed"):
-      x = self.embedder.encode(tokens)
+      x = self.embedder.embed(tokens)
     layers = jnp.arange(self.config.num_layers), self.blocks
-    (x, k, v), _ = jax.lax.scan(layer, (x, cache.k, cache.v), layers)
-    return x, Cache(k, v, cache.lengths)
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), layers)
+    return x, cache
 
   def _final_norm(self, x: jax.Array) -> jax.Array:
     with jax.named_scope("final_norm"):
@@ -408,30 +295,28 @@ class Gemma(nnx.Module):
       )
 
 
-def _feed_forward_config(remat: Remat) -> FeedForwardConfig:
-  """Keeps gate and up where no remat would have them computed twice.
-
-  Under remat the block's own recomputation, two matmuls, is cheaper than that
-  of its whole forward pass.
-  """
-  return FeedForwardConfig(residuals="gate_up" if remat == "none" else "none")
-
-
 def _rematerialised(layer: Callable[..., Any], remat: Remat):
-  """`layer`, keeping less for its backward pass and computing it again."""
+  """`layer`, which keeps less for its backward pass and computes it again.
+
+  `GemmaConfig.remat` says what each policy keeps.
+  """
   policies = jax.checkpoint_policies
   match remat:
     case "none":
       return layer
     case "full":
       policy = policies.nothing_saveable
-    case "dots":  # of rows with weights, not those of attention: they are T^2
+    case "dots":
+      # Products of rows with weights; not those of attention, of size T^2.
       policy = policies.dots_with_no_batch_dims_saveable
-    case "names":  # what attention's backward would run its forward again for
+    case "names":
+      # Attention's result and log-normaliser: without them its backward pass
+      # would have to run the forward kernel again.
       policy = policies.save_only_these_names(
         "flash_attention_out", "flash_attention_lse"
       )
-  # The scan keeps XLA from merging the two computations: no barrier needed.
+  # prevent_cse puts barriers between the forward pass and its recomputation, so
+  # that XLA does not merge them.  In a scan they are apart without barriers.
   return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
@@ -445,3 +330,36 @@ def positions_of(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   is_first = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
   starts = jax.lax.cummax(jnp.where(is_first, index, 0), axis=1)
   return index - starts
+
+
+# --- parameters ---
+
+
+def model_params(model: Gemma) -> Params:
+  """The parameters of a model, real or abstract."""
+  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def with_params(model: Gemma, params: Params) -> Gemma:
+  """A model of the same config and ops with other parameters."""
+  return nnx.merge(nnx.graphdef(model), nnx.State(params))
+
+
+def abstract_gemma(config: GemmaConfig, ops: Ops) -> Gemma:
+  """A model with `jax.ShapeDtypeStruct`s in place of its parameters."""
+  return nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0), ops=ops))
+
+
+def num_parameters(model: Gemma) -> int:
+  """How many numbers the parameters of a model are, real or abstract."""
+  return sum(math.prod(p.shape) for p in jax.tree.leaves(model))
+
+
+def is_norm_scale(path: tuple[Any, ...]) -> bool:
+  """Whether the parameter at a pytree path is the scale of a norm.
+
+  Known by its name, since its shape does not tell: stacked over the layers,
+  the scales of norms have two dimensions, as matrices have.
+  """
+  names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+  return any(name.endswith("norm") for name in names)

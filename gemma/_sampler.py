@@ -1,9 +1,10 @@
 """Text continued by a Gemma.
 
-Each prompt is encoded with one BOS, all of them are read at once, and then one
-token a step is added to every row.  Lengths are rounded up to powers of two, so
-that a new prompt seldom means a new compilation, and rows never see each
-other: a prompt's greedy continuation does not depend on its company.
+Each prompt is encoded with one BOS.  The model reads all prompts at once and
+then adds one token to every row at each step.  Rows do not see each other: a
+prompt's greedy continuation is the same whatever other prompts are sampled with
+it.  Lengths are rounded up to powers of two, so that a new prompt seldom needs
+a new compilation.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Sampler:
 
   Args:
     model: its weights are read at each call, so training may go on between.
-    tokenizer: ids that it does not know are never sampled.
+    tokenizer: of the model; ids that it does not have are never sampled.
     max_length: most tokens of BOS, prompt and completion together; None is the
       model's context length.
 
@@ -104,7 +105,8 @@ class Sampler:
       temperature: 0 takes the likeliest token.
       top_k: None keeps all.
       top_p: None keeps all.
-      seed: of the draws; row i draws the same numbers in any company.
+      seed: of the draws; row i draws the same random numbers whatever the other
+        prompts are.
       stop_tokens: ids that end a completion; None is the tokenizer's end of
         text and, if it has one, its end of turn.
       stream: called with a prompt's index and the new piece of its text, as it
@@ -113,16 +115,16 @@ class Sampler:
     Raises:
       UserError: naming the argument, or the prompt that is too long.
     """
-    how = _How(
+    static = _Static(
       vocab_size=self.tokenizer.vocab_size,
       greedy=temperature < float(np.finfo(np.float32).tiny),
       filtered=top_k is not None or top_p is not None,
     )
     _check_settings(max_new_tokens, temperature, top_k, top_p)
-    draw = _Draw(
+    draw = _Dynamic(
       key=jax.random.key(seed),
       temperature=np.float32(temperature),
-      top_k=np.int32(min(top_k or how.vocab_size, how.vocab_size)),
+      top_k=np.int32(min(top_k or static.vocab_size, static.vocab_size)),
       top_p=np.float32(math.inf if top_p is None else top_p),
     )
     stops = self._stops(stop_tokens)
@@ -137,7 +139,7 @@ class Sampler:
       lengths,
       draw,
       cache_length=_bucket(longest, self.max_length),
-      how=how,
+      static=static,
     )
     for step in range(1, max_new_tokens + 1):
       for row, t, p in zip(
@@ -147,7 +149,7 @@ class Sampler:
       if all(row.finished for row in rows) or step == max_new_tokens:
         break
       token, logprob, cache = _advance(
-        model, token, cache, draw, np.int32(step), how=how
+        model, token, cache, draw, np.int32(step), static=static
       )
     return [row.completion() for row in rows]
 
@@ -193,16 +195,22 @@ class Sampler:
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
-  """What is compiled in: a new value means a new compilation."""
+class _Static:
+  """Settings that are compiled in: a new value needs a new compilation.
 
-  vocab_size: int  # rows of the embedding from here on are never sampled
+  Attributes:
+    vocab_size: the tokenizer's; later rows of the embedding are never sampled.
+    greedy: whether to take the likeliest token and draw nothing.
+    filtered: whether to apply top-k and top-p.
+  """
+
+  vocab_size: int
   greedy: bool
   filtered: bool
 
 
-class _Draw(NamedTuple):
-  """What may change from call to call without one."""
+class _Dynamic(NamedTuple):
+  """Settings that are arguments of the compiled functions."""
 
   key: jax.Array
   temperature: np.float32
@@ -210,52 +218,53 @@ class _Draw(NamedTuple):
   top_p: np.float32
 
 
-@functools.partial(jax.jit, static_argnames=("cache_length", "how"))
+@functools.partial(jax.jit, static_argnames=("cache_length", "static"))
 def _start(
   model: Gemma,
   tokens: jax.Array,
   lengths: jax.Array,
-  draw: _Draw,
+  draw: _Dynamic,
   *,
   cache_length: int,
-  how: _How,
+  static: _Static,
 ) -> tuple[jax.Array, jax.Array, Cache]:
   """Reads the prompts; the first new tokens [B], their logprobs, the cache."""
   cache = model.init_cache(tokens.shape[0], cache_length)
   hidden, cache = model.prefill(tokens, lengths, cache)
-  return *_next_token(model.logits(hidden), draw, 0, how), cache
+  return *_next_token(model.logits(hidden), draw, 0, static), cache
 
 
-@functools.partial(jax.jit, static_argnames="how", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="static", donate_argnames="cache")
 def _advance(
   model: Gemma,
   tokens: jax.Array,
   cache: Cache,
-  draw: _Draw,
+  draw: _Dynamic,
   step: jax.Array,
   *,
-  how: _How,
+  static: _Static,
 ) -> tuple[jax.Array, jax.Array, Cache]:
   """Reads tokens [B]; the next ones, their logprobs, and the cache."""
   hidden, cache = model.decode(tokens, cache)
-  return *_next_token(model.logits(hidden), draw, step, how), cache
+  return *_next_token(model.logits(hidden), draw, step, static), cache
 
 
 def _next_token(
-  logits: jax.Array, draw: _Draw, step: jax.Array | int, how: _How
+  logits: jax.Array, draw: _Dynamic, step: jax.Array | int, static: _Static
 ) -> tuple[jax.Array, jax.Array]:
   """One token for each row of logits [B, V], and its log-probability."""
   batch, vocab = logits.shape
-  logits = jnp.where(jnp.arange(vocab) < how.vocab_size, logits, -jnp.inf)
-  if how.greedy:
+  logits = jnp.where(jnp.arange(vocab) < static.vocab_size, logits, -jnp.inf)
+  if static.greedy:
     tokens = jnp.argmax(logits, axis=-1)
   else:
     key = jax.random.fold_in(draw.key, step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    # Below zero, no temperature, however small, makes an infinity.
+    # With a maximum of 0 no logit overflows to infinity, however small the
+    # temperature: negative infinities are harmless, they have probability 0.
     scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled /= draw.temperature
-    if how.filtered:
+    if static.filtered:
       tokens = _filtered_draw(keys, scaled, draw)
     else:
       tokens = jax.vmap(jax.random.categorical)(keys, scaled)
@@ -266,9 +275,13 @@ def _next_token(
 
 
 def _filtered_draw(
-  keys: jax.Array, logits: jax.Array, draw: _Draw
+  keys: jax.Array, logits: jax.Array, draw: _Dynamic
 ) -> jax.Array:
-  """Top-k, then top-p of the rest, then a draw; by rank, so that ties count."""
+  """Draws from each row of logits [B, V] after top-k and then top-p.
+
+  Tokens are kept by rank and not by a threshold on their logits: of several
+  equal logits exactly as many are kept as there is room for.
+  """
   order = jnp.argsort(logits, axis=-1, descending=True)
   ranked = jnp.take_along_axis(logits, order, axis=-1)
   rank = jnp.arange(logits.shape[-1])
@@ -285,7 +298,7 @@ def _filtered_draw(
 
 
 def _bucket(length: int, most: int) -> int:
-  """The next power of two, but at most `most`."""
+  """The length to compile for: the next power of two, but at most `most`."""
   return min(max(1 << (length - 1).bit_length(), _SHORTEST), most)
 
 
@@ -341,11 +354,12 @@ class _Row:
     self._tokens.append(token)
     self._logprobs.append(logprob)
     if self._stream:
-      # An unfinished character decodes to U+FFFD: it waits for its other bytes.
+      # A character whose bytes are not all there yet decodes to U+FFFD; it is
+      # held back until they are.
       self._emit(self._text().rstrip("\ufffd"))
 
   def completion(self) -> Completion:
-    """The finished row; streams what was held back."""
+    """The result; what was held back of the stream is sent first."""
     text = self._text()
     self._emit(text)
     return Completion(

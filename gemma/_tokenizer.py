@@ -21,11 +21,11 @@ from ._errors import UserError
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
 
-# SentencePiece writes a space as this character inside its pieces, and would
-# read one in the text as a space: the text's own are spelled in bytes instead.
+# In SentencePiece's pieces this character stands for a space, so one in the
+# text would come back as a space.  Those in the text are encoded as bytes.
 _SPACE_MARK = "\u2581"
 
-# The trainer leaves out every text that holds one of these.
+# SentencePiece's trainer skips a text that holds one of these characters.
 _UNTRAINABLE = re.compile("[\0\u2585]")
 
 _GEMMA_SETTINGS: dict[str, Any] = dict(
@@ -45,9 +45,9 @@ _GEMMA_SETTINGS: dict[str, Any] = dict(
   add_dummy_prefix=False,
   remove_extra_whitespaces=False,
   max_sentencepiece_length=16,
-  # Gemma lists runs of spaces among its symbols; this learns them instead.
+  # Gemma's vocabulary lists runs of spaces; ours learns them from the text.
   allow_whitespace_only_pieces=True,
-  # In bytes.  The default drops longer texts in silence.
+  # In bytes.  By default longer texts are skipped without a message.
   max_sentence_length=1 << 30,
   minloglevel=2,
 )
@@ -67,7 +67,8 @@ class Tokenizer:
   def __init__(self, model: bytes, *, source: str = "tokenizer"):
     self.model = model
     self._processor = sentencepiece.SentencePieceProcessor()
-    # An empty string is a valid model of no pieces, and using one crashes.
+    # SentencePiece accepts an empty string as a model without pieces, and then
+    # crashes when it is used.
     if not model or not _parses(self._processor, model):
       raise UserError(
         f"{source}: not a SentencePiece model; give a tokenizer.model file"
@@ -76,7 +77,8 @@ class Tokenizer:
     self.eos_id: int = self._processor.eos_id()
     self.bos_id: int = self._processor.bos_id()
     self.unk_id: int = self._processor.unk_id()
-    # Some models have none.  Padding is masked everywhere, so any id does.
+    # -1 if the model has no padding piece.  Any id will do then, since padding
+    # is masked wherever it could matter.
     self.pad_id: int = max(self._processor.pad_id(), 0)
     self._space_mark_ids = [
       self._processor.piece_to_id(f"<0x{byte:02X}>")
@@ -127,8 +129,9 @@ class Tokenizer:
   ) -> list[int]:
     """The ids of `text`.
 
-    Turn marks in the text become their ids; `<bos>`, `<eos>` and `<pad>` in
-    the text remain text, so BOS is there once if asked for, and never else.
+    Turn marks in the text become their ids.  `<bos>`, `<eos>` and `<pad>` in
+    the text remain text: the ids of BOS and EOS are there only if asked for,
+    and then once.
     """
     ids: list[int] = []
     for i, part in enumerate(text.split(_SPACE_MARK)):
@@ -144,7 +147,13 @@ class Tokenizer:
     return [self.bos_id, *ids[1 if ids and ids[0] == self.bos_id else 0 :]]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of `ids`; special ids have none, broken bytes give U+FFFD."""
+    """The text of `ids`.
+
+    Special ids have no text, and bytes that are no UTF-8 give U+FFFD.
+
+    Raises:
+      ValueError: for an id outside the vocabulary.
+    """
     ids = [int(i) for i in ids]
     wrong = [i for i in ids if not 0 <= i < self.vocab_size]
     if wrong:
@@ -170,7 +179,7 @@ def _trainable(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _training_error(message: str, vocab_size: int) -> UserError | None:
-  """Our words for the complaints of SentencePiece that a user can cause."""
+  """SentencePiece's error in words a user can act on; None for any other."""
   if "!sentences_.empty()" in message:
     return UserError("tokenizer: no text to learn from; give more text")
   if most := re.search(r"too high .* a value <= (\d+)", message):

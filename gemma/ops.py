@@ -23,8 +23,13 @@ from pallas_gemma.kernels import Rope as Rope
 class Ops:
   """What the model calls, with the signatures of `pallas_gemma.kernels`.
 
-  Frozen, hence hashable, hence a static part of a model.  To try a kernel of
-  your own: `dataclasses.replace(KERNELS, rms_norm=mine)`.
+  It is frozen, so that it can be hashed, as JAX wants of the static part of a
+  model.  To try a kernel of your own: `dataclasses.replace(KERNELS,
+  rms_norm=mine)`.
+
+  Gemma 1 itself needs neither `add_rms_norm` nor `geglu`, since `feed_forward`
+  takes the norm and the residual; they are here for models made of the same
+  parts.
   """
 
   rms_norm: Callable[..., Any]
@@ -49,12 +54,13 @@ def _ops(default: str | None, **implementations: str) -> Ops:
 
 
 KERNELS = _ops(None, rms_norm="xla", add_rms_norm="xla")
-"""Each op's kernel where the computation is lowered for TPU, else its
-reference; of the norms on their own always the reference.  The feed-forward
-takes its norm in its own kernel; between attention's matrix products XLA does a
-norm's multiplication in the next product, where a kernel of its own would read
-and write the stream once more.  See bench/notes/rms_norm.md for the cycles of a
-block either way."""
+"""Each op's kernel where it is lowered for TPU, else its reference.
+
+The two norms are the exception: they are always the reference.  The norm before
+the feed-forward is done inside the feed-forward's kernel.  The norm before
+attention XLA fuses into the matrix products that follow, where a kernel would
+read and write the residual stream once more.  docs/kernels/rms_norm.md has the
+cycles of a block either way."""
 
 REFERENCE = _ops("xla")
 """Each op's reference in plain jnp, on every platform."""

@@ -1,58 +1,68 @@
 """Drop-in TPU kernels: the table of contents and the one registry.
 
 Everything public is named here; every module behind it starts with `_`.
+
+    _rms_norm       read this first: an op from its maths to its registration
+    _add_rms_norm   the same kernels, with the residual addition
+    _rope           also the rotation that attention does inside
+    _attention      flash attention and decode attention, a page at a time
+    _gated          geglu and feed_forward
+    _cross_entropy  linear_cross_entropy
+    _frame          what makes functions an op, the same for all: read it last
+
 Array letters, everywhere: B batch, T query and S key length, N query and
 K key/value heads, H head size, D model width, F feed-forward width,
 V vocabulary.
 """
 
-from ._decode_attention import OP as _DECODE_ATTENTION
-from ._decode_attention import decode_attention as decode_attention
-from ._decode_attention import (
+import typing as _typing
+import warnings as _warnings
+
+from ._add_rms_norm import OP as _ADD_RMS_NORM
+from ._add_rms_norm import add_rms_norm as add_rms_norm
+from ._add_rms_norm import (
+  add_rms_norm_reference as add_rms_norm_reference,
+)
+from ._attention import DECODE_ATTENTION as _DECODE_ATTENTION
+from ._attention import FLASH_ATTENTION as _FLASH_ATTENTION
+from ._attention import FlashAttentionConfig as FlashAttentionConfig
+from ._attention import decode_attention as decode_attention
+from ._attention import (
   decode_attention_reference as decode_attention_reference,
 )
-from ._feed_forward import OP as _FEED_FORWARD
-from ._feed_forward import feed_forward as feed_forward
-from ._feed_forward import feed_forward_reference as feed_forward_reference
-from ._flash_attention import OP as _FLASH_ATTENTION
-from ._flash_attention import FlashAttentionConfig as FlashAttentionConfig
-from ._flash_attention import Rope as Rope
-from ._flash_attention import flash_attention as flash_attention
-from ._flash_attention import (
-  flash_attention_reference as flash_attention_reference,
-)
-from ._geglu import OP as _GEGLU
-from ._geglu import geglu as geglu
-from ._geglu import geglu_reference as geglu_reference
-from ._geglu_tiles import FeedForwardConfig as FeedForwardConfig
-from ._geglu_tiles import Tiles as Tiles
-from ._linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
-from ._linear_cross_entropy import (
-  LinearCrossEntropyConfig as LinearCrossEntropyConfig,
-)
-from ._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-from ._linear_cross_entropy import (
+from ._attention import flash_attention as flash_attention
+from ._attention import flash_attention_reference as flash_attention_reference
+from ._cross_entropy import LINEAR_CROSS_ENTROPY as _LINEAR_CROSS_ENTROPY
+from ._cross_entropy import LinearCrossEntropyConfig as LinearCrossEntropyConfig
+from ._cross_entropy import linear_cross_entropy as linear_cross_entropy
+from ._cross_entropy import (
   linear_cross_entropy_reference as linear_cross_entropy_reference,
 )
-from ._norm import Norm as Norm
-from ._op import Case as Case
-from ._op import Cost as Cost
-from ._op import Integers as Integers
-from ._op import Op as Op
-from ._rms_norm import ADD_OP as _ADD_RMS_NORM
+from ._frame.op import Case as Case
+from ._frame.op import Cost as Cost
+from ._frame.op import Integers as Integers
+from ._frame.op import Op as Op
+from ._frame.sharding import sharding as sharding
+from ._gated import FEED_FORWARD as _FEED_FORWARD
+from ._gated import GEGLU as _GEGLU
+from ._gated import FeedForwardConfig as FeedForwardConfig
+from ._gated import FeedForwardTiles as FeedForwardTiles
+from ._gated import feed_forward as feed_forward
+from ._gated import feed_forward_reference as feed_forward_reference
+from ._gated import geglu as geglu
+from ._gated import geglu_reference as geglu_reference
 from ._rms_norm import OP as _RMS_NORM
 from ._rms_norm import RMSNormConfig as RMSNormConfig
-from ._rms_norm import add_rms_norm as add_rms_norm
-from ._rms_norm import add_rms_norm_reference as add_rms_norm_reference
 from ._rms_norm import rms_norm as rms_norm
 from ._rms_norm import rms_norm_reference as rms_norm_reference
 from ._rope import OP as _APPLY_ROPE
+from ._rope import Rope as Rope
 from ._rope import RopeConfig as RopeConfig
 from ._rope import apply_rope as apply_rope
 from ._rope import apply_rope_reference as apply_rope_reference
-from ._sharding import sharding as sharding
+from ._row_norm import Norm as Norm
 
-# To add a kernel: one new module, its imports above, one entry here.
+# To add a kernel: one module or room, its imports above, one entry here.
 OPS: tuple[Op, ...] = (
   _RMS_NORM,
   _ADD_RMS_NORM,
@@ -63,3 +73,19 @@ OPS: tuple[Op, ...] = (
   _DECODE_ATTENTION,
   _LINEAR_CROSS_ENTROPY,
 )
+
+# Names of the release before, for one release.
+if _typing.TYPE_CHECKING:
+  from ._gated import FeedForwardTiles as Tiles  # noqa: F401
+else:
+
+  def __getattr__(name: str) -> _typing.Any:
+    if name != "Tiles":
+      raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _warnings.warn(
+      "pallas_gemma.kernels.Tiles is called FeedForwardTiles now; the old name "
+      "goes with the next release",
+      DeprecationWarning,
+      stacklevel=2,
+    )
+    return FeedForwardTiles

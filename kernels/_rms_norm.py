@@ -1,4 +1,4 @@
-"""Fused RMSNorm, alone and with the residual addition before it.
+"""Fused RMSNorm: the op, and the kernels of `add_rms_norm` too.
 
 Maths, for every row x in R^D of the input, a scale s in R^D and an offset o
 (1 for Gemma, whose stored scale is centred at zero; 0 for Llama):
@@ -10,8 +10,8 @@ Maths, for every row x in R^D of the input, a scale s in R^D and an offset o
     dx = r * (g - x * mean(g * x) / (mean(x^2) + epsilon))
     ds = sum over rows of dy * x * r
 
-`add_rms_norm` normalises h = x + residual, rounded to the inputs' dtype, and
-returns h too; its backward adds the gradient that reaches h by other ways.
+`add_rms_norm`, in `_add_rms_norm.py`, normalises h = x + residual, rounded to
+the inputs' dtype, and returns h too; the kernels here do either.
 
 Traffic: forward reads x and writes y; backward reads x and dy and writes dx
 (r is recomputed: it costs nothing beside the bytes).  With the residual:
@@ -35,25 +35,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from ._norm import Norm, RowNorm, check_norm
-from ._op import (
-  Case,
-  Cost,
+from ._frame import tpu
+from ._frame.check import (
   Implementation,
-  Op,
   check_float,
   check_implementation,
-  check_shape,
-  dispatch,
-  nbytes,
 )
-from ._sharding import leading_dims, like, per_device
+from ._frame.kernel import Saved, kernel_op
+from ._frame.op import Case, Cost, Op, nbytes
+from ._frame.sharding import Split, leading_dims, varying_like
+from ._row_norm import Norm, RowNorm, check_norm
 
 # --- specification ------------------------------------------------------------
 
@@ -73,20 +70,6 @@ def rms_norm_reference(
   return (x_wide * r * (scale_offset + scale.astype(wide))).astype(x.dtype)
 
 
-def add_rms_norm_reference(
-  x: jax.Array,
-  residual: jax.Array,
-  scale: jax.Array,
-  *,
-  epsilon: float = 1e-6,
-  scale_offset: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
-  """The residual addition, then the norm of the sum.  The specification."""
-  h = x + residual
-  y = rms_norm_reference(h, scale, epsilon=epsilon, scale_offset=scale_offset)
-  return y, h
-
-
 # --- configuration ------------------------------------------------------------
 
 _TILE_BYTES = 1 << 20
@@ -104,7 +87,7 @@ class RMSNormConfig:
   rows: int = 256
 
   def __post_init__(self):
-    if self.rows <= 0 or self.rows % 16:
+    if self.rows <= 0 or self.rows % tpu.BFLOAT16_SUBLANES:
       raise ValueError(
         f"RMSNormConfig: rows must be a positive multiple of 16, "
         f"got {self.rows}"
@@ -117,242 +100,212 @@ class RMSNormConfig:
     Large enough to hide a grid step's overhead behind its copies, small enough
     that the first load and the last store, which nothing hides, cost little;
     with two buffers per operand and the float32 temporaries a grid step stays
-    far below `_VMEM_BYTES`.
+    far below what VMEM holds.
     """
-    row_bytes = pl.cdiv(width, 128) * 128 * jnp.dtype(dtype).itemsize
+    row_bytes = tpu.lanes(width) * jnp.dtype(dtype).itemsize
     rows = _TILE_BYTES // row_bytes // 16 * 16
     return cls(rows=min(max(rows, 16), 1024))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
-  """Everything that is not an array, in one hashable piece."""
+class Problem:
+  """Everything that is not an array."""
 
   norm: RowNorm
   implementation: Implementation
-  config: RMSNormConfig
+  config: RMSNormConfig | None
+
+  def rows(self, x: jax.Array) -> int:
+    """Rows per grid step."""
+    config = self.config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
+    return config.rows
 
 
-def _row_tiles(rows: int, width: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-  """Block specs of a [R, D] operand and of a [1, D] operand."""
-  return (
-    pl.BlockSpec((rows, width), lambda i: (i, 0)),
-    pl.BlockSpec((1, width), lambda i: (0, 0)),
+class Arrays(NamedTuple):
+  """What the op is given; rms_norm has no residual."""
+
+  x: Any  # [..., D]
+  residual: Any  # [..., D]
+  scale: Any  # [D]
+
+
+class Outs(NamedTuple):
+  """What the op gives; rms_norm has no sum."""
+
+  y: Any  # [..., D], the norm
+  h: Any  # [..., D], x + residual
+
+
+def _rows(x: Any) -> Any:
+  """[..., D] as [R, D]; None stays None."""
+  return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def reference(p: Problem, a: Arrays) -> Outs:
+  """The specification of both ops."""
+  h = None if a.residual is None else a.x + a.residual
+  x = a.x if h is None else h
+  return Outs(
+    rms_norm_reference(
+      x, a.scale, epsilon=p.norm.epsilon, scale_offset=p.norm.scale_offset
+    ),
+    h,
   )
-
-
-# The grid runs in order, as the sum over tiles needs; a v5e has one core, so
-# nothing is lost where it would not have to.
-_PARAMS = pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES)
 
 
 # --- forward ------------------------------------------------------------------
+# One grid step: a tile of rows, whole.
+#   1. add        h = x + residual, rounded, if there is a residual
+#   2. normalise  y = h * rsqrt(mean(h^2) + epsilon) * (offset + scale)
 
 
-def _fwd_kernel(
-  x_ref,  # [rows, D]
-  scale_ref,  # [1, D]
-  y_ref,  # [rows, D]
-  *,
-  static: _Static,
-):
-  x = x_ref[...].astype(jnp.float32)
-  y_ref[...] = static.norm.of(x, scale_ref[...]).astype(y_ref.dtype)
+class _ForwardInputs(NamedTuple):
+  x: Any  # [rows, D]
+  residual: Any  # [rows, D], or None
+  scale: Any  # [1, D]
 
 
-def _add_fwd_kernel(
-  x_ref,  # [rows, D]
-  residual_ref,  # [rows, D]
-  scale_ref,  # [1, D]
-  y_ref,  # [rows, D]
-  h_ref,  # [rows, D]
-  *,
-  static: _Static,
-):
-  wide = x_ref[...].astype(jnp.float32) + residual_ref[...].astype(jnp.float32)
-  h_ref[...] = wide.astype(h_ref.dtype)
-  _fwd_kernel(h_ref, scale_ref, y_ref, static=static)
+class _ForwardOutputs(NamedTuple):
+  y: Any  # [rows, D]
+  h: Any  # [rows, D], or None
 
 
-def _fwd(static: _Static, x: jax.Array, scale: jax.Array) -> jax.Array:
-  n, d = x.shape
-  tile, whole = _row_tiles(static.config.rows, d)
-  return pl.pallas_call(
-    functools.partial(_fwd_kernel, static=static),
-    name="rms_norm_fwd",
-    grid=(pl.cdiv(n, static.config.rows),),
-    in_specs=[tile, whole],
-    out_specs=tile,
-    out_shape=like(x.shape, x.dtype, x),
-    compiler_params=_PARAMS,
-  )(x, scale[None, :])
+def _float32(ref: Any) -> jax.Array:
+  return ref[...].astype(jnp.float32)
 
 
-def _add_fwd(
-  static: _Static, x: jax.Array, residual: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  n, d = x.shape
-  tile, whole = _row_tiles(static.config.rows, d)
-  y, h = pl.pallas_call(
-    functools.partial(_add_fwd_kernel, static=static),
-    name="add_rms_norm_fwd",
-    grid=(pl.cdiv(n, static.config.rows),),
-    in_specs=[tile, tile, whole],
-    out_specs=[tile, tile],
-    out_shape=[like(x.shape, x.dtype, x)] * 2,
-    compiler_params=_PARAMS,
-  )(x, residual, scale[None, :])
-  return y, h
+def _forward_kernel(i: _ForwardInputs, o: _ForwardOutputs, *, norm: RowNorm):
+  x = _float32(i.x)
+  if i.residual is not None:
+    h = x + _float32(i.residual)
+    o.h[...] = h.astype(o.h.dtype)
+    x = _float32(o.h)  # the norm is that of the sum as it is returned
+  # x * rsqrt(mean(x^2) + epsilon) * (offset + scale)
+  y = norm.of(x, i.scale[...])
+  o.y[...] = y.astype(o.y.dtype)
+
+
+def forward(p: Problem, a: Arrays) -> Outs:
+  """One kernel, with the addition or without."""
+  x, residual = _rows(a.x), _rows(a.residual)
+  (n, d), rows = x.shape, p.rows(x)
+  tile = pl.BlockSpec((rows, d), lambda i: (i, 0))
+  whole = pl.BlockSpec((1, d), lambda i: (0, 0))
+  has = residual is not None
+  out = varying_like(x, x.shape, x.dtype)
+  (outs,) = pl.pallas_call(
+    functools.partial(_forward_kernel, norm=p.norm),
+    name="add_rms_norm_fwd" if has else "rms_norm_fwd",
+    grid=(pl.cdiv(n, rows),),
+    in_specs=[_ForwardInputs(tile, tile if has else None, whole)],
+    out_specs=[_ForwardOutputs(tile, tile if has else None)],
+    out_shape=[_ForwardOutputs(out, out if has else None)],
+    compiler_params=tpu.compiler_params(_VMEM_BYTES),
+  )(_ForwardInputs(x, residual, a.scale[None, :]))
+  return Outs(*jax.tree.map(lambda y: y.reshape(a.x.shape), outs))
 
 
 # --- backward -----------------------------------------------------------------
+# One grid step: a tile of rows, whole.
+#   1. gradients  dx of the tile, and every row's part of dscale
+#   2. add        the gradient that reaches h = x + residual by other ways
+#   3. sum        dscale over rows, in the block that stays for all steps
 
 
-def _bwd_kernel(
-  x_ref,  # [rows, D]
-  scale_ref,  # [1, D]
-  dy_ref,  # [rows, D]
-  *refs,  # dh [rows, D] of add_rms_norm; then the outputs:
-  # dx_ref [rows, D]
-  # dscale_ref [1, D] float32, revisited by every grid step
-  static: _Static,
-  n: int,
+class _BackwardInputs(NamedTuple):
+  x: Any  # [rows, D], of rms_norm; the sum h, of add_rms_norm
+  scale: Any  # [1, D]
+  dy: Any  # [rows, D]
+  dh: Any  # [rows, D], or None
+
+
+class _BackwardOutputs(NamedTuple):
+  dx: Any  # [rows, D]
+  dscale: Any  # [1, D] float32, the same block for every grid step
+
+
+def _backward_kernel(
+  i: _BackwardInputs, o: _BackwardOutputs, *, norm: RowNorm, n: int
 ):
-  *dh_ref, dx_ref, dscale_ref = refs
-  i = pl.program_id(0)
-  rows = x_ref.shape[0]
-  x = x_ref[...].astype(jnp.float32)
-  dy = dy_ref[...].astype(jnp.float32)
-  dx, dscale = static.norm.gradients(x, scale_ref[...], dy)
-  if dh_ref:
-    dx += dh_ref[0][...].astype(jnp.float32)
-  dx_ref[...] = dx.astype(dx_ref.dtype)
+  step, rows = pl.program_id(0), i.x.shape[0]
+  x, dy = _float32(i.x), _float32(i.dy)
+  # g = dy * (offset + scale),  r = rsqrt(mean(x^2) + epsilon)
+  # r * (g - x * mean(g * x) * r^2)   and   dy * x * r
+  dx, dscale = norm.gradients(x, i.scale[...], dy)
+  if i.dh is not None:
+    dx += _float32(i.dh)
+  o.dx[...] = dx.astype(o.dx.dtype)
 
-  @pl.when(i == 0)
+  @pl.when(step == 0)
   def _():
-    dscale_ref[...] = jnp.zeros_like(dscale_ref)
+    o.dscale[...] = jnp.zeros_like(o.dscale)
 
-  # Rows past n hold undefined data, and this is the only sum across rows.
-  row_ids = i * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
   if n % rows:
-    dscale = jnp.where(row_ids < n, dscale, 0.0)
-  dscale_ref[...] += jnp.sum(dscale, axis=0, keepdims=True)
+    # Rows past n hold undefined data, and this is the only sum across rows.
+    dscale = tpu.zero_past(dscale, n - step * rows, axis=0)
+  _add(o.dscale, jnp.sum(dscale, axis=0, keepdims=True))
 
 
-def _bwd(
-  static: _Static, x: jax.Array, scale: jax.Array, *cotangents: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """dx and dscale from (dy,) for rms_norm, from (dy, dh) for add_rms_norm."""
-  n, d = x.shape
-  tile, whole = _row_tiles(static.config.rows, d)
-  dx, dscale = pl.pallas_call(
-    functools.partial(_bwd_kernel, static=static, n=n),
-    name="rms_norm_bwd" if len(cotangents) == 1 else "add_rms_norm_bwd",
-    grid=(pl.cdiv(n, static.config.rows),),
-    in_specs=[tile, whole, *[tile] * len(cotangents)],
-    out_specs=[tile, whole],
-    out_shape=[like(x.shape, x.dtype, x), like((1, d), jnp.float32, x)],
-    compiler_params=_PARAMS,
-  )(x, scale[None, :], *cotangents)
-  return dx, dscale[0].astype(scale.dtype)
+def _add(ref: Any, part: jax.Array) -> None:
+  ref[...] += part
 
 
-# --- differentiation ----------------------------------------------------------
-# Residuals are the inputs of the norm: x, or the sum h, which is an output.
+def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  """One kernel, with the gradient of the sum or without."""
+  has = d.h is not None
+  x, scale = saved.outs.h if has else saved.arrays.x, saved.arrays.scale
+  shape, x = x.shape, _rows(x)
+  (n, width), rows = x.shape, p.rows(x)
+  tile = pl.BlockSpec((rows, width), lambda i: (i, 0))
+  whole = pl.BlockSpec((1, width), lambda i: (0, 0))
+  (grads,) = pl.pallas_call(
+    functools.partial(_backward_kernel, norm=p.norm, n=n),
+    name="add_rms_norm_bwd" if has else "rms_norm_bwd",
+    grid=(pl.cdiv(n, rows),),
+    in_specs=[_BackwardInputs(tile, whole, tile, tile if has else None)],
+    out_specs=[_BackwardOutputs(tile, whole)],
+    out_shape=[
+      _BackwardOutputs(
+        varying_like(x, x.shape, x.dtype),
+        varying_like(x, (1, width), jnp.float32),
+      )
+    ],
+    compiler_params=tpu.compiler_params(_VMEM_BYTES),
+  )(_BackwardInputs(x, scale[None, :], _rows(d.y), _rows(d.h)))
+  dx = grads.dx.reshape(shape)
+  return Arrays(dx, dx if has else None, grads.dscale[0].astype(scale.dtype))
 
 
-def _reference(static: _Static, x: jax.Array, scale: jax.Array) -> jax.Array:
-  return rms_norm_reference(
-    x,
-    scale,
-    epsilon=static.norm.epsilon,
-    scale_offset=static.norm.scale_offset,
-  )
+# --- the op ------------------------------------------------------------------
 
 
-def _reference_bwd(
-  static: _Static, x: jax.Array, scale: jax.Array, dy: jax.Array, *dh: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  _, vjp = jax.vjp(functools.partial(_reference, static), x, scale)
-  dx, dscale = vjp(dy)
-  return (dx + dh[0] if dh else dx), dscale
+def split(p: Problem, a: Arrays) -> Split:
+  """Over rows."""
+  del p
+  rows = leading_dims(a.x.ndim - 1) + "D"
+  added = None if a.residual is None else rows
+  return Split(Arrays(rows, added, "D"), Outs(rows, added), over="BT")
 
 
-def _rms_norm_primal(
-  static: _Static, x: jax.Array, scale: jax.Array
-) -> jax.Array:
-  return dispatch(
-    static.implementation,
-    functools.partial(_fwd, static),
-    functools.partial(_reference, static),
-    x,
-    scale,
-  )
-
-
-def _backward(static: _Static, *args: jax.Array) -> tuple[jax.Array, ...]:
-  return dispatch(
-    static.implementation,
-    functools.partial(_bwd, static),
-    functools.partial(_reference_bwd, static),
-    *args,
-  )
-
-
-_rms_norm = jax.custom_vjp(_rms_norm_primal, nondiff_argnums=(0,))
-_rms_norm.defvjp(
-  lambda static, x, scale: (_rms_norm_primal(static, x, scale), (x, scale)),
-  lambda static, saved, dy: _backward(static, *saved, dy),
+_rms_norm = kernel_op(
+  "rms_norm",
+  reference=reference,
+  forward=forward,
+  backward=backward,
+  saves=("x", "scale"),
+  split=split,
 )
-
-
-def _add_rms_norm_primal(
-  static: _Static, x: jax.Array, residual: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  def reference(x, residual, scale):
-    h = x + residual
-    return _reference(static, h, scale), h
-
-  return dispatch(
-    static.implementation,
-    functools.partial(_add_fwd, static),
-    reference,
-    x,
-    residual,
-    scale,
-  )
-
-
-def _add_rms_norm_fwd(static, x, residual, scale):
-  y, h = _add_rms_norm_primal(static, x, residual, scale)
-  return (y, h), (h, scale)
-
-
-def _add_rms_norm_bwd(static, saved, cotangents):
-  dh, dscale = _backward(static, *saved, *cotangents)
-  return dh, dh, dscale
-
-
-_add_rms_norm = jax.custom_vjp(_add_rms_norm_primal, nondiff_argnums=(0,))
-_add_rms_norm.defvjp(_add_rms_norm_fwd, _add_rms_norm_bwd)
 
 # --- public -------------------------------------------------------------------
 
 
-def _check(op: str, x, scale, epsilon, implementation) -> None:
+def check(op: str, x, scale, epsilon, implementation) -> None:
+  """Refuses what neither op takes."""
   check_implementation(op, implementation)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
   check_float(op, x=x)
   check_norm(op, x, Norm(scale, epsilon))
-
-
-def _by_rows(function, *args: jax.Array):
-  """Applies `function` to args [..., D] seen as [R, D]; scale comes last."""
-  *tensors, scale = args
-  shape = tensors[0].shape
-  rows = [t.reshape(-1, shape[-1]) for t in tensors]
-  return jax.tree.map(lambda y: y.reshape(shape), function(*rows, scale))
 
 
 def rms_norm(
@@ -386,74 +339,9 @@ def rms_norm(
       float32 or bfloat16, a negative epsilon, or an x whose last dimension is
       split over a mesh.
   """
-  _check("rms_norm", x, scale, epsilon, implementation)
-  if implementation == "xla" or x.size == 0:
-    return rms_norm_reference(
-      x, scale, epsilon=epsilon, scale_offset=scale_offset
-    )
-  config = config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
-  static = _Static(RowNorm(epsilon, scale_offset), implementation, config)
-  dims = (*leading_dims(x.ndim - 1), "D")
-  return per_device(
-    "rms_norm",
-    functools.partial(_by_rows, functools.partial(_rms_norm, static)),
-    (x, scale),
-    (dims, ("D",)),
-    dims,
-    splits="BT",
-  )
-
-
-def add_rms_norm(
-  x: jax.Array,
-  residual: jax.Array,
-  scale: jax.Array,
-  *,
-  epsilon: float = 1e-6,
-  scale_offset: float = 0.0,
-  implementation: Implementation = None,
-  config: RMSNormConfig | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """The residual addition and the norm of the sum, in one pass over HBM.
-
-  Args:
-    x: [..., D] float32 or bfloat16, a sub-layer's output.
-    residual: [..., D] of x's shape and dtype, the residual stream.
-    scale: as in `rms_norm`.
-    epsilon: as in `rms_norm`.
-    scale_offset: as in `rms_norm`.
-    implementation: as in `rms_norm`.
-    config: tile sizes; None picks them from the shape.
-
-  Returns:
-    (normed, x + residual), both [..., D] of x's dtype.  The norm is that of the
-    sum as returned, after rounding.
-
-  Raises:
-    ValueError: as `rms_norm`, and if residual differs from x in shape or dtype.
-  """
-  op = "add_rms_norm"
-  _check(op, x, scale, epsilon, implementation)
-  check_shape(op, "residual", residual, x.shape, "the shape of x")
-  if residual.dtype != x.dtype:
-    raise ValueError(
-      f"{op}: residual must have x's dtype {x.dtype}, got {residual.dtype}"
-    )
-  if implementation == "xla" or x.size == 0:
-    return add_rms_norm_reference(
-      x, residual, scale, epsilon=epsilon, scale_offset=scale_offset
-    )
-  config = config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
-  static = _Static(RowNorm(epsilon, scale_offset), implementation, config)
-  dims = (*leading_dims(x.ndim - 1), "D")
-  return per_device(
-    op,
-    functools.partial(_by_rows, functools.partial(_add_rms_norm, static)),
-    (x, residual, scale),
-    (dims, dims, ("D",)),
-    (dims, dims),
-    splits="BT",
-  )
+  check("rms_norm", x, scale, epsilon, implementation)
+  problem = Problem(RowNorm(epsilon, scale_offset), implementation, config)
+  return _rms_norm(problem, Arrays(x, None, scale)).y
 
 
 # --- registration -------------------------------------------------------------
@@ -464,12 +352,7 @@ def _cost(x, scale, **_) -> tuple[Cost, Cost]:
   return Cost(0, 2 * row + gain), Cost(0, 3 * row + 2 * gain)
 
 
-def _add_cost(x, residual, scale, **_) -> tuple[Cost, Cost]:
-  row, gain = nbytes(x), nbytes(scale)
-  return Cost(0, 4 * row + gain), Cost(0, 4 * row + 2 * gain)
-
-
-def _cases(arrays: int, *problems) -> tuple[Case, ...]:
+def cases(arrays: int, *problems) -> tuple[Case, ...]:
   """Cases with `arrays` inputs of one shape and the scale."""
   cases = []
   for name, shape, dtype, *scale_dtype in problems:
@@ -479,7 +362,7 @@ def _cases(arrays: int, *problems) -> tuple[Case, ...]:
   return tuple(cases)
 
 
-_TESTS = (
+TESTS = (
   ("one_tile", (256, 128), jnp.float32),
   ("ragged_rows", (3, 100, 256), jnp.float32),
   ("ragged_width", (40, 100), jnp.float32),
@@ -489,7 +372,7 @@ _TESTS = (
   ("bf16", (2, 64, 256), jnp.bfloat16),
   ("bf16_ragged", (5, 7, 100), jnp.bfloat16, jnp.bfloat16),
 )
-_BENCHES = (
+BENCHES = (
   ("gemma_2b_64k", (65536, 2048), jnp.bfloat16),
   ("gemma_2b_8k", (8192, 2048), jnp.bfloat16),
   ("gemma_7b_64k", (65536, 3072), jnp.bfloat16),
@@ -501,14 +384,6 @@ OP = Op(
   function=rms_norm,
   reference=rms_norm_reference,
   cost=_cost,
-  tests=_cases(1, *_TESTS),
-  benches=_cases(1, *_BENCHES),
-)
-ADD_OP = Op(
-  name="add_rms_norm",
-  function=add_rms_norm,
-  reference=add_rms_norm_reference,
-  cost=_add_cost,
-  tests=_cases(2, *_TESTS),
-  benches=_cases(2, *_BENCHES),
+  tests=cases(1, *TESTS),
+  benches=cases(1, *BENCHES),
 )

@@ -29,28 +29,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from ._op import (
-  Case,
-  Cost,
+from ._frame import tpu
+from ._frame.check import (
   Implementation,
-  Integers,
-  Op,
   check_float,
   check_implementation,
+  check_integers,
   check_shape,
-  dispatch,
-  nbytes,
 )
-from ._sharding import like, per_device
+from ._frame.kernel import Saved, kernel_op
+from ._frame.op import Case, Cost, Integers, Op, nbytes
+from ._frame.sharding import Split, varying_like
 from ._sincos import sin_cos
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary position embedding that an op applies where it reads its inputs.
+
+  Attributes:
+    positions: [B, T] integers, of queries and keys alike.
+    base_frequency: the base of the geometric series of wavelengths.
+  """
+
+  positions: jax.Array
+  base_frequency: float = 10_000.0
+
+
+jax.tree_util.register_dataclass(
+  Rope, data_fields=["positions"], meta_fields=["base_frequency"]
+)
 
 # --- specification ------------------------------------------------------------
 
@@ -79,7 +94,6 @@ def rope_timescale(half: int, base_frequency: float, dtype) -> jax.Array:
 
 # --- configuration ------------------------------------------------------------
 
-_LANES = 128
 _TILE_BYTES = 1 << 20
 _VMEM_BYTES = 64 << 20
 
@@ -98,9 +112,9 @@ class RopeConfig:
   heads: int | None = None
 
   def __post_init__(self):
-    if self.rows <= 0 or self.rows % _LANES:
+    if self.rows <= 0 or self.rows % tpu.LANES:
       raise ValueError(
-        f"RopeConfig: rows must be a positive multiple of {_LANES}, "
+        f"RopeConfig: rows must be a positive multiple of {tpu.LANES}, "
         f"got {self.rows}"
       )
     if self.heads is not None and (self.heads <= 0 or self.heads % 16):
@@ -112,134 +126,194 @@ class RopeConfig:
   @classmethod
   def fitting(cls, heads: int, head_size: int, dtype: jnp.dtype) -> RopeConfig:
     """Tiles of a megabyte, or of 128 tokens and some of the heads."""
-    lanes = pl.cdiv(head_size, _LANES) * _LANES
-    head_bytes = lanes * jnp.dtype(dtype).itemsize
+    head_bytes = tpu.lanes(head_size) * jnp.dtype(dtype).itemsize
     # A tile's heads lie in sublanes, which come in eights; one head alone is
     # laid out as a matrix of tokens.
-    token_bytes = head_bytes * (1 if heads == 1 else pl.cdiv(heads, 8) * 8)
-    rows = _TILE_BYTES // token_bytes // _LANES * _LANES
-    if token_bytes * _LANES <= 4 * _TILE_BYTES:
-      return cls(rows=min(max(rows, _LANES), 1024))
-    fit = 4 * _TILE_BYTES // (_LANES * head_bytes) // 16 * 16
-    return cls(rows=_LANES, heads=max(fit, 16))
+    sublanes = 1 if heads == 1 else tpu.round_up(heads, tpu.SUBLANES)
+    token_bytes = head_bytes * sublanes
+    rows = _TILE_BYTES // token_bytes // tpu.LANES * tpu.LANES
+    if token_bytes * tpu.LANES <= 4 * _TILE_BYTES:
+      return cls(rows=min(max(rows, tpu.LANES), 1024))
+    fit = 4 * _TILE_BYTES // (tpu.LANES * head_bytes) // 16 * 16
+    return cls(rows=tpu.LANES, heads=max(fit, 16))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
-  """Everything that is not an array, in one hashable piece."""
+class Problem:
+  """Everything that is not an array."""
 
   base_frequency: float
   implementation: Implementation
-  config: RopeConfig
+  config: RopeConfig | None
 
 
-# --- forward and backward -----------------------------------------------------
+class Arrays(NamedTuple):
+  """What the op is given."""
+
+  x: Any  # [B, T, N, H]
+  positions: Any  # [B, T] integers
 
 
-def _kernel(
-  positions_ref,  # [1, rows] int32
-  timescale_ref,  # [1, h] float32
-  x_ref,  # [rows, heads, H], or [rows, H] of a single head
-  y_ref,  # as x_ref
-  *,
-  sign: Literal[1, -1],
-):
-  half = x_ref.shape[-1] // 2
-  angle = _by_token(positions_ref[...]) / timescale_ref[...]  # [rows, h]
+class Outs(NamedTuple):
+  """What the op gives."""
+
+  y: Any  # [B, T, N, H]
+
+
+def _reference(p: Problem, a: Arrays) -> Outs:
+  return Outs(
+    apply_rope_reference(a.x, a.positions, base_frequency=p.base_frequency)
+  )
+
+
+# --- the kernel, of both passes -----------------------------------------------
+# One grid step: a tile of tokens, and some or all of their heads.
+#   1. angles  of every token: its position over each frequency's timescale
+#   2. phases  their sine and cosine, once for all heads
+#   3. rotate  both halves of each head against each other
+
+
+class _Inputs(NamedTuple):
+  positions: Any  # [1, rows] int32
+  timescale: Any  # [1, h] float32
+  x: Any  # [rows, heads, H], or [rows, H] of a single head
+
+
+class _Outputs(NamedTuple):
+  y: Any  # as x
+
+
+def _kernel(i: _Inputs, o: _Outputs, *, sign: Literal[1, -1]):
+  angle = _by_token(i.positions[...]) / i.timescale[...]  # [rows, h]
   sin, cos = sin_cos(angle)
   sin *= sign
-  if x_ref.ndim == 3:
+  if i.x.ndim == 3:
     sin, cos = sin[:, None, :], cos[:, None, :]
-  x = x_ref[...].astype(jnp.float32)
-  if half % _LANES == 0:
-    first, second = x[..., :half], x[..., half:]
-    y_ref[..., :half] = (first * cos - second * sin).astype(y_ref.dtype)
-    y_ref[..., half:] = (second * cos + first * sin).astype(y_ref.dtype)
-  else:
-    # Halves that are not whole registers: rotate the lanes by a half instead
-    # of taking them apart.
-    swapped = jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)
-    cos = jnp.concatenate([cos, cos], axis=-1)
-    sin = jnp.concatenate([-sin, sin], axis=-1)
-    y_ref[...] = (x * cos + swapped * sin).astype(y_ref.dtype)
+  _rotate_tile(i.x, o.y, sin, cos)
 
 
 def _by_token(positions: jax.Array) -> jax.Array:
   """[1, rows] integers in lanes to [rows, 1] float32 in sublanes."""
-  tiles = [
-    jnp.broadcast_to(positions[:, i : i + _LANES], (_LANES, _LANES)).T[:, :1]
-    for i in range(0, positions.shape[1], _LANES)
-  ]
-  return jnp.concatenate(tiles, axis=0).astype(jnp.float32)
+  return tpu.lanes_to_column(positions)[:, :1].astype(jnp.float32)
 
 
-def _rotate(
-  static: _Static, sign: Literal[1, -1], x: jax.Array, positions: jax.Array
+def _rotate_tile(x_ref: Any, y_ref: Any, sin: jax.Array, cos: jax.Array):
+  half = x_ref.shape[-1] // 2
+  x = x_ref[...].astype(jnp.float32)
+  if half % tpu.LANES == 0:
+    first, second = x[..., :half], x[..., half:]
+    y_ref[..., :half] = (first * cos - second * sin).astype(y_ref.dtype)
+    y_ref[..., half:] = (second * cos + first * sin).astype(y_ref.dtype)
+  else:
+    y_ref[...] = _rotate_lanes(x, sin, cos).astype(y_ref.dtype)
+
+
+def _rotate_lanes(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+  """Of halves that are not whole registers: instead of taking them apart, the
+  lanes are rotated by a half."""
+  half = x.shape[-1] // 2
+  swapped = jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)
+  cos = jnp.concatenate([cos, cos], axis=-1)
+  sin = jnp.concatenate([-sin, sin], axis=-1)
+  return x * cos + swapped * sin
+
+
+def _rotated(
+  p: Problem, x: jax.Array, positions: jax.Array, sign: Literal[1, -1]
 ) -> jax.Array:
+  """x rotated by its positions, or back by them."""
   b, t, n, h = x.shape
-  rows = static.config.rows
-  heads = min(static.config.heads or n, n)
+  config = p.config or RopeConfig.fitting(n, h, x.dtype)
+  rows, heads = config.rows, min(config.heads or n, n)
   if n == 1:
     tile = pl.BlockSpec((rows, h), lambda i, j: (i, 0))
   else:
     tile = pl.BlockSpec((rows, heads, h), lambda i, j: (i, j, 0))
   tokens = x.reshape((b * t, h) if n == 1 else (b * t, n, h))
-  timescale = rope_timescale(h // 2, static.base_frequency, jnp.float32)[None]
-  y = pl.pallas_call(
+  of_tokens = pl.BlockSpec((1, rows), _tile_of_tokens)
+  whole = pl.BlockSpec((1, h // 2), lambda i, j: (0, 0))
+  (outs,) = pl.pallas_call(
     functools.partial(_kernel, sign=sign),
     name="apply_rope_fwd" if sign == 1 else "apply_rope_bwd",
     grid=(pl.cdiv(b * t, rows), pl.cdiv(n, heads)),
-    in_specs=[
-      pl.BlockSpec((1, rows), lambda i, j: (0, i)),
-      pl.BlockSpec((1, h // 2), lambda i, j: (0, 0)),
-      tile,
-    ],
-    out_specs=tile,
-    out_shape=like(tokens.shape, x.dtype, x),
-    compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
-  )(positions.reshape(1, b * t).astype(jnp.int32), timescale, tokens)
-  return y.reshape(x.shape)
+    in_specs=[_Inputs(of_tokens, whole, tile)],
+    out_specs=[_Outputs(tile)],
+    out_shape=[_Outputs(varying_like(x, tokens.shape, x.dtype))],
+    compiler_params=tpu.compiler_params(_VMEM_BYTES),
+  )(_Inputs(_in_lanes(positions), _timescale(p, h), tokens))
+  return outs.y.reshape(x.shape)
 
 
-# --- differentiation ----------------------------------------------------------
+def _tile_of_tokens(i: Any, j: Any) -> tuple[Any, Any]:
+  """Of [1, B T]: positions are the same for all heads."""
+  del j
+  return 0, i
 
 
-def _primal(static: _Static, x: jax.Array, positions: jax.Array) -> jax.Array:
-  return dispatch(
-    static.implementation,
-    functools.partial(_rotate, static, 1),
-    functools.partial(
-      apply_rope_reference, base_frequency=static.base_frequency
-    ),
-    x,
-    positions,
-  )
+def _in_lanes(positions: jax.Array) -> jax.Array:
+  return positions.reshape(1, -1).astype(jnp.int32)
 
 
-def _bwd(static: _Static, positions: jax.Array, dy: jax.Array):
-  # A rotation's transpose is the rotation by the negative angle.
-  dx = dispatch(
-    static.implementation,
-    functools.partial(_rotate, static, -1),
-    functools.partial(_rotate_back_reference, static),
-    dy,
-    positions,
-  )
-  return dx, None
+def _timescale(p: Problem, head_size: int) -> jax.Array:
+  return rope_timescale(head_size // 2, p.base_frequency, jnp.float32)[None]
 
 
-def _rotate_back_reference(
-  static: _Static, dy: jax.Array, positions: jax.Array
-) -> jax.Array:
-  return apply_rope_reference(
-    dy, -positions, base_frequency=static.base_frequency
-  )
+def _forward(p: Problem, a: Arrays) -> Outs:
+  return Outs(_rotated(p, a.x, a.positions, 1))
 
 
-_rope = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_rope.defvjp(lambda static, x, p: (_primal(static, x, p), p), _bwd)
+# A rotation's transpose is the rotation by the negative angle.
 
-# --- public -------------------------------------------------------------------
+
+def _backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  return Arrays(_rotated(p, d.y, saved.arrays.positions, -1), None)
+
+
+def _plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  return Arrays(_reference(p, Arrays(d.y, -saved.arrays.positions)).y, None)
+
+
+# --- for kernels that rotate their own inputs ---------------------------------
+
+
+def phases(
+  positions: jax.Array, timescale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """sin and cos [tokens, h] of positions [1, tokens] and timescale [1, h]."""
+  column = tpu.lanes_to_column(positions)
+  column = tpu.across(column, timescale.shape[1]).astype(jnp.float32)
+  return sin_cos(column / timescale)
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+  """Rotates rows [tokens times heads, H] by sin and cos [tokens, h].
+
+  h is a multiple of 128, and heads 1 or a multiple of 8.
+  """
+  tokens, half = sin.shape
+  heads = x.shape[0] // tokens
+  if heads > 1:
+    sin, cos = (
+      jnp.broadcast_to(y[:, None, :], (tokens, heads, half)).reshape(-1, half)
+      for y in (sin, cos)
+    )
+  first = x[:, :half].astype(jnp.float32)
+  second = x[:, half:].astype(jnp.float32)
+  rotated = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(rotated, axis=1).astype(x.dtype)
+
+
+# --- the op -------------------------------------------------------------------
+
+_rope = kernel_op(
+  "apply_rope",
+  reference=_reference,
+  forward=_forward,
+  backward=_backward,
+  saves=("positions",),
+  plain_backward=_plain_backward,
+  split=lambda p, a: Split(Arrays("BTNH", "BT"), Outs("BTNH"), over="BTN"),
+)
 
 
 def check_rope(op: str, head_size: int, base_frequency: float) -> None:
@@ -250,12 +324,6 @@ def check_rope(op: str, head_size: int, base_frequency: float) -> None:
     raise ValueError(
       f"{op}: base_frequency must be positive, got {base_frequency}"
     )
-
-
-def check_integers(op: str, name: str, array: jax.Array) -> None:
-  """Refuses arrays that are not integers."""
-  if not jnp.issubdtype(array.dtype, jnp.integer):
-    raise ValueError(f"{op}: {name} must be integers, got {array.dtype}")
 
 
 def apply_rope(
@@ -294,19 +362,8 @@ def apply_rope(
   check_shape(op, "positions", positions, x.shape[:2], "[B, T] of x")
   check_integers(op, "positions", positions)
   check_rope(op, x.shape[-1], base_frequency)
-  if implementation == "xla" or x.size == 0:
-    return apply_rope_reference(x, positions, base_frequency=base_frequency)
-  config = config or RopeConfig.fitting(x.shape[2], x.shape[3], x.dtype)
-  static = _Static(base_frequency, implementation, config)
-  dims = ("B", "T", "N", "H")
-  return per_device(
-    op,
-    functools.partial(_rope, static),
-    (x, positions),
-    (dims, dims[:2]),
-    dims,
-    splits="BTN",
-  )
+  problem = Problem(base_frequency, implementation, config)
+  return _rope(problem, Arrays(x, positions)).y
 
 
 # --- registration -------------------------------------------------------------

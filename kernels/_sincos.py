@@ -5,15 +5,18 @@ is right for every float32, which on a vector unit takes far longer than the
 two polynomials.  Here the reduction is shared, and is for the angles of
 rotations: |angle| < 2^31, as int32 positions give.
 
-Reduction, without more precision than float32 has: an angle is a sum of digits
+Reduction, without more precision than float32 has.  An angle is taken apart
+into a sum of three digits and a rest,
 
     angle = 2^20 d2 + 2^9 d1 + d0 + rest        d integers, |rest| <= 1/2
 
-of 12, 11 and 9 bits, sign included.  A digit's unit is w turns, modulo whole
-ones, and w = high + low, where high has so few bits that its product with the
-digit is exact; so is the sum of the three, less than 2^10 turns in 2^-14.  When
-quarter turns have been taken from it, what is added, the low parts and the
-rest, is small, and its rounding is.
+of 12, 11 and 9 bits, sign included.  Each digit counts units of so many
+radians; a unit, in turns and without the whole ones, is stored in two parts,
+high + low.  The high part has so few bits that its product with the digit is
+exact in float32, and so is the sum of these products: all of them are multiples
+of 2^-14 below 2^10.  From this exact sum the quarter turns are taken.  Only
+what remains is rounded, and it is small: less than a quarter turn, to which the
+low parts and the rest are added.
 """
 
 from __future__ import annotations
@@ -68,8 +71,16 @@ def sin_cos(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
   square = r * r
   sin = r + r * square * _polynomial(square, _SIN)
   cos = 1.0 + square * _polynomial(square, _COS)
-  # A quarter turn further on, sine is cosine and cosine is minus sine.
-  quarter = quarter.astype(jnp.int32)
+  return _after_quarters(quarter.astype(jnp.int32), sin, cos)
+
+
+def _after_quarters(
+  quarter: jax.Array, sin: jax.Array, cos: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Sine and cosine of an angle so many quarter turns further on.
+
+  With each, sine becomes cosine and cosine becomes minus sine.
+  """
   odd = (quarter & 1) == 1
   sin, cos = jnp.where(odd, cos, sin), jnp.where(odd, sin, cos)
   sin = jnp.where((quarter & 2) == 2, -sin, sin)

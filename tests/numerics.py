@@ -24,7 +24,8 @@ def value_and_gradients(function, *draws, jit=False):
   The cotangents are random, the same for every implementation.  Each draw is a
   list of arrays; the results of several are stacked.
 
-  With `jit`, the whole is compiled once for all draws.  Plain jnp is not.
+  With `jit`, the whole is compiled once for all draws.  Plain jnp is not: it is
+  to be wrong by its own roundings alone.  The truth may be.
   """
   floats = [i for i, a in enumerate(draws[0]) if is_float(a)]
 
@@ -112,6 +113,6 @@ def assert_agrees(function, reference, *draws, softmax=False, grad=True):
   """
   run = value_and_gradients if grad else values
   with jax.enable_x64(True):
-    truth = run(reference, *map(widened, draws))
+    truth = run(reference, *map(widened, draws), jit=True)
   plain = run(reference, *draws)
   assert_within_bar(run(function, *draws, jit=True), plain, truth, softmax)

@@ -1,9 +1,12 @@
-"""The timing model and the lab around it, on listings of a few bundles."""
+"""The cycle model and the benchmarks around it, on a few bundles."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
+import shutil
+import sys
 import textwrap
 from typing import Any
 
@@ -16,7 +19,10 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from pallas_gemma import bench
-from pallas_gemma.bench import V5E, report
+from pallas_gemma.bench import V5E
+from pallas_gemma.bench.run import sources
+from pallas_gemma.bench.show import compare, files, report
+from pallas_gemma.bench.v5e import environment, estimate, estimate_module
 from pallas_gemma.kernels import OPS, Cost
 
 pytestmark = pytest.mark.no_interpreter
@@ -32,7 +38,7 @@ def listing(*bundles):
 
 
 def cycles(*bundles, operands=None):
-  return bench.count(listing(*bundles), operands)
+  return bench.count_cycles(listing(*bundles), operands)
 
 
 # --- listings -----------------------------------------------------------------
@@ -85,7 +91,7 @@ def test_counts_a_loop(move):
        0x8   :  {{}}
     """
   )
-  assert bench.count(bench.parse_listing(program)).total == 1 + 10 * 8
+  assert bench.count_cycles(bench.parse_listing(program)).total == 1 + 10 * 8
 
 
 def test_a_branch_on_an_unknown_value_is_undecidable():
@@ -96,7 +102,7 @@ def test_a_branch_on_an_unknown_value_is_undecidable():
     ]
   )
   with pytest.raises(bench.Undecidable, match="%p1"):
-    bench.count(bench.parse_listing(program))
+    bench.count_cycles(bench.parse_listing(program))
 
 
 def test_division_gives_quotient_and_remainder():
@@ -271,7 +277,7 @@ OTHERS = (
 )
 def test_a_stretch_seen_before_takes_what_it_took(runs, rounds):
   """What is remembered of a loop changes nothing that is counted."""
-  machine = importlib.import_module("pallas_gemma.bench._machine")
+  machine = importlib.import_module("pallas_gemma.bench.v5e.machine")
   body = [slot for slot, times in runs for _ in range(times)]
   for give, take in zip(GIVES, TAKES, strict=True):
     body += [take] * (body.count(give) - body.count(take))
@@ -279,7 +285,7 @@ def test_a_stretch_seen_before_takes_what_it_took(runs, rounds):
   for shortest in (10**9, 1):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(machine, "_SHORTEST_STRETCH", shortest)
-      counts.append(bench.count(program))
+      counts.append(bench.count_cycles(program))
   assert counts[0] == counts[1]
   assert counts[0].visits[2] == rounds
 
@@ -326,7 +332,7 @@ def listings(tmp_path):
 
 
 def test_sums_a_program(listings):
-  got = bench.estimate(HLO, listings)
+  got = estimate_module(HLO, listings)
   fetch = (1 << 22) / V5E.hbm_bytes_per_cycle
   # `again` equals `first` and is printed once; `busy` hides part of the fetch.
   assert got.cycles == round(10 + 10 + fetch + 7 * 3)
@@ -344,7 +350,7 @@ def test_sums_a_program(listings):
 def test_says_what_it_leaves_out(listings):
   del listings["busy"]
   unknown = HLO.replace('"known_trip_count":{"n":"7"}', "")
-  got = bench.estimate(unknown, listings)
+  got = estimate_module(unknown, listings)
   assert got.lower_bound
   assert got.notes == [
     "busy: no listing for this fusion",
@@ -392,7 +398,161 @@ def test_finds_values_that_kernels_branch_on():
   assert not bench.kernel_operands(function, specs, (None, None))
 
 
-# --- the lab ------------------------------------------------------------------
+def test_estimates_only_where_the_compiler_was_told_to_print(
+  monkeypatch, tmp_path
+):
+  spec = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+  monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+  with pytest.raises(RuntimeError, match=r"v5e\.environment\(folder\)"):
+    estimate(jnp.sin, [spec])
+  prepared = environment(tmp_path)["LIBTPU_INIT_ARGS"]
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", prepared)
+  (tmp_path / "7-fusion.1-9-final_bundles.txt").write_text("")
+  with pytest.raises(RuntimeError, match="listings of an earlier compilation"):
+    estimate(jnp.sin, [spec])
+
+
+# --- what a number depends on -------------------------------------------------
+
+MADE_UP = {
+  "kernels/__init__.py": "from ._one.op import one\nfrom ._two import two",
+  "kernels/_frame/__init__.py": "",
+  "kernels/_frame/tpu.py": "",
+  "kernels/_frame/kernel.py": "from . import tpu",
+  "kernels/_one/__init__.py": "",
+  "kernels/_one/spec.py": "",
+  "kernels/_one/forward.py": "from .._frame.kernel import f\nimport jax",
+  "kernels/_one/op.py": "from . import forward, spec",
+  "kernels/_one/notes.py": "",
+  "kernels/_two.py": "from ._frame import tpu\nfrom ._lib import f",
+  "kernels/_lib.py": "",
+  "kernels/tuned/one.json": "[]",
+  "kernels/tuned/two.json": "[]",
+  "gemma/train/loop.py": "",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """bench/ as it is, beside two made-up ops, one of them a folder."""
+  home = tmp_path_factory.mktemp("home")
+  shutil.copytree(sources.HOME / "bench", home / "bench")
+  for name, text in MADE_UP.items():
+    (home / name).parent.mkdir(parents=True, exist_ok=True)
+    (home / name).write_text(text)
+  return home
+
+
+ANYTHING = (
+  "bench/v5e/__init__.py",
+  "bench/v5e/units.py",
+  "bench/suites/program.py",
+  "bench/run/worker.py",
+  "bench/run/row.py",
+)
+NOTHING = (
+  "bench/__init__.py",
+  "bench/__init__.pyi",
+  "bench/_cli.py",
+  "bench/bench_ops.py",
+  "bench/run/measured.py",
+  "bench/run/sweep.py",
+  "bench/show/compare.py",
+  "bench/show/report.py",
+  "bench/show/table.py",
+  "bench/suites/calibration.py",
+)
+DEPENDENCIES = {
+  ("registry", "one"): (
+    (
+      "bench/suites/registry.py",
+      "kernels/_frame/__init__.py",
+      "kernels/_frame/kernel.py",
+      "kernels/_frame/tpu.py",
+      "kernels/_one/__init__.py",
+      "kernels/_one/forward.py",
+      "kernels/_one/notes.py",
+      "kernels/_one/op.py",
+      "kernels/_one/spec.py",
+      "kernels/tuned/one.json",
+    ),
+    (
+      "bench/suites/baselines.py",
+      "bench/suites/gemma.py",
+      "gemma/train/loop.py",
+      "kernels/__init__.py",
+      "kernels/_lib.py",
+      "kernels/_two.py",
+      "kernels/tuned/two.json",
+    ),
+  ),
+  ("registry", "two"): (
+    ("kernels/_two.py", "kernels/_lib.py", "kernels/_frame/tpu.py"),
+    ("kernels/_one/op.py", "kernels/_frame/kernel.py"),
+  ),
+  ("baselines", "one"): (
+    (
+      "bench/suites/baselines.py",
+      "gemma/train/loop.py",
+      "kernels/_two.py",
+      "kernels/_one/op.py",
+      "kernels/tuned/two.json",
+    ),
+    ("bench/suites/registry.py", "bench/suites/gemma.py"),
+  ),
+  ("gemma", "block"): (
+    (
+      "bench/suites/gemma.py",
+      "bench/suites/baselines.py",
+      "gemma/train/loop.py",
+      "kernels/_one/op.py",
+    ),
+    ("bench/suites/registry.py",),
+  ),
+}
+
+
+@pytest.mark.parametrize("suite, op", DEPENDENCIES)
+def test_a_digest_changes_with_what_the_number_depends_on(
+  monkeypatch, home, suite, op
+):
+  modules = {"one": "_one.op", "two": "_two"}
+  monkeypatch.setattr(sources, "module_of", modules.get)
+  job = bench.Job(suite, f"{op}/case/fwd/pallas")
+  before = job.digest(home)
+  changing, others = DEPENDENCIES[suite, op]
+  for name in (*ANYTHING, *changing, *NOTHING, *others):
+    path = home / name
+    text = path.read_text()
+    path.write_text(text + "\n")
+    changed = job.digest(home) != before
+    path.write_text(text)
+    assert changed == (name in (*ANYTHING, *changing)), name
+  assert job.digest(home) == before
+  assert dataclasses.replace(job, ask_compiler=True).digest(home) != before
+  assert dataclasses.replace(job, config={"rows": 8}).digest(home) != before
+
+
+def test_a_digest_changes_with_the_file_that_is_a_suite(tmp_path):
+  path = tmp_path / "suite.py"
+  path.write_text("")
+  job = bench.Job(str(path), "one/case/fwd/pallas")
+  before = job.digest()
+  path.write_text("\n")
+  assert job.digest() != before
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS])
+def test_a_registered_op_depends_on_its_own_room(op):
+  found = sources.sources("registry", op.name)
+  module = importlib.import_module(op.function.__module__)
+  record = importlib.import_module(type(op).__module__)
+  assert {pathlib.Path(str(m.__file__)) for m in (module, record)} <= found
+  assert sources.HOME / "kernels/__init__.py" not in found
+  assert not any("gemma" in path.parts for path in found)
+
+
+# --- what is timed, and how it is shown ---------------------------------------
 
 
 def test_lists_every_op_of_the_registry():
@@ -405,15 +565,31 @@ def test_lists_every_op_of_the_registry():
   assert len(keys) == len(bench.choose(bench.Arguments(all=True)))
 
 
-def test_the_default_table_leaves_out_what_is_slow():
-  cli: Any = importlib.import_module("pallas_gemma.bench._cli")
+@pytest.mark.parametrize(
+  "pattern",
+  [
+    "gemma_2b_32k",
+    "gemma_2b_8k_f32_weights",
+    "geglu/gemma_2b_8k_normed/*",
+    "*/pallas-residuals-none",
+    "feed_forward/*/fwd+bwd/xla",
+    "flash_attention/*/fwd+bwd/jax-splash-1024x1024x512",
+    "linear_cross_entropy/gemma_2b_8k/*",
+    "linear_cross_entropy/gemma_7b_4k/*",
+    "gemma_block/gemma_2b_4x2k/*",
+  ],
+)
+def test_the_default_table_leaves_out_what_is_slow(pattern):
   default = {c.program.key for c in bench.choose(bench.Arguments())}
-  for pattern in cli._SLOW:
-    slow = {
-      choice.program.key
-      for choice in bench.choose(bench.Arguments(filter=(pattern,)))
-    }
-    assert slow and not slow & default, pattern
+  slow = {
+    choice.program.key
+    for choice in bench.choose(bench.Arguments(filter=(pattern,)))
+  }
+  assert slow and not slow & default
+
+
+def test_the_default_table_has_the_first_case_of_every_op():
+  default = {c.program.key for c in bench.choose(bench.Arguments())}
   first = {(op.name, op.benches[0].name) for op in OPS}
   assert first <= {tuple(key.split("/")[:2]) for key in default}
 
@@ -469,6 +645,114 @@ def rows():
   ours = bench.Row(implementation="pallas", seconds=1e-3, cycles=1000, **common)
   xla = bench.Row(implementation="xla", seconds=2e-3, cycles=2000, **common)
   return [ours, xla]
+
+
+def changed(**fields):
+  ours, xla = rows()
+  (change, other) = compare.changes(
+    [dataclasses.replace(ours, temp_bytes=512), xla],
+    [xla, dataclasses.replace(ours, **({"temp_bytes": 512} | fields))],
+  )
+  assert other.verdict == "equal" and not other.is_worse
+  return change
+
+
+@pytest.mark.parametrize(
+  "fields, verdict, is_worse",
+  [
+    ({}, "equal", False),
+    ({"cycles": 999}, "lower", False),
+    ({"temp_bytes": 0}, "lower", False),
+    ({"temp_bytes": None}, "equal", False),
+    ({"temp_bytes": 513}, "higher", True),
+    ({"cycles": 999, "temp_bytes": 513}, "higher", True),
+    ({"cycles": 1001}, "higher", True),
+    ({"lower_bound": True}, "higher", True),
+    ({"cycles": 0, "error": "too large"}, "missing", True),
+  ],
+)
+def test_compares_a_row_with_an_earlier_one(fields, verdict, is_worse):
+  change = changed(**fields)
+  assert (change.verdict, change.is_worse) == (verdict, is_worse)
+
+
+def test_a_rise_within_the_tolerance_is_allowed():
+  before = dataclasses.replace(rows()[0], cycles=1_000_000)
+  for cycles, is_worse in ((1_000_500, False), (1_000_501, True)):
+    now = dataclasses.replace(before, cycles=cycles)
+    (change,) = compare.changes([before], [now])
+    assert change.verdict == "higher" and change.is_worse == is_worse
+
+
+def run_command(monkeypatch, *arguments):
+  """Runs pallas-gemma-bench in this process; returns how it exits."""
+  command = ["pallas-gemma-bench", *map(str, arguments)]
+  monkeypatch.setattr(sys, "argv", command)
+  try:
+    importlib.import_module("pallas_gemma.bench._cli").main()
+  except SystemExit as end:
+    return end.code
+  return 0
+
+
+def test_the_command_compares_files(monkeypatch, tmp_path, capsys):
+  ours, xla = rows()
+  failed = dataclasses.replace(ours, case="64k", error="too large")
+  new = dataclasses.replace(ours, case="32k")
+  old = tmp_path / "old"
+  files.write(old / "a.json", [ours, failed], "pallas-gemma-bench")
+  files.write(old / "b.json", [xla], "pallas-gemma-bench")
+  same, slower = tmp_path / "same.json", tmp_path / "slower.json"
+  files.write(same, [new, xla, ours], "pallas-gemma-bench")
+  later = dataclasses.replace(ours, cycles=1100)
+  files.write(slower, [later], "pallas-gemma-bench")
+  compared = functools.partial(run_command, monkeypatch, "--compare")
+
+  assert compared(old, "--against", same) == 0
+  *_, last = capsys.readouterr().out.strip().splitlines()
+  assert last.startswith("2 programs: 2 equal, 0 lower, 0 higher, 0 missing")
+
+  assert compared(old, "--against", slower) == 1
+  shown = capsys.readouterr().out
+  line = next(x for x in shown.splitlines() if "rms_norm/8k/fwd/pallas" in x)
+  for part in ("1,000", "1,100", "+100 (+10.000%)", "higher !"):
+    assert part in line
+  assert "1 higher, 1 missing; 2 worse" in shown.splitlines()[-1]
+  assert "before: jax 1.2.3" in shown and "now: jax 1.2.3" in shown
+
+  only = ("--filter", "xla", "--against", same)
+  assert compared(old, *only) == 0
+  assert "1 programs: 1 equal" in capsys.readouterr().out
+  assert compared(old / "a.json", old / "b.json", "--against", same) == 0
+
+  assert "no such file" in str(compared(tmp_path / "nothing.json"))
+  assert "no results" in str(compared(old, "--filter", "nothing"))
+  (tmp_path / "other.json").write_text('{"rows": 3}\n')
+  assert "wanted lines of" in str(compared(tmp_path / "other.json"))
+
+
+def test_a_program_that_is_not_listed_any_more_is_missing(
+  monkeypatch, tmp_path, capsys
+):
+  old = tmp_path / "old.json"
+  gone = dataclasses.replace(rows()[0], case="no_such_case")
+  files.write(old, [gone], "pallas-gemma-bench")
+  options = ("--cache", tmp_path / "cache", "--mode", "compiled")
+  assert run_command(monkeypatch, "--compare", old, *options) == 1
+  shown = capsys.readouterr().out
+  assert "no such row any more" in shown and "1 missing; 1 worse" in shown
+
+
+@pytest.mark.parametrize(
+  "path", sorted((sources.HOME / "results").glob("*.json"))
+)
+def test_reads_the_committed_results(path):
+  lines = files.read([path])
+  assert lines and all(line.command and line.row.cycles for line in lines)
+  assert (
+    files.read([path.parent])[-1]
+    == files.read(sorted(path.parent.glob("*.json")))[-1]
+  )
 
 
 def test_the_report_computes_the_table():

@@ -4,13 +4,12 @@ Mosaic refuses what it cannot lower and what does not fit VMEM; the compiler,
 what does not fit HBM.  By default the first case of each op, `-m sweep` all.
 """
 
-import importlib
-
 import jax
 import pytest
 import v5e
 from pallas_gemma import bench
 from pallas_gemma.kernels import OPS
+from pallas_gemma.kernels._frame import tuned
 
 pytestmark = [pytest.mark.no_interpreter, v5e.needs_compiler]
 PROGRAMS = {
@@ -41,21 +40,18 @@ def test_compiles_within_memory(program):
   assert "tpu_custom_call" in text
 
 
-def test_every_tuned_config_is_compiled(monkeypatch):
+def test_every_tuned_config_is_compiled():
   """The problems of the sweep ask for every entry of the tuned tables."""
-  tuned = importlib.import_module("pallas_gemma.kernels._tuned")
-  wanted = set()
-
-  def look_up(op, **key):
-    wanted.add((op, tuned._frozen({"chip": tuned.chip(), **key})))
-    return original(op, **key)
-
-  original = tuned.tuned_config
-  for name in ("_flash_attention", "_geglu_tiles", "_linear_cross_entropy"):
-    module = importlib.import_module(f"pallas_gemma.kernels.{name}")
-    monkeypatch.setattr(module, "tuned_config", look_up)
-  for program in PROGRAMS.values():
-    built = program.build()
-    jax.eval_shape(built.function, *built.specs)
-  entries = {(op.name, key) for op in OPS for key in tuned._table(op.name)}
+  entries = {
+    (op.name, frozenset(entry["key"].items()))
+    for op in OPS
+    for entry in tuned.entries(op.name)
+  }
+  tables = {name for name, _ in entries}
+  with tuned.asked_keys() as asked:
+    for program in PROGRAMS.values():
+      if program.op in tables:
+        built = program.build()
+        jax.eval_shape(built.function, *built.specs)
+  wanted = {(name, frozenset(key.items())) for name, key in asked}
   assert entries and not entries - wanted

@@ -1,9 +1,11 @@
 """The command line: quick, and one line for every mistake of the user's."""
 
 import ast
+import importlib
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -190,7 +192,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
   def broken(config):
     raise KeyError("a bug")
 
-  monkeypatch.setattr("pallas_gemma.gemma._train.train", broken)
+  monkeypatch.setattr("pallas_gemma.gemma._train.trainer.train", broken)
   with pytest.raises(KeyError, match="a bug"):
     main(["train", "--work-dir", str(tmp_path)])
 
@@ -223,28 +225,30 @@ def test_help_of_a_command_lists_options_with_defaults(command, capfd):
 
 
 def test_a_missing_package_is_said_with_the_remedy():
-  done = python(
-    "import sys; sys.modules['flax'] = None\n"
-    "from pallas_gemma import gemma\n"
-    "gemma.Gemma"
-  )
-  assert "needs 'flax', which is not installed" in done.stderr
-  assert "pip install 'pallas-gemma[gemma]'" in done.stderr
+  for package in ("flax", "lazy_loader"):
+    done = python(
+      f"import sys; sys.modules['{package}'] = None\n"
+      "from pallas_gemma import gemma\n"
+      "gemma.Gemma"
+    )
+    assert f"needs '{package}', which is not installed" in done.stderr
+    assert "pip install 'pallas-gemma[gemma]'" in done.stderr
 
 
 def test_every_public_name_is_declared_and_imported_alike():
-  """Type checkers read the imports under TYPE_CHECKING, Python the table."""
-  tree = ast.parse(pathlib.Path(gemma.__file__).read_text())
-  (guarded,) = (node for node in tree.body if isinstance(node, ast.If))
+  """Type checkers and Python both read the imports of __init__.pyi."""
+  stub = pathlib.Path(gemma.__file__).with_suffix(".pyi")
   declared = {
     alias.name: node.module
-    for node in guarded.body
+    for node in ast.parse(stub.read_text()).body
     if isinstance(node, ast.ImportFrom)
     for alias in node.names
   }
-  assert declared == vars(gemma)["_HOMES"]
   assert dir(gemma) == sorted(declared)
-  for name in declared:
-    assert getattr(gemma, name) is not None
+  for name, module in declared.items():
+    value = getattr(gemma, name)
+    assert value is not None and not isinstance(value, types.ModuleType)
+    home = importlib.import_module(f"pallas_gemma.gemma.{module}")
+    assert value is getattr(home, name)
   with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
     getattr(gemma, "nonsense")  # noqa: B009 (type checkers know it is not)

@@ -14,19 +14,27 @@ import numpy as np
 import pytest
 import v5e
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pallas_gemma import kernels
 from pallas_gemma.kernels import (
   FeedForwardConfig,
+  FeedForwardTiles,
   Norm,
-  Tiles,
   feed_forward,
   feed_forward_reference,
 )
 
-PACKAGE = kernels.__name__
-MODULE = sys.modules[f"{PACKAGE}._feed_forward"]
+ROWS = sys.modules[kernels.Norm.__module__]
+ROOM = f"{kernels.__name__}._gated"
+SPEC, FORWARD, BACKWARD, TRAVEL = (
+  sys.modules[f"{ROOM}.{page}"]
+  for page in ("spec", "forward", "backward", "travel")
+)
+FRAME = sys.modules[f"{kernels.__name__}._frame.kernel"]
+TPU = sys.modules[f"{kernels.__name__}._frame.tpu"]
 KERNEL = functools.partial(feed_forward, implementation="pallas")
 # Five row tiles and three F tiles, the last of each ragged: more row tiles than
 # the backward pass keeps sums of dx for, so that they travel to HBM and back.
@@ -35,7 +43,9 @@ SIZES = (70, 72, 300)
 
 def small(residuals: Any = "gate_up", rows=16):
   return FeedForwardConfig(
-    residuals=residuals, forward=Tiles(32, 128), backward=Tiles(rows, 128)
+    residuals=residuals,
+    forward=FeedForwardTiles(32, 128),
+    backward=FeedForwardTiles(rows, 128),
   )
 
 
@@ -133,106 +143,232 @@ def test_dx_travels_in_bfloat16(residuals):
 
 
 # --- mutants ------------------------------------------------------------------
+# A mutant is a wrong step in place of a right one.  It is tried on its kernel
+# alone, with plain jnp in place of the other.
+
+# Two row tiles and two F tiles, the last of either ragged.
+FORWARD_SIZES = (40, 24, 200)
+# As many, so that dx stays in VMEM; and four row tiles, so that it travels.
+BACKWARD_SIZES = (24, 24, 200)
+TRAVEL_SIZES = (58, 24, 200)
+PROBLEM = SPEC.Problem(
+  activation="gelu_tanh",
+  norm=ROWS.RowNorm(epsilon=1e-6, scale_offset=1.0),
+  residual=True,
+  implementation="pallas",
+  config=small(),
+)
+
+
+def forward_by(forward):
+  def run(*arrays):
+    return forward(PROBLEM, SPEC.Arrays(*arrays), keep=True)
+
+  return run
+
+
+def backward_by(backward):
+  def run(dy, *arrays):
+    arrays = SPEC.Arrays(*arrays)
+    _, kept = SPEC.plain_forward(PROBLEM, arrays, keep=True)
+    saved = FRAME.Saved(arrays, outs=None, kept=kept, wanted=None)
+    return backward(PROBLEM, saved, SPEC.Outs(dy))
+
+  return run
+
+
+@functools.cache
+def case(is_forward, sizes):
+  """Arrays, and plain jnp's results and the truth: the same for all mutants."""
+  arrays = draw(*sizes)
+  if is_forward:
+    reference = forward_by(SPEC.plain_forward)
+  else:
+    reference = backward_by(SPEC.plain_backward)
+    arrays = [draw(*sizes, seed=1)[0], *arrays]
+  with jax.enable_x64(True):
+    truth = numerics.values(reference, numerics.widened(arrays), jit=True)
+  return arrays, numerics.values(reference, arrays), truth
+
+
+def forward_agrees():
+  arrays, plain, truth = case(True, FORWARD_SIZES)
+  got = numerics.values(forward_by(FORWARD.forward), arrays, jit=True)
+  numerics.assert_within_bar(got, plain, truth)
+
+
+def backward_agrees(sizes=BACKWARD_SIZES):
+  arrays, plain, truth = case(False, sizes)
+  got = numerics.values(backward_by(BACKWARD.backward), arrays, jit=True)
+  numerics.assert_within_bar(got, plain, truth)
+
+
+def wrong_projection(store):
+  def project(i, o, s, h, plan):
+    h, w_down = FORWARD._inside_f(h, i.w_down[...], plan)
+    store(FORWARD._y_sum(o, s), TPU.dot(h, w_down))
+
+  return project
+
+
+def add(ref, part):
+  ref[...] += part
+
+
+def assign(ref, part):
+  ref[...] = part
+
+
+def norm_of_the_first_rows(i, o, s, plan):
+  @pl.when(pl.program_id(0) + pl.program_id(1) == 0)
+  def _():
+    o.normed[...] = plan.problem.norm.of(i.x[...], i.scale[...])
+
+  return o.normed[...]
 
 
 FORWARD_MUTANTS = {
-  "sum not cleared": ("jnp.where(j == 0, 0.0, y_sum[...])", "y_sum[...]"),
-  "only the last F tile": (
-    "y_sum[...]) + dot(h",
-    "y_sum[...]) * 0 + dot(h",
+  "sum not cleared": ("_project", wrong_projection(add)),
+  "only the last F tile": ("_project", wrong_projection(assign)),
+  "ragged F reaches y": ("_inside_f", lambda h, w_down, plan: (h, w_down)),
+  "up is activated": ("_gate", lambda gate, up, plan: gate * up),
+  "gate is saved as up": (
+    "_keep",
+    lambda o, gate, up, keep=FORWARD._keep: keep(o, up, up),
   ),
-  "ragged F reaches y": ("if f % cols:", "if False:"),
-  "up is activated": ("activate(static.activation, gate) * up", "gate * up"),
-  "gate is saved as up": ("r.gate[...] = gate", "r.gate[...] = up"),
   "residual after the norm": (
-    "y += r.x[...].astype(jnp.float32)",
-    "y += x.astype(jnp.float32)",
+    "_finish",
+    lambda i, o, s, plan, finish=FORWARD._finish: finish(
+      i._replace(x=o.normed), o, s, plan
+    ),
   ),
+  "norm of the first rows for all": ("_normalise", norm_of_the_first_rows),
 }
+
+
+def sums_not_cleared(total, part, is_first):
+  total[...] = jnp.where(is_first, total[...], 0.0) + part
+
+
+def only_the_last_part_of_dx(i, s, slot, plan):
+  s.dx_sum[slot] = BACKWARD._dx(i, s, plan)
+
+
+def wrong_gate(change):
+  """`change` is of dh, up, the activation a and its derivative."""
+
+  def through_the_gate(dh, gate, up, plan):
+    a, da = BACKWARD.activate_and_derive(plan.problem.activation, gate)
+    return *change(dh, up, a, da), a * up
+
+  return through_the_gate
+
+
+def dx_of_one_product(i, s, plan):
+  w_gate = BACKWARD._inside_f(i.w_gate[...], plan, axis=1)
+  return TPU.dot(s.dgate[...], w_gate, TPU.NT)
+
+
+def dx_of_the_norm(i, o, dx, plan, through=BACKWARD._through_the_norm):
+  through(i, o, dx, plan)
+  return dx
+
+
+def dscale_of_the_last_rows(o, dscale, plan):
+  rows = BACKWARD._inside_rows(dscale, plan)
+  o.dscale[...] = jnp.sum(rows, axis=0, keepdims=True)
+
+
+def ragged_rows_reach_dscale(o, dscale, plan):
+  part = jnp.sum(dscale, axis=0, keepdims=True)
+  BACKWARD._accumulate(o.dscale, part, pl.program_id(1) == 0)
+
+
 BACKWARD_MUTANTS = {
-  "ragged rows reach the weights": (
-    "if n % rows else tile",
-    "if False else tile",
+  "ragged rows reach the weights": ("_inside_rows", lambda tile, plan: tile),
+  "ragged F reaches dx": ("_inside_f", lambda tile, plan, axis: tile),
+  "sums not cleared": ("_accumulate", sums_not_cleared),
+  "only the last part of dx": ("_add_dx", only_the_last_part_of_dx),
+  "gate without the derivative": (
+    "_through_the_gate",
+    wrong_gate(lambda dh, up, a, da: (dh * up * a, dh * a)),
   ),
-  "ragged F reaches dx": ("if f % cols else tile", "if False else tile"),
-  "sums not cleared": (
-    "is_first, 0.0, total[...]",
-    "is_first, total[...], 0.0",
+  "up with the derivative": (
+    "_through_the_gate",
+    wrong_gate(lambda dh, up, a, da: (dh * up * da, dh * da)),
   ),
-  "only the last part of dx": ("r.dx_sum[slot] +=", "r.dx_sum[slot] ="),
-  "gate without the derivative": ("dh * up * da", "dh * up * a"),
-  "up with the derivative": ("_inside(dh * a,", "_inside(dh * da,"),
-  "dx of one product": (" + dot(r.dup[...], w_up, NT)", ""),
-  "dx is not awaited": ("self._copy_in(i, self.slot).wait()", "pass"),
-  "slots are not awaited": (
-    "self._copy_out(two_before, self.next).wait()",
-    "pass",
-  ),
-  "dx is fetched from the wrong place": (
-    "self._copy_in(after,",
-    "self._copy_in(i,",
-  ),
-  "products of x without its norm": (
-    "plan.norm is None else r.normed",
-    "True else r.normed",
-  ),
-  "dx of the norm": ("dx, dscale = plan", "_, dscale = plan"),
-  "dscale of the last rows": (
-    "jnp.where(is_first, 0.0, r.dscale[...]) + part",
-    "part",
-  ),
-  "ragged rows reach dscale": ("_inside_rows(dscale, plan)", "dscale"),
-  "residual without a gradient": ("dx += r.dy[...]", "dx += 0 * r.dy[...]"),
+  "dx of one product": ("_dx", dx_of_one_product),
+  "products of x without its norm": ("_factor", lambda i: i.x),
+  "dx of the norm": ("_through_the_norm", dx_of_the_norm),
+  "dscale of the last rows": ("_add_dscale", dscale_of_the_last_rows),
+  "ragged rows reach dscale": ("_add_dscale", ragged_rows_reach_dscale),
+  "residual without a gradient": ("_add_residual", lambda i, dx, plan: dx),
 }
 
 
-def backward_mutant(old, new):
-  """The op on a mutant of its backward kernel."""
-  bwd, gated = (sys.modules[f"{PACKAGE}.{m}"] for m in ("_geglu_bwd", "_gated"))
-  around = mutation.mutant(gated, "import functools", "import functools")
-  vars(around)["backward"] = mutation.mutant(bwd, old, new).backward
-  copy = mutation.mutant(MODULE, "import functools", "import functools")
-  vars(copy)["_feed_forward"] = around.with_vjp(
-    "feed_forward", copy._forward, copy._finish
-  )
-  return copy.feed_forward
+def fetch_from_the_wrong_place(self, fetch=TRAVEL.Travel._fetch_next):
+  self.after = self.i
+  fetch(self)
 
 
-def test_no_mutant_lives():
-  """What the mutants are measured against."""
-  agrees(backward_mutant("import functools", "import functools"))
+TRAVEL_MUTANTS = {
+  "dx is not awaited": ("_receive", lambda self: None),
+  "slots are not awaited": ("_free_next", lambda self: None),
+  "dx is fetched from the wrong place": (
+    "_fetch_next",
+    fetch_from_the_wrong_place,
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  "module, step, check",
+  [
+    (FORWARD, "_gate", forward_agrees),
+    (BACKWARD, "_through_the_gate", backward_agrees),
+    (BACKWARD, "_dx", functools.partial(backward_agrees, TRAVEL_SIZES)),
+  ],
+)
+def test_no_mutant_lives(module, step, check, monkeypatch):
+  """What mutants are measured against: the right step in place of itself."""
+  right, calls = getattr(module, step), []
+
+  def same(*args):
+    calls.append(step)
+    return right(*args)
+
+  monkeypatch.setattr(module, step, same)
+  check()
+  assert calls
 
 
 @pytest.mark.parametrize("name", FORWARD_MUTANTS)
-def test_forward_mutants_die(name):
-  copy = mutation.mutant(MODULE, *FORWARD_MUTANTS[name])
-  mutation.assert_killed(agrees, copy.feed_forward)
+def test_forward_mutants_die(name, monkeypatch):
+  case(True, FORWARD_SIZES)
+  monkeypatch.setattr(FORWARD, *FORWARD_MUTANTS[name])
+  mutation.assert_killed(forward_agrees)
 
 
 @pytest.mark.parametrize("name", BACKWARD_MUTANTS)
-def test_backward_mutants_die(name):
-  function = backward_mutant(*BACKWARD_MUTANTS[name])
-  mutation.assert_killed(agrees, function)
+def test_backward_mutants_die(name, monkeypatch):
+  case(False, BACKWARD_SIZES)
+  monkeypatch.setattr(BACKWARD, *BACKWARD_MUTANTS[name])
+  mutation.assert_killed(backward_agrees)
 
 
-def test_norm_of_the_first_rows_for_all_dies():
-  once = ("pl.program_id(1) == 0", "pl.program_id(1) + pl.program_id(0) == 0")
-  tiles = mutation.mutant(sys.modules[f"{PACKAGE}._geglu_tiles"], *once)
-  copy = mutation.mutant(MODULE, "import functools", "import functools")
-  vars(copy)["normed_tile"] = tiles.normed_tile
-  mutation.assert_killed(agrees, copy.feed_forward)
+@pytest.mark.parametrize("name", TRAVEL_MUTANTS)
+def test_travel_mutants_die(name, monkeypatch):
+  case(False, TRAVEL_SIZES)
+  monkeypatch.setattr(TRAVEL.Travel, *TRAVEL_MUTANTS[name])
+  mutation.assert_killed(backward_agrees, TRAVEL_SIZES)
 
 
-def test_f_tiles_do_not_run_in_parallel():
+def test_f_tiles_do_not_run_in_parallel(monkeypatch):
   """Where dx stays in VMEM; else the cores would wait for each other."""
-  function = backward_mutant(
-    "compiler_params=COMPILER_PARAMS",
-    "compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', "
-    "'arbitrary'))",
-  )
-  check = functools.partial(agrees, sizes=(40, 72, 300))
-  check(feed_forward)
-  mutation.assert_killed(check, function)
+  case(False, BACKWARD_SIZES)
+  parallel = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
+  monkeypatch.setattr(TPU, "compiler_params", lambda _: parallel)
+  mutation.assert_killed(backward_agrees)
 
 
 # --- transformations ----------------------------------------------------------
@@ -485,11 +621,11 @@ def test_other_dtypes_are_refused():
   "make, message",
   [
     (
-      lambda: Tiles(rows=12, cols=128),
+      lambda: FeedForwardTiles(rows=12, cols=128),
       "rows must be a positive multiple of 16",
     ),
     (
-      lambda: Tiles(rows=16, cols=64),
+      lambda: FeedForwardTiles(rows=16, cols=64),
       "cols must be a positive multiple of 128",
     ),
     (
@@ -498,10 +634,18 @@ def test_other_dtypes_are_refused():
     ),
     (
       lambda: FeedForwardConfig(backward=cast(Any, (16, 128))),
-      "backward must be Tiles or None",
+      "backward must be FeedForwardTiles or None",
     ),
   ],
 )
 def test_config_is_validated_at_birth(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_the_old_name_of_the_tiles_warns():
+  with pytest.warns(DeprecationWarning, match="FeedForwardTiles now"):
+    assert kernels.Tiles is FeedForwardTiles
+  other = "Tile"
+  with pytest.raises(AttributeError, match=f"has no attribute '{other}'"):
+    getattr(kernels, other)

@@ -1,7 +1,9 @@
 """What is particular to linear cross-entropy."""
 
+import dataclasses
 import functools
-import sys
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -14,6 +16,7 @@ import pytest
 import v5e
 from hypothesis import strategies as st
 from jax.experimental import checkify
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_gemma import kernels
 from pallas_gemma.kernels import (
@@ -22,9 +25,10 @@ from pallas_gemma.kernels import (
   linear_cross_entropy_reference,
 )
 
-MODULE = sys.modules[LinearCrossEntropyConfig.__module__]
-FORWARD = sys.modules[MODULE.forward.__module__]
-BACKWARD = sys.modules[MODULE.backward.__module__]
+ROOM = "pallas_gemma.kernels._cross_entropy"
+FORWARD: Any = importlib.import_module(f"{ROOM}.forward")
+BACKWARD: Any = importlib.import_module(f"{ROOM}.backward")
+OP: Any = importlib.import_module(f"{ROOM}.op")
 MODES = ["recompute", "chunked"]
 
 
@@ -50,25 +54,35 @@ def draw(n, d, v, x_dtype=jnp.float32, table_dtype=None, scale=1.0, seed=0):
   ]
 
 
-def agrees(arrays, config, function=linear_cross_entropy, **kwargs):
-  """The bar, for the losses and both gradients."""
-  weights = kwargs.pop("weights", None)
-  if weights is not None:
-    arrays = [*arrays, weights]
+def kernel_of(config):
+  return functools.partial(
+    linear_cross_entropy, implementation="pallas", config=config
+  )
 
-  def of_arrays(function, x, embedding, labels, *weights):
+
+def bound(function, kwargs):
+  """`function` of its arrays alone: the fourth, if any, are the weights."""
+
+  def of_arrays(x, embedding, labels, *weights):
     more = {"weights": weights[0]} if weights else {}
     return function(x, embedding, labels, **more, **kwargs)
 
-  numerics.assert_agrees(
-    functools.partial(
-      of_arrays,
-      functools.partial(function, implementation="pallas", config=config),
-    ),
-    functools.partial(of_arrays, linear_cross_entropy_reference),
-    arrays,
-    softmax=True,
-  )
+  return of_arrays
+
+
+def expected(arrays, kwargs, run=numerics.value_and_gradients):
+  """The reference's numbers: as they are, and in float64."""
+  reference = bound(linear_cross_entropy_reference, kwargs)
+  with jax.enable_x64(True):
+    truth = run(reference, numerics.widened(arrays), jit=True)
+  return run(reference, arrays), truth
+
+
+def agrees(arrays, config, **kwargs):
+  """The bar, for the losses and both gradients."""
+  kernel = bound(kernel_of(config), kwargs)
+  got = numerics.value_and_gradients(kernel, arrays, jit=True)
+  numerics.assert_within_bar(got, *expected(arrays, kwargs), softmax=True)
 
 
 # --- numerics -----------------------------------------------------------------
@@ -123,15 +137,11 @@ def test_sharp_and_right(mode, dtype):
 
 def test_uniform(mode="recompute"):
   x, table, labels = draw(64, 128, 256)
-  loss = linear_cross_entropy(
-    jnp.zeros_like(x),
-    table,
-    labels,
-    implementation="pallas",
-    config=config(mode),
-  )
-  np.testing.assert_allclose(loss, np.log(256), rtol=1e-6)
-  agrees([jnp.zeros_like(x), table, labels], config(mode))
+  arrays = [jnp.zeros_like(x), table, labels]
+  kernel = bound(kernel_of(config(mode)), {})
+  got = numerics.value_and_gradients(kernel, arrays, jit=True)
+  np.testing.assert_allclose(got["output 0"], np.log(256), rtol=1e-6)
+  numerics.assert_within_bar(got, *expected(arrays, {}), softmax=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -147,21 +157,12 @@ def test_weights_ignore_what_a_token_holds(mode):
     jnp.where(bad, -7, labels),
   ]
 
-  def run(arrays):
-    def total(x, table):
-      return linear_cross_entropy(
-        x,
-        table,
-        arrays[2],
-        weights=weights,
-        valid_vocab_size=180,
-        implementation="pallas",
-        config=config(mode),
-      ).sum()
+  def total(x, table, labels):
+    kernel = kernel_of(config(mode))
+    return kernel(x, table, labels, weights=weights, valid_vocab_size=180).sum()
 
-    return jax.value_and_grad(total, (0, 1))(*arrays[:2])
-
-  want, got = run([x, table, labels]), run(poisoned)
+  run = jax.jit(jax.value_and_grad(total, (0, 1)))
+  want, got = run(x, table, labels), run(*poisoned)
   for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
     np.testing.assert_array_equal(w, g)
   assert not got[1][0][bad].any() and not got[1][1][180:].any()
@@ -171,16 +172,11 @@ def test_all_weights_zero(mode="chunked"):
   x, table, labels = draw(40, 128, 200)
 
   def total(x, table):
-    return linear_cross_entropy(
-      x,
-      table,
-      labels,
-      weights=jnp.zeros(40),
-      implementation="pallas",
-      config=config(mode),
-    ).sum()
+    kernel = kernel_of(config(mode))
+    return kernel(x, table, labels, weights=jnp.zeros(40)).sum()
 
-  loss, gradients = jax.value_and_grad(total, (0, 1))(x * jnp.nan, table)
+  run = jax.jit(jax.value_and_grad(total, (0, 1)))
+  loss, gradients = run(x * jnp.nan, table)
   assert loss == 0 and not any(g.any() for g in gradients)
 
 
@@ -228,12 +224,9 @@ def test_vmap(mode, table_axis):
   x, table, labels = map(jnp.stack, zip(*examples, strict=True))
   if table_axis is None:
     table = table[0]
-  kernel = functools.partial(
-    linear_cross_entropy, implementation="pallas", config=config(mode)
-  )
   mapped = [
     jax.vmap(f, (0, table_axis, 0))
-    for f in (kernel, linear_cross_entropy_reference)
+    for f in (kernel_of(config(mode)), linear_cross_entropy_reference)
   ]
   numerics.assert_agrees(*mapped, [x, table, labels], softmax=True)
 
@@ -244,20 +237,15 @@ def test_one_gradient_alone(mode, wanted):
   x, table, labels = draw(140, 64, 200)
 
   def total(x, table):
-    return linear_cross_entropy(
-      x,
-      table,
-      labels,
-      implementation="pallas",
-      config=config(mode, rows=128),
-    ).sum()
+    return kernel_of(config(mode, rows=128))(x, table, labels).sum()
 
-  both, alone = jax.grad(total, (0, 1)), jax.grad(total, wanted)
-  np.testing.assert_array_equal(alone(x, table), both(x, table)[wanted])
-  products = [
-    str(jax.make_jaxpr(function)(x, table)).count("dot_general")
-    for function in (both, alone)
+  traced = [
+    jax.jit(jax.grad(total, arguments)).trace(x, table)
+    for arguments in ((0, 1), wanted)
   ]
+  both, alone = (t.lower().compile()(x, table) for t in traced)
+  np.testing.assert_array_equal(alone, both[wanted])
+  products = [str(t.jaxpr).count("dot_general") for t in traced]
   assert products[1] < products[0]
 
 
@@ -315,120 +303,228 @@ def test_no_logits_in_hbm(mode, rows):
 # --- mutants ------------------------------------------------------------------
 
 
-def mutated(module, old, new):
-  """`linear_cross_entropy` upon a mutant of one pass."""
-  copy = mutation.mutant(module, old, new)
-  if module is MODULE:
-    return copy.linear_cross_entropy
-  main = mutation.mutant(MODULE, *["Linear projection onto"] * 2)
-  name = "forward" if module is FORWARD else "backward"
-  setattr(main, name, getattr(copy, name))
-  return main.linear_cross_entropy
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A small problem with all in use that a mutant may get wrong."""
+
+  arrays: Callable[[], list[jax.Array]]
+  config: LinearCrossEntropyConfig
+  kwargs: dict[str, Any]
+  grad: bool = True
+
+  @functools.cached_property
+  def _run(self):
+    return numerics.value_and_gradients if self.grad else numerics.values
+
+  @functools.cached_property
+  def _expected(self):
+    return expected(self.arrays(), self.kwargs, self._run)
+
+  def __call__(self):
+    kernel = bound(kernel_of(self.config), self.kwargs)
+    got = self._run(kernel, self.arrays(), jit=True)
+    numerics.assert_within_bar(got, *self._expected, softmax=True)
 
 
-MUTANTS = {
+def everything(n):
+  """Two vocabulary blocks, the second with padding and the table's end."""
+  x, table, labels = draw(n, 32, 200, scale=0.3)
+  weights = jnp.asarray(np.linspace(0, 1, n), jnp.float32)
+  return [x, table.at[150:].set(9.0), labels % 150, weights]
+
+
+def growing():
+  """Logits of 1000 in the first vocabulary block."""
+  x, table, labels = draw(8, 64, 200, scale=0.1)
+  return [x.at[:, 0].set(10.0), table.at[:100, 0].set(100.0), labels]
+
+
+def sharp():
+  """The labels' probabilities are near 1."""
+  x, table, labels = draw(64, 128, 256, jnp.bfloat16)
+  return [table[labels] * jnp.asarray(0.15, jnp.bfloat16), table, labels]
+
+
+IN_USE = {"logits_soft_cap": 4.0, "z_loss": 1e-2, "valid_vocab_size": 150}
+FEW, MANY = (
+  functools.partial(everything, 24),
+  functools.partial(everything, 140),
+)
+CHECKS = {
+  "forward": Check(FEW, config(), IN_USE, grad=False),
+  "growing": Check(growing, config(), {}, grad=False),
+  "backward": Check(FEW, config(), IN_USE),
+  "blocks of rows": Check(MANY, config(rows=128), IN_USE),
+  "kept": Check(FEW, config("chunked"), IN_USE),
+  "sharp": Check(sharp, config("chunked"), {"logits_soft_cap": 30.0}),
+}
+
+
+# What is wrong is told by a step and what takes its place: a function of the
+# step and of its arguments.
+
+
+def unmasked(step, *args, static):
+  return step(*args, static=dataclasses.replace(static, masked=False))
+
+
+def unmasked_last(step, *args):
+  *args, static = args
+  return step(*args, dataclasses.replace(static, masked=False))
+
+
+def only_the_last_block(step, i, s, j, static):
+  s.dxt[...] = jnp.zeros_like(s.dxt)
+  step(i, s, j, static)
+
+
+def without_those_before(step, i, *args):
+  step(i._replace(de_before=None), *args)
+
+
+def to_the_first_half(step, i, s, body, tiles):
+  copy = step(i, s, body, tiles)
+  semaphore = s.semaphores.at[body % 2]
+  return pltpu.make_async_copy(copy.src_ref, s.piece.at[0], semaphore)
+
+
+@dataclasses.dataclass
+class NotAwaited:
+  copy: Any
+
+  def start(self):
+    self.copy.start()
+
+  def wait(self):
+    pass
+
+
+def rounded_label(step, kept, shift, is_label, row, static):
+  dz = step(kept, shift, jnp.zeros_like(is_label), row, static)
+  return jnp.where(is_label, dz + row.dtarget, dz)
+
+
+MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
   "no running maximum": (
+    "growing",
     FORWARD,
-    "new = jnp.maximum(old, jnp.max(logits, axis=0))",
-    "new = jnp.maximum(0 * old, jnp.max(logits, axis=0))",
+    "_running_maximum",
+    lambda step, old, logits: step(0 * old, logits),
   ),
-  "old sums not rescaled": (FORWARD, " *= jnp.exp(old - new)", " *= 1.0"),
-  "past the vocabulary": (
+  "old sums not rescaled": (
+    "forward",
     FORWARD,
-    "logits = jnp.where(word < limit_ref[0] - first, logits, -jnp.inf)",
-    "pass",
+    "_rescaling",
+    lambda step, old, new: jnp.ones_like(old),
+  ),
+  "past the vocabulary": ("forward", FORWARD, "_kernel", unmasked),
+  "label missed": (
+    "forward",
+    FORWARD,
+    "_label_logits",
+    lambda step, word, labels, first, logits: step(word, labels, 0, logits),
+  ),
+  "kept without the cap's slope": (
+    "kept",
+    FORWARD,
+    "_with_slope",
+    lambda step, exps, slope: exps,
   ),
   "padding gets a gradient": (
+    "backward",
     BACKWARD,
-    "return jnp.where(word < limit, dz, 0.0) if tiles.masked else dz",
-    "return dz",
+    "_rows_pass",
+    unmasked_last,
   ),
   "what is past the table's end": (
+    "backward",
     BACKWARD,
-    "piece = jnp.where(inside, piece, jnp.zeros_like(piece))",
-    "pass",
+    "_make_ready",
+    unmasked_last,
   ),
-  "label missed": (FORWARD, "labels_ref[:, at] - first", "labels_ref[:, at]"),
-  "slope of the soft cap": (BACKWARD, "    dz *= slope", "    pass"),
-  "first block of rows alone": (BACKWARD, "de += r.de_before[:, at]", "pass"),
-  "only the last tile": (
+  "slope of the soft cap": (
+    "backward",
     BACKWARD,
-    "@pl.when(step == 0)",
-    "@pl.when(step >= 0)",
+    "through_cap",
+    lambda step, dz, capped, soft_cap: dz,
+  ),
+  "first block of rows alone": (
+    "blocks of rows",
+    BACKWARD,
+    "_columns_pass",
+    without_those_before,
+  ),
+  "only the last tile": (
+    "backward",
+    BACKWARD,
+    "_rows_pass",
+    only_the_last_block,
   ),
   "z-loss not differentiated": (
-    MODULE,
-    "jnp.nan) + z_loss * lse * lse",
-    "jnp.nan) + z_loss * jax.lax.stop_gradient(lse * lse)",
+    "backward",
+    OP,
+    "_z_loss",
+    lambda step, *args: jax.lax.stop_gradient(step(*args)),
   ),
   "weights not applied": (
-    MODULE,
-    "loss * weights[0].astype(jnp.float32) if weights",
-    "loss if weights",
+    "forward",
+    OP,
+    "_weighted",
+    lambda step, loss, weights: loss,
   ),
   "dE without its rows before": (
+    "blocks of rows",
     BACKWARD,
-    "at = i * tiles.rows\n    take",
-    "at = 0\n    take",
+    "_rows_of_block",
+    lambda step, inputs, block, rows: step(inputs, 0, rows),
   ),
-  "maximum forgotten": (BACKWARD, "jnp.exp(shift - top)", "jnp.exp(-top)"),
-  "the wrong half": (BACKWARD, "r.piece.at[body % 2],", "r.piece.at[0],"),
+  "maximum forgotten": (
+    "kept",
+    BACKWARD,
+    "_from_kept",
+    lambda step, kept, shift, *args: step(kept, 0 * shift, *args),
+  ),
+  "the wrong half": ("kept", BACKWARD, "_fetch", to_the_first_half),
   "a tile late": (
+    "backward",
     BACKWARD,
-    "jnp.minimum(s, steps - 1)",
-    "jnp.maximum(s - 1, 0)",
+    "_next_block",
+    lambda step, s, steps: jnp.maximum(s - 1, 0),
   ),
-  "copy not awaited": (BACKWARD, "_fetch(tiles, r, body).wait()", "pass"),
-  "label from what is kept": (
+  "copy not awaited": (
+    "kept",
     BACKWARD,
-    "return jnp.where(word == labels, of_label, dz)",
-    "return jnp.where(word == labels, dz + dtarget, dz)",
+    "_fetch",
+    lambda step, *args: NotAwaited(step(*args)),
   ),
-}
-KEEPS = {
-  "maximum forgotten",
-  "the wrong half",
-  "copy not awaited",
-  "label from what is kept",
+  "label from what is kept": ("sharp", BACKWARD, "_from_kept", rounded_label),
 }
 
 
-def mutants_check(name, function):
-  """Three tiles of words and two blocks of rows, with everything in use."""
-  mode = "chunked" if name in KEEPS else "recompute"
-  if name == "no running maximum":
-    x, table, labels = draw(8, 64, 200, scale=0.1)
-    x, table = x.at[:, 0].set(10.0), table.at[:100, 0].set(100.0)
-    return agrees([x, table, labels], config(mode), function)
-  if name == "label from what is kept":
-    x, table, labels = draw(64, 128, 256, jnp.bfloat16)
-    x = table[labels] * jnp.asarray(0.15, jnp.bfloat16)
-    arrays = [x, table, labels]
-    return agrees(arrays, config(mode), function, logits_soft_cap=30.0)
-  x, table, labels = draw(140, 64, 330, scale=0.3)
-  return agrees(
-    [x, table.at[300:].set(9.0), labels % 300],
-    config(mode, rows=128),
-    function,
-    weights=jnp.asarray(np.linspace(0, 1, 140), jnp.float32),
-    logits_soft_cap=4.0,
-    z_loss=1e-2,
-    valid_vocab_size=300,
-  )
-
-
-@pytest.mark.parametrize(
-  "name",
-  ["", "maximum forgotten", "no running maximum", "label from what is kept"],
-)
+@pytest.mark.parametrize("name", CHECKS)
 def test_the_op_passes_the_mutants_checks(name):
-  mutants_check(name, linear_cross_entropy)
+  CHECKS[name]()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_die(name):
-  check = functools.partial(mutants_check, name)
-  mutation.assert_killed(check, mutated(*MUTANTS[name]))
+def test_mutants_die(name, monkeypatch):
+  check, module, step, wrong = MUTANTS[name]
+  mutation.replaced(monkeypatch, module, step, wrong)
+  mutation.assert_killed(CHECKS[check])
+
+
+def test_a_mutant_that_is_right_lives(monkeypatch):
+  """Steps put in place of others do run, and alone do not fail a check."""
+  ran = set()
+  for _, module, name, _ in MUTANTS.values():
+
+    def same(step, *args, name=name, **kwargs):
+      ran.add(name)
+      return step(*args, **kwargs)
+
+    mutation.replaced(monkeypatch, module, name, same)
+  Check(MANY, config("chunked", rows=128), IN_USE)()
+  assert ran == {name for _, _, name, _ in MUTANTS.values()}
 
 
 # --- meshes -------------------------------------------------------------------

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from pallas_gemma import bench
 from pallas_gemma.kernels import OPS, Case, Cost, Op
+from pallas_gemma.kernels._frame import tuned
 
 pytestmark = pytest.mark.no_interpreter
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -42,28 +43,28 @@ def test_neighbours_change_one_field():
 def test_search_goes_down_to_the_best(monkeypatch):
   """Cycles are least at 256; above 512 a config is refused."""
 
-  def measure(arguments, configs):
+  def estimate(arguments, configs):
     return [
-      {
-        "error": "too large" if c["rows"] > 512 else None,
-        "lower_bound": False,
-        "cycles": 1000 + abs(c["rows"] - 256),
-      }
+      bench.Row(
+        op="rms_norm",
+        case="gemma_2b_8k",
+        which="fwd+bwd",
+        implementation="pallas",
+        error="too large" if c["rows"] > 512 else None,
+        cycles=1000 + abs(c["rows"] - 256),
+      )
       for c in configs
     ]
 
-  monkeypatch.setattr(TUNE, "measure", measure)
+  monkeypatch.setattr(TUNE, "estimate", estimate)
   arguments = TUNE.Arguments("rms_norm", "gemma_2b_8k")
   assert TUNE.search(arguments, {"rows": 16}) == ({"rows": 256}, 1000)
   assert TUNE.search(arguments, {"rows": 1024}) == ({"rows": 256}, 1000)
 
 
 def test_the_key_is_what_the_op_asks_for():
-  tuned = sys.modules[OPS[0].function.__module__].__package__
-  ask = importlib.import_module(f"{tuned}._tuned").tuned_config
-
   def function(x, implementation=None):
-    ask("asking", length=x.shape[0], causal=True)
+    tuned.tuned_config("asking", length=x.shape[0], causal=True)
     return x
 
   case = Case("case", (jax.ShapeDtypeStruct((8, 128), jnp.float32),))
@@ -95,14 +96,12 @@ def test_a_config_of_two_kernels_is_searched_and_entered_by_part():
 
 
 def test_an_entry_replaces_the_one_with_its_key(tmp_path, monkeypatch):
-  tuned = importlib.import_module("pallas_gemma.kernels._tuned")
-  monkeypatch.setattr(tuned, "__file__", str(tmp_path / "_tuned.py"))
-  (tmp_path / "tuned").mkdir()
+  monkeypatch.setattr(tuned, "_DIRECTORY", tmp_path)
   first = {"key": {"heads": 1}, "config": {"rows": 16}, "cycles": 2}
   other = {"key": {"heads": 2}, "config": {"rows": 16}, "cycles": 2}
   better = {"key": {"heads": 1}, "config": {"rows": 32}, "cycles": 1}
   for entry in (other, first, better):
-    path = TUNE.write("rms_norm", entry)
+    path = tuned.write_entry("rms_norm", entry)
   assert json.loads(path.read_text()) == [better, other]
 
 
@@ -137,7 +136,7 @@ def test_finds_the_hottest_loop():
     ]
   )
   listing = bench.parse_listing(program)
-  cycles = bench.count(listing)
+  cycles = bench.count_cycles(listing)
   assert DUMP.hottest(listing, cycles) == range(1, 9)
   assert cycles.visits[:10] == (1, *[9] * 8, 1)
   units = [DUMP.unit(i.opcode) for b in listing.bundles for i in b]

@@ -41,6 +41,7 @@ from pallas_gemma.gemma import (
   token_losses,
   train,
 )
+from random_gemma import random_gemma
 
 # The kernels have their own tests: none need be interpreted here.
 pytestmark = pytest.mark.no_interpreter
@@ -65,7 +66,7 @@ def config(work_dir: pathlib.Path, **changes) -> TrainConfig:
     batch_size=4,
     sequence_length=16,
     evaluate_every=10,
-    save_every=4,
+    save_every=8,
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
     model=MODEL,
   )
@@ -81,14 +82,14 @@ def run(settings: TrainConfig) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-  """Every run compiles the same programs: this module does it once."""
+  """The folder of compiled programs: every run of this module has the same."""
   names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
   before = [getattr(jax.config, f"jax_{name}") for name in names]
   cache = str(tmp_path_factory.mktemp("compiled"))
   for name, value in zip(names, (cache, 0.0), strict=True):
     jax.config.update(f"jax_{name}", value)
   reset_cache()  # or it goes on as the first compilation found it
-  yield
+  yield cache
   for name, value in zip(names, before, strict=True):
     jax.config.update(f"jax_{name}", value)
   reset_cache()
@@ -173,12 +174,19 @@ train(TrainConfig(**a))
 """
 
 
-def test_killed_and_started_again_it_gives_the_same_bits(finished, tmp_path):
+def test_killed_and_started_again_it_gives_the_same_bits(
+  finished, compiled_once, tmp_path
+):
   directory = tmp_path / "killed"
   settings = config(directory)
   arguments = json.dumps(dataclasses.asdict(settings), default=str)
   child = subprocess.Popen(
     [sys.executable, "-P", "-c", CHILD, arguments],
+    env=os.environ
+    | {
+      "JAX_COMPILATION_CACHE_DIR": compiled_once,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    },
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
   )
@@ -211,7 +219,7 @@ def test_killed_and_started_again_it_gives_the_same_bits(finished, tmp_path):
 def test_an_interrupt_finishes_the_step_and_saves(
   finished, number, tmp_path, monkeypatch, capfd
 ):
-  loop = importlib.import_module("pallas_gemma.gemma._loop").Loop
+  loop = importlib.import_module("pallas_gemma.gemma._train.loop").Loop
   take_step = loop.take_step
 
   def interrupted(self):
@@ -343,7 +351,12 @@ def batch(rng, rows: int, length: int = 16) -> dict[str, jax.Array]:
 
 @pytest.fixture(scope="module")
 def model():
-  return nnx.jit(lambda: Gemma(MODEL, rngs=nnx.Rngs(0)))()
+  return random_gemma(MODEL)
+
+
+losses_of = jax.jit(
+  token_losses, static_argnames=("valid_vocab_size", "z_loss", "head")
+)
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +366,7 @@ def problem(model):
 
   def loss_sum(params, part):
     model = nnx.merge(graph, nnx.State(params))
-    return token_losses(model, part, 400).sum()
+    return losses_of(model, part, 400).sum()
 
   return (nnx.to_pure_dict(state), batch(np.random.default_rng(0), 8), loss_sum)
 
@@ -401,9 +414,9 @@ def test_padding_and_other_documents_do_not_matter(problem, model):
   packed = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), alone, other)
   packed["segment_ids"] = jnp.repeat(jnp.array([[1, 2]]), 8, axis=1)
   np.testing.assert_allclose(
-    token_losses(model, packed, 400),
+    losses_of(model, packed, 400),
     jnp.concatenate(
-      [token_losses(model, alone, 400), token_losses(model, other, 400)], 1
+      [losses_of(model, alone, 400), losses_of(model, other, 400)], 1
     ),
     rtol=1e-5,
   )
@@ -411,13 +424,30 @@ def test_padding_and_other_documents_do_not_matter(problem, model):
 
 def test_rows_past_the_tokenizer_get_no_probability(problem, model):
   few = {**problem[1], "labels": problem[1]["labels"] % 100}
-  before = token_losses(model, few, 100)
-  table = model.embedder.embedding[...]
-  hidden = model.hidden_states(few["tokens"], segment_ids=few["segment_ids"])
-  wanted = KERNELS.linear_cross_entropy(
-    hidden, table[:100], few["labels"], weights=few["weights"]
+  before = losses_of(model, few, 100)
+
+  @jax.jit
+  def wanted(model, few):
+    hidden = model.hidden_states(few["tokens"], segment_ids=few["segment_ids"])
+    table = model.embedder.embedding[:100]
+    return KERNELS.linear_cross_entropy(
+      hidden, table, few["labels"], weights=few["weights"]
+    )
+
+  np.testing.assert_allclose(before, wanted(model, few), rtol=1e-6)
+
+
+def test_a_model_trains_with_its_own_ops(problem, model):
+  """Its loss is that of its `linear_cross_entropy`, whatever that is."""
+
+  def twice(*args, **kwargs):
+    return 2 * KERNELS.linear_cross_entropy(*args, **kwargs)
+
+  ops = dataclasses.replace(KERNELS, linear_cross_entropy=twice)
+  np.testing.assert_array_equal(
+    losses_of(random_gemma(MODEL, ops=ops), problem[1], 400),
+    2 * losses_of(model, problem[1], 400),
   )
-  np.testing.assert_allclose(before, wanted, rtol=1e-6)
 
 
 def test_the_head_keeps_the_softmax_where_it_fits():
@@ -444,12 +474,11 @@ def test_the_head_is_told_what_to_keep(problem, model, head):
 
 def test_z_loss_is_added(problem, model):
   _, whole, _ = problem
-  plain = token_losses(model, whole, 400)
-  lse = jax.nn.logsumexp(
-    model(whole["tokens"], segment_ids=whole["segment_ids"]), axis=-1
-  )
+  plain = losses_of(model, whole, 400)
+  logits = jax.jit(lambda m, b: m(b["tokens"], segment_ids=b["segment_ids"]))
+  lse = jax.nn.logsumexp(logits(model, whole), axis=-1)
   np.testing.assert_allclose(
-    token_losses(model, whole, 400, z_loss=0.1),
+    losses_of(model, whole, 400, z_loss=0.1),
     plain + 0.1 * lse**2 * whole["weights"],
     rtol=1e-5,
   )
@@ -480,7 +509,9 @@ def test_only_weights_decay_not_the_scales_of_norms(model):
     nnx.to_pure_dict(nnx.state(model, nnx.Param)),
   )
   still = jax.tree.map(jnp.zeros_like, params)
-  updates, _ = optimizer.update(still, optimizer.init(params), params)
+  updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(
+    still, params
+  )
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
     is_norm = path[-1].key.endswith("norm")
     wanted = 0.0 if is_norm else -0.5 * settings.learning_rate

@@ -143,8 +143,8 @@ def main() -> None:
   os.environ["LIBTPU_INIT_ARGS"] = (
     f"--xla_mosaic_dump_to={mosaic} " + os.environ.get("LIBTPU_INIT_ARGS", "")
   )
-  with bench.dumped(bench.Job(arguments.suite, key)) as dump:
-    shutil.copytree(dump, out / "compiler")
+  with bench.compiler_output(bench.Job(arguments.suite, key)) as printed:
+    shutil.copytree(printed, out / "compiler")
   for path in (out / "compiler").glob("*-TLP-hlo.txt"):
     shutil.copy(path, out / "hlo.txt")
   operands = bench.kernel_operands(*built)
@@ -155,7 +155,7 @@ def main() -> None:
     text = path.read_text(errors="replace")
     listing = bench.parse_listing(text, name)
     values = next((v for k, v in operands.items() if k in name), None)
-    cycles = bench.count(listing, values)
+    cycles = bench.count_cycles(listing, values)
     hot = [listing.texts[i] for i in hottest(listing, cycles)]
     (out / f"{name}.bundles.txt").write_text(
       "\n".join(["Hottest loop:", *hot, "", "Whole program:", text])

@@ -15,18 +15,17 @@ kernels, that of a kernel is the part of the config that is named in the key.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
-import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import jax
 import tyro
 from pallas_gemma import bench
 from pallas_gemma.kernels import OPS, Case, Op
+from pallas_gemma.kernels._frame import tuned
 
 Config = dict[str, Any]
 
@@ -89,10 +88,10 @@ def neighbours(config: Config, fixed: tuple[str, ...]) -> Iterator[Config]:
         yield config | {name: value // 2}
 
 
-def measure(
+def estimate(
   arguments: Arguments, configs: list[Config | None]
-) -> list[dict[str, Any]]:
-  """The results of configs, None for the one that the op picks itself."""
+) -> list[bench.Row]:
+  """The times of configs, None for the one that the op picks itself."""
   which = arguments.which
   jobs = [
     bench.Job(
@@ -100,14 +99,15 @@ def measure(
     )
     for config in configs
   ]
-  return bench.run_jobs(
+  results = bench.run_jobs(
     jobs, workers=arguments.jobs, cache=bench.cache_directory()
   )
+  return [result.row for result in results]
 
 
 def search(arguments: Arguments, start: Config) -> tuple[Config, int]:
   """Coordinate descent; returns the best config and its cycles."""
-  seen = {json.dumps(start): measure(arguments, [start])[0]}
+  seen = {json.dumps(start): estimate(arguments, [start])[0]}
   best, cycles = start, _cycles(seen[json.dumps(start)])
   print(f"{cycles or 'refused'}: {start}", flush=True)
   while True:
@@ -116,12 +116,12 @@ def search(arguments: Arguments, start: Config) -> tuple[Config, int]:
       for config in neighbours(best, arguments.fix)
       if json.dumps(config) not in seen
     ]
-    results = measure(arguments, [*new])
-    seen |= {json.dumps(c): r for c, r in zip(new, results, strict=True)}
+    rows = estimate(arguments, [*new])
+    seen |= {json.dumps(c): r for c, r in zip(new, rows, strict=True)}
     better = [
-      (_cycles(result), config)
-      for config, result in zip(new, results, strict=True)
-      if _cycles(result) and (not cycles or _cycles(result) < cycles)
+      (_cycles(row), config)
+      for config, row in zip(new, rows, strict=True)
+      if _cycles(row) and (not cycles or _cycles(row) < cycles)
     ]
     if not better:
       return best, cycles
@@ -129,29 +129,19 @@ def search(arguments: Arguments, start: Config) -> tuple[Config, int]:
     print(f"{cycles:,}: {best}", flush=True)
 
 
-def _cycles(result: Mapping[str, Any]) -> int:
+def _cycles(row: bench.Row) -> int:
   """0 for a config that was refused or is not known well enough."""
-  return 0 if result["error"] or result["lower_bound"] else result["cycles"]
+  return 0 if row.error or row.lower_bound else row.cycles
 
 
 def table_keys(op: Op, case: Case, which: str) -> list[dict[str, Any]]:
   """What the op asks its tuned table for in a pass of a case, if anything."""
-  tuned: Any = importlib.import_module("pallas_gemma.kernels._tuned")
-  asked: list[frozenset] = []
-
-  class Recorder(dict):
-    def get(self, key, default=None):
-      asked.append(key)
-      return default
-
-  table, tuned._table = tuned._table, lambda name: Recorder()
-  try:
-    programs = bench.of_case(op, case, "pallas")
-    built = next(p for p in programs if p.which == which).build()
+  programs = bench.of_case(op, case, "pallas")
+  built = next(p for p in programs if p.which == which).build()
+  with tuned.asked_keys() as asked:
     jax.eval_shape(built.function, *built.specs)
-  finally:
-    tuned._table = table
-  return [dict(sorted(key)) for key in dict.fromkeys(asked)]
+  keys = [dict(sorted(key.items())) for name, key in asked if name == op.name]
+  return [key for i, key in enumerate(keys) if key not in keys[:i]]
 
 
 def entries(
@@ -167,18 +157,6 @@ def entries(
   return [{"key": k, "config": part, **facts} for k, part in parts if part]
 
 
-def write(op: str, entry: Mapping[str, Any]) -> pathlib.Path:
-  """Puts an entry into an op's table, in place of one with its key."""
-  tuned: Any = importlib.import_module("pallas_gemma.kernels._tuned")
-  path = pathlib.Path(str(tuned.__file__)).parent / "tuned" / f"{op}.json"
-  entries = json.loads(path.read_text()) if path.exists() else []
-  entries = [e for e in entries if e["key"] != entry["key"]] + [entry]
-  entries.sort(key=lambda e: json.dumps(e["key"], sort_keys=True))
-  lines = ",\n".join(f"  {json.dumps(e, sort_keys=True)}" for e in entries)
-  path.write_text(f"[\n{lines}\n]\n")
-  return path
-
-
 def main() -> None:
   """Entry point."""
   arguments = tyro.cli(Arguments, prog="tune")
@@ -191,22 +169,22 @@ def main() -> None:
   )
   if not any(neighbours(start, arguments.fix)):
     sys.exit(f"tune: there is no number to change in {start}; give --start")
-  (own,) = measure(arguments, [None])
+  (own,) = estimate(arguments, [None])
   best, cycles = search(arguments, start)
   if not cycles:
     sys.exit("tune: every config was refused; give another with --start")
-  if own["error"]:
-    print(f"the op's own choice fails: {own['error']}")
+  if own.error:
+    print(f"the op's own choice fails: {own.error}")
   else:
-    gain = own["cycles"] / cycles - 1
-    print(f"the op's own choice takes {own['cycles']:,} cycles, {gain:+.2%}")
+    gain = own.cycles / cycles - 1
+    print(f"the op's own choice takes {own.cycles:,} cycles, {gain:+.2%}")
   keys = table_keys(op, case, arguments.which)
   if not keys:
     print(f"{op.name} asks no tuned table: nothing to write")
-  for entry in entries(keys, best, cycles=cycles, **own["versions"]):
+  for entry in entries(keys, best, cycles=cycles, **own.versions):
     print(json.dumps(entry))
     if not arguments.dry_run:
-      print(f"wrote {write(op.name, entry)}")
+      print(f"wrote {tuned.write_entry(op.name, entry)}")
 
 
 if __name__ == "__main__":

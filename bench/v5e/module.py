@@ -1,0 +1,304 @@
+"""The time of a whole program: the sum over its HLO instructions.
+
+    loops         their body times the trip count
+    conditionals  the longest branch, and a note
+    async copies  use the bandwidth that the instructions between their start
+                  and their end leave; what is left is waited for
+    collectives   apart: their links are not modelled
+    duplicates    instructions that compute the same are printed once; the
+                  listing of one serves all
+
+What cannot be decided is noted with its instruction, and the total is then a
+lower bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from . import hlo, listing, machine
+from .chip import V5E, Chip
+
+Operands = Mapping[str, Mapping[int, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One HLO instruction's share of the time.
+
+  Attributes:
+    name: of the instruction.
+    opcode: its HLO opcode.
+    times: how often the program runs it.
+    cycles: of one run.
+    copy_stall: cycles of one run spent waiting for copies.
+    unit_stall: cycles of one run spent waiting for matrix and transpose units.
+    hbm_bytes: of one run.
+  """
+
+  name: str
+  opcode: str
+  times: int
+  cycles: int
+  copy_stall: int
+  unit_stall: int
+  hbm_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """Communication with other chips, which the total leaves out."""
+
+  name: str
+  opcode: str
+  times: int
+  nbytes: int
+
+
+@dataclasses.dataclass
+class Total:
+  """The time of a program, as it adds up.
+
+  Attributes:
+    cycles: in all, collectives left out.
+    hbm_bytes: traffic in all.
+    steps: its instructions, in the order in which they run.
+    collectives: what was left out.
+    notes: what could not be decided, and where.
+    lower_bound: whether the truth may be more, because of one of the notes.
+  """
+
+  cycles: int = 0
+  hbm_bytes: int = 0
+  steps: list[Step] = dataclasses.field(default_factory=list)
+  collectives: list[Collective] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
+  lower_bound: bool = False
+
+
+def estimate_module(
+  module_text: str,
+  listings: Mapping[str, pathlib.Path],
+  operands: Operands | None = None,
+  chip: Chip = V5E,
+) -> Total:
+  """The time of a compiled program, from what the compiler printed of it.
+
+  Args:
+    module_text: its optimised HLO.
+    listings: the bundle listings that the compiler printed with it.
+    operands: values of integer operands by kernel name and operand index.
+    chip: what it runs on.
+  """
+  return _Module(module_text, listings, operands or {}, chip).run()
+
+
+@dataclasses.dataclass
+class _InFlight:
+  """Asynchronous copies on their way, oldest first: bytes still to move."""
+
+  remaining: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def pass_time(self, spare_bytes: float) -> None:
+    """Moves that many bytes, oldest copy first."""
+    for name, left in list(self.remaining.items()):
+      moved = min(left, spare_bytes)
+      spare_bytes -= moved
+      self.remaining[name] = left - moved
+      if spare_bytes <= 0:
+        return
+
+  def finish(self, name: str) -> float:
+    """Takes a copy and those before it off; returns the bytes they lacked."""
+    if name not in self.remaining:
+      return 0.0
+    lacking = 0.0
+    for earlier in list(self.remaining):
+      lacking += self.remaining.pop(earlier)
+      if earlier == name:
+        break
+    return lacking
+
+
+class _Module:
+  def __init__(
+    self,
+    text: str,
+    listings: Mapping[str, pathlib.Path],
+    operands: Operands,
+    chip: Chip,
+  ):
+    self._module = hlo.parse(text)
+    self._listings, self._operands, self._chip = listings, operands, chip
+    self._counted: dict[str, machine.Cycles | None] = {}
+    self._twins: dict[str, str] | None = None
+    self._flight = _InFlight()
+    self._result = Total()
+
+  def run(self) -> Total:
+    self._result.cycles = round(self._walk(self._module.entry, 1))
+    self._result.notes = sorted(set(self._result.notes))
+    return self._result
+
+  def _note(self, text: str, *, lower_bound: bool = True) -> None:
+    self._result.notes.append(text)
+    self._result.lower_bound |= lower_bound
+
+  def _walk(self, computation: str, times: int) -> float:
+    """Cycles of one run of a computation that runs `times` times in all."""
+    return sum(
+      self._step(instruction, times)
+      for instruction in self._module.computations[computation]
+    )
+
+  def _step(self, instruction: hlo.Instruction, times: int) -> float:
+    opcode = instruction.opcode
+    base = re.sub(r"-(start|done|update)$", "", opcode)
+    if base in hlo.COLLECTIVES:
+      return self._collective(instruction, times)
+    control: Mapping[str, Callable[..., float]] = {
+      "while": self._loop,
+      "conditional": self._conditional,
+      "call": self._call,
+    }
+    if opcode in control:
+      return control[opcode](instruction, times)
+    if opcode.endswith("-start"):
+      return self._start(instruction, times)
+    if opcode.endswith("-done"):
+      return self._done(instruction)
+    return self._compute(instruction, times)
+
+  # --- control flow -----------------------------------------------------------
+
+  def _loop(self, instruction: hlo.Instruction, times: int) -> float:
+    body = re.search(r"body=%?([\w.\-]+)", instruction.text)
+    trips = instruction.trip_count
+    if trips is None:
+      self._note(f"{instruction.name}: trip count unknown, counted once")
+      trips = 1
+    return trips * self._walk(body[1], times * trips) if body else 0.0
+
+  def _conditional(self, instruction: hlo.Instruction, times: int) -> float:
+    before = self._result
+    choices = []
+    for branch in instruction.calls:
+      self._result = Total()
+      choices.append((self._walk(branch, times), self._result))
+    cycles, taken = max(choices, key=lambda choice: choice[0])
+    self._result = before
+    before.steps += taken.steps
+    before.collectives += taken.collectives
+    before.hbm_bytes += taken.hbm_bytes
+    before.notes += taken.notes
+    before.lower_bound |= taken.lower_bound
+    if len(choices) > 1:
+      self._note(
+        f"{instruction.name}: the longest branch is counted", lower_bound=False
+      )
+    return cycles
+
+  def _call(self, instruction: hlo.Instruction, times: int) -> float:
+    return sum(self._walk(name, times) for name in instruction.calls)
+
+  # --- instructions -----------------------------------------------------------
+
+  def _compute(self, instruction: hlo.Instruction, times: int) -> float:
+    cycles = self._count(instruction)
+    if cycles is None:
+      return 0.0
+    step = Step(
+      instruction.name,
+      instruction.opcode,
+      times,
+      cycles.total,
+      cycles.copy_stall,
+      cycles.queue_stall + cycles.result_stall,
+      cycles.hbm_bytes,
+    )
+    self._result.steps.append(step)
+    self._result.hbm_bytes += times * step.hbm_bytes
+    capacity = cycles.total * self._chip.hbm_bytes_per_cycle
+    self._flight.pass_time(max(0.0, capacity - step.hbm_bytes))
+    return cycles.total
+
+  def _start(self, instruction: hlo.Instruction, times: int) -> float:
+    if instruction.name in self._listings:
+      return self._compute(instruction, times)
+    # The result is (destination, source, context); both ends may be in HBM.
+    arrays = instruction.arrays[:2]
+    if not arrays:
+      return 0.0
+    moved = min(array.nbytes for array in arrays)
+    traffic = moved * sum(array.in_hbm for array in arrays)
+    self._result.hbm_bytes += times * traffic
+    self._flight.remaining[instruction.name] = traffic
+    return 0.0
+
+  def _done(self, instruction: hlo.Instruction) -> float:
+    lacking = sum(self._flight.finish(name) for name in instruction.operands)
+    return lacking / self._chip.hbm_bytes_per_cycle
+
+  def _collective(self, instruction: hlo.Instruction, times: int) -> float:
+    if not instruction.opcode.endswith(("-done", "-update")):
+      nbytes = sum(array.nbytes for array in instruction.arrays)
+      self._result.collectives.append(
+        Collective(instruction.name, instruction.opcode, times, nbytes)
+      )
+    return 0.0
+
+  # --- listings ---------------------------------------------------------------
+
+  def _count(self, instruction: hlo.Instruction) -> machine.Cycles | None:
+    """One run of an instruction, from its own listing or that of its twin."""
+    printed = instruction.name
+    if printed not in self._listings:
+      if instruction.is_free:
+        return None
+      twin = self._twin(instruction)
+      if twin is None:
+        if instruction.opcode not in ("iota", "copy", "broadcast"):
+          what = instruction.target or instruction.opcode
+          self._note(f"{printed}: no listing for this {what}")
+        return None
+      printed = twin
+    if printed not in self._counted:
+      self._counted[printed] = self._execute(printed)
+    cycles = self._counted[printed]
+    for note in cycles.notes if cycles else ():
+      self._note(f"{instruction.name}: {note}")
+    return cycles
+
+  def _execute(self, name: str) -> machine.Cycles | None:
+    text = self._listings[name].read_text(errors="replace")
+    try:
+      return machine.count_cycles(
+        listing.parse_listing(text, name),
+        self._kernel_operands(name),
+        self._chip,
+      )
+    except machine.Undecidable as error:
+      self._note(f"{name}: not counted, {error}")
+      return None
+
+  def _kernel_operands(self, name: str) -> Mapping[int, np.ndarray] | None:
+    """Those of the kernel that an instruction is named for.
+
+    Differentiation adds to the name: `jvp_rms_norm_fwd_.1`.
+    """
+    names = [kernel for kernel in self._operands if kernel in name]
+    return self._operands[max(names, key=len)] if names else None
+
+  def _twin(self, instruction: hlo.Instruction) -> str | None:
+    if self._twins is None:
+      self._twins = {
+        self._module.signature(known): name
+        for name in self._listings
+        if (known := self._module.instructions.get(name))
+      }
+    return self._twins.get(self._module.signature(instruction))

@@ -1,0 +1,30 @@
+"""The trainer, from the command line to one optimizer step.
+
+`pallas-gemma train` reads its options into a `TrainConfig` and calls `train`.
+What happens then, and where to read it:
+
+    config      what a run can be told: TrainConfig, OptimizerConfig
+    trainer     train(config), the whole run in twenty lines:
+    |-- run       before the first step: text, tokenizer, packed rows, and the
+    |   |         directory, which is made, or checked if it is resumed
+    |   `-- data      files -> documents -> token ids -> rows -> batches
+    |-- loop      take_step(): the batch of this step, one training step, and
+    |   |         the evaluation and checkpoint that are due
+    |   |-- data      training_batches(...)(step), evaluation_batches(...)
+    |   `-- step      loss, its gradient, the update of the parameters; compiled
+    |       `-- optimizer   AdamW, clipping and the learning rate, from optax
+    |-- metrics   the record of each step: metrics.jsonl, TensorBoard, loss.png
+    |-- progress  what the terminal shows
+    `-- interrupt Ctrl-C and `kill`, noted and obeyed after the step
+
+Checkpoints are those of `.._checkpoint`, the model that of `.._model`; neither
+knows of the trainer.
+
+Every step is a function of the parameters and the optimizer state before it and
+of the batch, and the batch is a function of the seed and the step's number.
+Hence a run that was killed and started again gives the same losses, bit by bit,
+as a run that was not.
+
+The package imports nothing by itself: the command line needs only `config` to
+print its help, and that takes no JAX.
+"""

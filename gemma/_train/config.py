@@ -1,0 +1,143 @@
+"""What a training run can be told."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+from .._config import GemmaConfig
+from .._errors import UserError
+
+
+def _require(condition: bool, field: str, wanted: str, got: object) -> None:
+  if not condition:
+    raise UserError(f"{field}: wanted {wanted}, got {got}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW with warm-up, cosine decay, and clipping by the global norm.
+
+  Attributes:
+    learning_rate: the highest, reached after the warm-up.
+    final_learning_rate: the lowest, reached by a cosine at the last step.
+    warmup_steps: steps in which the learning rate rises from near 0.
+    beta1: decay per step of the running mean of the gradient.
+    beta2: decay per step of the running mean of the squared gradient.
+    epsilon: added to the root of the mean square, the divisor of an update.
+    weight_decay: share of a weight taken away per step, times the learning
+      rate; the scales of norms are spared.
+    clip_norm: a gradient whose global norm is larger is scaled to this norm.
+
+  Raises:
+    UserError: for a value that cannot train.
+  """
+
+  learning_rate: float = 8e-3
+  final_learning_rate: float = 4e-4
+  warmup_steps: int = 40
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+
+  def __post_init__(self) -> None:
+    """Checks the values."""
+    for field in ("learning_rate", "epsilon", "clip_norm"):
+      value = getattr(self, field)
+      _require(value > 0, field, "more than 0", value)
+    for field in ("final_learning_rate", "warmup_steps", "weight_decay"):
+      value = getattr(self, field)
+      _require(value >= 0, field, "0 or more", value)
+    for field in ("beta1", "beta2"):
+      value = getattr(self, field)
+      _require(0 <= value < 1, field, "from 0 to below 1", value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """Train a Gemma on text, or go on where an earlier run stopped.
+
+  Attributes:
+    data: text files, and folders read whole.  Default: the documentation that
+      comes with Python (pydoc_data.topics, some 480,000 characters).
+    work_dir: checkpoints, metrics and loss.png go here, and a run found here
+      is continued.  Default: runs/NAME, after the first of --data.
+    tokenizer: a SentencePiece tokenizer.model, for example Gemma's.  Default:
+      one of --model.vocab-size pieces, learnt from the training text.
+    steps: optimizer steps in all, those of earlier runs included.
+    batch_size: rows per step.
+    accumulation: passes per step, each over batch_size / accumulation rows, to
+      save memory; the gradient is that of the whole batch.
+    sequence_length: tokens per row.
+    seed: of the initial weights, the held-out choice and the order of rows.
+    held_out: share of the text to evaluate on and never train on.
+    head: what the loss keeps for its backward pass on a TPU: "recompute"
+      nothing of the vocabulary's size, "chunked" the softmax of all tokens of a
+      pass, for a quarter less arithmetic in the head; "auto" the latter if it
+      takes at most a quarter of the memory that weights, moments and gradient
+      leave free.
+    z_loss: weight of the squared log-normaliser in the training loss; PaLM
+      used 1e-4.
+    evaluate_every: steps between evaluations on the held-out text.
+    save_every: steps between checkpoints; there is one at the end and on
+      Ctrl-C too.
+    keep: checkpoints kept, the newest.
+    optimizer: its settings.
+    model: its sizes.
+
+  Raises:
+    UserError: for a value that cannot train.
+  """
+
+  data: tuple[pathlib.Path, ...] = ()
+  work_dir: pathlib.Path | None = None
+  tokenizer: pathlib.Path | None = None
+  steps: int = 320
+  batch_size: int = 8
+  accumulation: int = 1
+  sequence_length: int = 128
+  seed: int = 0
+  held_out: float = 0.1
+  head: Literal["auto", "recompute", "chunked"] = "auto"
+  z_loss: float = 0.0
+  evaluate_every: int = 40
+  save_every: int = 80
+  keep: int = 3
+  optimizer: OptimizerConfig = OptimizerConfig()
+  model: GemmaConfig = GemmaConfig.tiny()
+
+  def __post_init__(self) -> None:
+    """Checks the values."""
+    for field in (
+      *("steps", "batch_size", "accumulation", "sequence_length"),
+      *("evaluate_every", "save_every", "keep"),
+    ):
+      value = getattr(self, field)
+      _require(value >= 1, field, "1 or more", value)
+    _require(
+      0 < self.held_out < 1, "held_out", "between 0 and 1", self.held_out
+    )
+    _require(self.z_loss >= 0, "z_loss", "0 or more", self.z_loss)
+    _require(
+      self.batch_size % self.accumulation == 0,
+      "accumulation",
+      f"a divisor of batch_size, {self.batch_size}",
+      self.accumulation,
+    )
+    _require(
+      self.sequence_length <= self.model.context_length,
+      "sequence_length",
+      f"at most the model's context_length, {self.model.context_length}",
+      self.sequence_length,
+    )
+
+  @property
+  def directory(self) -> pathlib.Path:
+    """work_dir, or the default made from the name of the data."""
+    if self.work_dir is not None:
+      return self.work_dir
+    name = self.data[0].resolve().stem if self.data else "python-docs"
+    return pathlib.Path("runs") / (name or "data")

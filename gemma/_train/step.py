@@ -1,0 +1,172 @@
+"""One step of training: the loss, its gradient, the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from .._model import (
+  Gemma,
+  Params,
+  abstract_gemma,
+  model_params,
+  num_parameters,
+  with_params,
+)
+from ..ops import KERNELS, LinearCrossEntropyConfig
+from .config import TrainConfig
+from .optimizer import make_optimizer
+
+DeviceBatch = dict[str, jax.Array]  # a `data.Batch` inside a compiled function
+Head = Literal["recompute", "chunked"]
+State = tuple[Params, optax.OptState]
+
+
+def token_losses(
+  model: Gemma,
+  batch: DeviceBatch,
+  valid_vocab_size: int,
+  z_loss: float = 0.0,
+  head: Head = "recompute",
+) -> jax.Array:
+  """The next-token losses of a batch, by the model's `linear_cross_entropy`.
+
+  Args:
+    model: to train or to evaluate.
+    batch: arrays [B, T], named as the fields of `Rows`.
+    valid_vocab_size: the tokenizer's; later rows of the embedding get no
+      probability.
+    z_loss: weight of the squared log-normaliser.
+    head: what the loss keeps for its backward pass; see `TrainConfig.head`.
+
+  Returns:
+    [B, T] float32, in nats, times the batch's weights.
+  """
+  hidden = model.hidden_states(
+    batch["tokens"], segment_ids=batch["segment_ids"]
+  )
+  table = model.embedder.embedding[...]
+  rows = hidden.reshape(-1, hidden.shape[-1])
+  return model.ops.linear_cross_entropy(
+    hidden,
+    table,
+    batch["labels"],
+    weights=batch["weights"],
+    z_loss=z_loss,
+    valid_vocab_size=valid_vocab_size,
+    config=LinearCrossEntropyConfig.for_problem(rows, table, head),
+  )
+
+
+def choose_head(config: TrainConfig, memory: int | None) -> Head:
+  """What `TrainConfig.head` means on a device: resolves "auto".
+
+  Args:
+    config: of the run.
+    memory: bytes of the device, or None if it does not report them.
+  """
+  if config.head != "auto":
+    return config.head
+  if memory is None:
+    return "recompute"
+  # float32, 4 bytes each: weights, two moments and a gradient.
+  state = 4 * 4 * num_parameters(abstract_model(config))
+  rows = config.batch_size // config.accumulation * config.sequence_length
+  kept = rows * config.model.vocab_size * jnp.dtype(config.model.dtype).itemsize
+  return "chunked" if 4 * kept <= memory - state else "recompute"
+
+
+def loss_and_gradient(
+  loss_sum: Callable[[Params, DeviceBatch], jax.Array],
+  params: Params,
+  batch: DeviceBatch,
+  accumulation: int,
+) -> tuple[jax.Array, Params]:
+  """Mean loss per weighted token of a batch, and its gradient.
+
+  The batch is taken in `accumulation` equal parts, one after the other.  Each
+  part's sum is divided by the weight of the *whole* batch: divided by its own,
+  the few tokens of a part with much padding would count for more.
+
+  Args:
+    loss_sum: of (params, part), the sum of the weighted losses.
+    params: to differentiate by.
+    batch: arrays [B, ...], with "weights".
+    accumulation: a divisor of B.
+  """
+  # At least 1, so that a batch of nothing but padding has loss 0 and not 0 / 0.
+  weight = jnp.maximum(batch["weights"].sum(), 1)
+  value_and_grad = jax.value_and_grad(lambda p, b: loss_sum(p, b) / weight)
+  if accumulation == 1:
+    return value_and_grad(params, batch)
+  parts = jax.tree.map(
+    lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch
+  )
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+
+  zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+  return jax.lax.scan(add, zero, parts)[0]
+
+
+def make_steps(
+  config: TrainConfig, valid_vocab_size: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Compiled training and evaluation.
+
+  Args:
+    config: of the run.
+    valid_vocab_size: the tokenizer's.
+
+  Returns:
+    Two functions.  The first takes (params, optimizer state, batch) and returns
+    (params, optimizer state, (loss, gradient norm)); its first two arguments
+    are donated, so that they must not be used again.  The second takes (params,
+    batch) and returns the sum of the losses and the sum of the weights.
+  """
+  abstract = abstract_model(config)
+  head = choose_head(config, device_memory())
+  optimizer = make_optimizer(config.optimizer, config.steps)
+
+  def loss_sum(params: Params, batch: DeviceBatch, z_loss: float) -> jax.Array:
+    model = with_params(abstract, params)
+    return token_losses(model, batch, valid_vocab_size, z_loss, head).sum()
+
+  def train_step(params, state, batch):
+    loss, gradient = loss_and_gradient(
+      lambda p, b: loss_sum(p, b, config.z_loss),
+      params,
+      batch,
+      config.accumulation,
+    )
+    updates, state = optimizer.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    return params, state, (loss, optax.tree.norm(gradient))
+
+  def evaluate(params, batch):
+    return loss_sum(params, batch, 0.0), batch["weights"].sum()
+
+  return jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(evaluate)
+
+
+def device_memory() -> int | None:
+  """Bytes the first device has for arrays; None if it does not report them."""
+  return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def fresh_state(config: TrainConfig) -> State:
+  """Parameters and optimizer state before the first step."""
+  model = Gemma(config.model, rngs=nnx.Rngs(config.seed), ops=KERNELS)
+  params = model_params(model)
+  return params, make_optimizer(config.optimizer, config.steps).init(params)
+
+
+def abstract_model(config: TrainConfig) -> Gemma:
+  """The model that is trained, with shapes in place of its parameters."""
+  return abstract_gemma(config.model, KERNELS)

@@ -1,0 +1,139 @@
+"""RMSNorm with the residual addition before it, in one pass over HBM.
+
+Maths, for every row of x and of the residual, in R^D:
+
+    h = x + residual                 rounded to the inputs' dtype
+    y = rms_norm(h)
+
+    dh += the gradient of the norm   backward: both inputs get dh, which is
+                                     given as far as it comes by other ways
+
+Traffic: forward 2 reads and 2 writes of [R, D], backward 3 reads and 1 write:
+bound by HBM.  Apart, the two would write h and read it once more.
+
+Tiling: that of `_rms_norm.py`, whose kernels these are.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from ._frame.check import Implementation, check_shape
+from ._frame.kernel import Saved, kernel_op
+from ._frame.op import Cost, Op, nbytes
+from ._rms_norm import (
+  BENCHES,
+  TESTS,
+  Arrays,
+  Outs,
+  Problem,
+  RMSNormConfig,
+  backward,
+  cases,
+  check,
+  forward,
+  reference,
+  rms_norm_reference,
+  split,
+)
+from ._row_norm import RowNorm
+
+# --- specification ------------------------------------------------------------
+
+
+def add_rms_norm_reference(
+  x: jax.Array,
+  residual: jax.Array,
+  scale: jax.Array,
+  *,
+  epsilon: float = 1e-6,
+  scale_offset: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+  """The residual addition, then the norm of the sum.  The specification."""
+  h = x + residual
+  y = rms_norm_reference(h, scale, epsilon=epsilon, scale_offset=scale_offset)
+  return y, h
+
+
+# --- the op -------------------------------------------------------------------
+
+
+def _plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  """The reference's gradients from the sum h, which alone is saved."""
+
+  def of_sum(h: jax.Array, scale: jax.Array) -> jax.Array:
+    return reference(p, Arrays(h, None, scale)).y
+
+  dh, dscale = jax.vjp(of_sum, saved.outs.h, saved.arrays.scale)[1](d.y)
+  dh += d.h
+  return Arrays(dh, dh, dscale)
+
+
+_add_rms_norm = kernel_op(
+  "add_rms_norm",
+  reference=reference,
+  forward=forward,
+  backward=backward,
+  saves=("scale", "h"),
+  plain_backward=_plain_backward,
+  split=split,
+)
+
+# --- public -------------------------------------------------------------------
+
+
+def add_rms_norm(
+  x: jax.Array,
+  residual: jax.Array,
+  scale: jax.Array,
+  *,
+  epsilon: float = 1e-6,
+  scale_offset: float = 0.0,
+  implementation: Implementation = None,
+  config: RMSNormConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The residual addition and the norm of the sum, in one pass over HBM.
+
+  Args:
+    x: [..., D] float32 or bfloat16, a sub-layer's output.
+    residual: [..., D] of x's shape and dtype, the residual stream.
+    scale: as in `rms_norm`.
+    epsilon: as in `rms_norm`.
+    scale_offset: as in `rms_norm`.
+    implementation: as in `rms_norm`.
+    config: tile sizes; None picks them from the shape.
+
+  Returns:
+    (normed, x + residual), both [..., D] of x's dtype.  The norm is that of the
+    sum as returned, after rounding.
+
+  Raises:
+    ValueError: as `rms_norm`, and if residual differs from x in shape or dtype.
+  """
+  op = "add_rms_norm"
+  check(op, x, scale, epsilon, implementation)
+  check_shape(op, "residual", residual, x.shape, "the shape of x")
+  if residual.dtype != x.dtype:
+    raise ValueError(
+      f"{op}: residual must have x's dtype {x.dtype}, got {residual.dtype}"
+    )
+  problem = Problem(RowNorm(epsilon, scale_offset), implementation, config)
+  return tuple(_add_rms_norm(problem, Arrays(x, residual, scale)))
+
+
+# --- registration -------------------------------------------------------------
+
+
+def _cost(x, residual, scale, **_) -> tuple[Cost, Cost]:
+  row, gain = nbytes(x), nbytes(scale)
+  return Cost(0, 4 * row + gain), Cost(0, 4 * row + 2 * gain)
+
+
+OP = Op(
+  name="add_rms_norm",
+  function=add_rms_norm,
+  reference=add_rms_norm_reference,
+  cost=_cost,
+  tests=cases(2, *TESTS),
+  benches=cases(2, *BENCHES),
+)

@@ -1,0 +1,60 @@
+"""Flash attention: multi-query, grouped-query and multi-head.
+
+Maths, for one query row q of head n, with the keys k_j and values v_j of the
+kv head n // (N / K), over the keys j that the masks leave visible:
+
+    s_j = scale * q . k_j,   then  cap * tanh(s_j / cap)  with a soft cap
+    lse = log(sum_j exp(s_j))
+    p_j = exp(s_j - lse)
+    o   = sum_j p_j v_j                        0 where no key is visible
+
+    di   = do . o - dlse                       backward (arXiv 2205.14135)
+    ds_j = p_j (do . v_j - di)                 times 1 - (s_j / cap)^2
+    dq   = scale * sum_j ds_j k_j
+    dk_j = scale * sum ds_j q,   dv_j = sum p_j do     over its group
+
+Visible, from query i to key j (positions in the arrays, not `rope`'s):
+
+    is_causal                        j <= i
+    local_window_size=(left, right)  i - left <= j <= i + right, both inclusive
+    segment_ids                      equal, and not 0 (padding)
+
+Traffic: q, k, v and o once, and backward these, do, dq, dk and dv once; lse is
+one float32 per row, di is recomputed.  With T^2 / 2 visible pairs of H = 256
+the causal forward at T = 8192 does 4,096 flops per byte and is bound by the
+MXU: 2 matmuls forward, 5 backward.
+
+Tiling: the kernels see rows, r = t G + g, the G = N / K query heads of a kv
+head side by side under their token; for multi-query attention [B, T, N, H] lies
+in memory so already.  The keys of a kv head stay in VMEM while the grid,
+(B K, ceil(T / block_q)), walks over its blocks of queries.  A causal forward,
+with block_q = 2 block_kv:
+
+            block_kv
+            +---+                  d  the diagonal, first: each group of rows as
+    block_q |ddd|                     far as it sees, in whole registers, masked
+            |ddd|ddd               f  the keys before it: a loop without masks
+            +---+---+---+
+            |fff|fff|ddd|          Windows and unaligned shapes add loops with
+            |fff|fff|ddd|ddd       masks at the ends.  With segment ids, blocks
+            +---+---+---+---+      from the first to the last that can share an
+                                   id are masked.  The rest costs nothing.
+
+Read in this order; each page stands on those before it:
+
+    spec      the arrays, the problem, the references; rows and keys in memory
+    tiles     tile sizes, what fits VMEM, and what one kernel call is
+    blocks    which keys a block of queries meets, and the mask
+    forward   the kernel
+    backward  the kernel
+    op        the public function and its registration
+    decode    decode_attention, which so far is its reference
+"""
+
+from .decode import DECODE_ATTENTION as DECODE_ATTENTION
+from .decode import decode_attention as decode_attention
+from .decode import decode_attention_reference as decode_attention_reference
+from .op import FLASH_ATTENTION as FLASH_ATTENTION
+from .op import flash_attention as flash_attention
+from .spec import flash_attention_reference as flash_attention_reference
+from .tiles import FlashAttentionConfig as FlashAttentionConfig

@@ -1,0 +1,373 @@
+"""Page 5: the backward kernel, dq, dk and dv in one.
+
+It works on transposed scores, keys in sublanes and rows in lanes:
+
+    s^T = K q^T,  p^T = exp(s^T - lse),  dp^T = V do^T,  ds^T = p^T (dp^T - di)
+    dV += p^T do,  dK += ds^T q,  dq^T += K^T ds^T
+
+so that lse and di lie as stored, one lane per row, and ds^T is never
+transposed: K is, a block at a time, beside the matmuls.  dK and dV of a kv head
+stay in VMEM, float32, over all its q blocks and heads; dq^T over a q block's
+keys.  Nothing is summed outside, and the order of the sums is fixed.
+
+One grid step is a block of queries, with all G heads of its kv head, against
+every key that it sees:
+
+  1. clear     dk and dv, at the first q block, where no diagonal starts them
+  2. take      di = do . o - dlse, and lse, for every row; q and do without what
+               lies past the end; q and its own keys rotated, if RoPE is inside
+  3. diagonal  the keys of the queries' own indices: they start dq
+  4. others    the keys before and after, block by block, masked at the ends
+  5. finish    dq, rotated back; after the last q block dk and dv
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .._frame import tpu
+from .._frame.kernel import Saved
+from .._frame.sharding import varying_like
+from .._rope import phases, rotate
+from . import blocks, spec, tiles
+from .spec import Arrays, Outs, Problem
+from .tiles import Call
+
+
+class Inputs(NamedTuple):
+  """Refs, in the kernel; R = block_q G rows; None where a problem has none."""
+
+  q: Any  # [R, H]
+  k: Any  # [S, H], the same for all blocks of queries
+  v: Any  # [S, H]
+  out: Any  # [R, H]
+  dout: Any  # [R, H]
+  lse: Any  # [1, R] in units of `Problem.unit`
+  dlse: Any  # [1, R] likewise
+  segments: blocks.SegmentRefs | None
+  rope: blocks.RopeRefs | None
+
+
+class Outputs(NamedTuple):
+  """Refs, in the kernel."""
+
+  dq: Any  # [R, H]
+  dk: Any  # [S, H]
+  dv: Any  # [S, H]
+
+
+class State(NamedTuple):
+  """Scratch; the sums are float32."""
+
+  lse: Any  # [1, R] of this block; inf where a row sees nothing
+  di: Any  # [1, R]
+  dq_transposed: Any  # [H, R] of this block
+  dk: Any  # [S, H] of all blocks so far
+  dv: Any  # [S, H] likewise
+  q: Any  # [R, H] rotated, zeros past the end; None if it is as it comes
+  dout: Any  # [R, H] zeros past the end; None if it is as it comes
+  k: Any  # [S, H] rotated as far as the grid has come; or None
+  sin: Any  # [S, H / 2], or None
+  cos: Any  # [S, H / 2], or None
+
+
+# --- the kernel ---------------------------------------------------------------
+
+
+def _kernel(bounds: Any, i: Inputs, o: Outputs, s: State, *, call: Call):
+  block = blocks.Block.of_step(call, bounds)
+  if not _diagonal_starts_dk(call):
+    pl.when(pl.program_id(1) == 0)(functools.partial(_clear, s))
+  _take_statistics(call, i, s)
+  _take_rows(call, i, s)
+  if i.rope is not None:
+    _rotate(block, i, s)
+
+  def on_diagonal() -> None:
+    starts_dk = _diagonal_starts_dk(call)
+    for c in range(0, call.block_q, tpu.LANES):
+      key0, row0 = pl.multiple_of(block.q0 + c, tpu.LANES), c * call.group
+      tile = Tile(key0, tpu.LANES, row0, True, c == 0, starts_dk)
+      _attend(block, i, s, tile)
+
+  def on_others(key0: Any, masked: bool) -> None:
+    _attend(block, i, s, Tile(key0, call.block_kv, 0, masked))
+
+  block.start(on_diagonal, functools.partial(_start_dq, s))
+  block.for_other_keys(on_others)
+  _finish_dq(block, i, o, s)
+  last = pl.program_id(1) == pl.num_programs(1) - 1
+  pl.when(last)(functools.partial(_finish_dk_and_dv, call, o, s))
+
+
+def _diagonal_starts_dk(call: Call) -> bool:
+  """Whether the diagonal comes by every key, and does so before other rows."""
+  return call.has_diagonal and call.t >= call.s
+
+
+def _clear(s: State) -> None:
+  s.dk[...] = jnp.zeros_like(s.dk)
+  s.dv[...] = jnp.zeros_like(s.dv)
+
+
+def _start_dq(s: State) -> None:
+  s.dq_transposed[...] = jnp.zeros_like(s.dq_transposed)
+
+
+def _take_statistics(call: Call, i: Inputs, s: State) -> None:
+  """di and lse of every row."""
+  columns = []
+  for r in range(0, call.rows, tpu.LANES):
+    part = pl.ds(r, tpu.LANES)
+    out, dout = (x[part, :].astype(jnp.float32) for x in (i.out, i.dout))
+    di = jnp.sum(out * dout, axis=1, keepdims=True)
+    columns.append(jnp.broadcast_to(di, (tpu.LANES, tpu.LANES)))
+  tpu.store_lanes(s.di, tpu.columns_to_lanes(columns))
+  # An infinite lse gives weights of 0: to a row that sees nothing, and in
+  # `_take_rows` to those past the end.
+  lse = i.lse[...]
+  s.lse[...] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+  s.di[...] -= _lse_part_of_di(call.problem, i)
+
+
+def _lse_part_of_di(p: Problem, i: Inputs) -> jax.Array:
+  return i.dlse[...] * (1 / p.unit)
+
+
+def _take_rows(call: Call, i: Inputs, s: State) -> None:
+  """In the last block, what lies past the end is undefined: clears it."""
+  if s.dout is None:
+    return
+  inside = call.t * call.group - pl.program_id(1) * call.rows
+  lane = jax.lax.broadcasted_iota(jnp.int32, s.lse.shape, 1)
+  s.lse[...] = jnp.where(lane < inside, s.lse[...], jnp.inf)
+  s.di[...] = jnp.where(lane < inside, s.di[...], 0.0)
+  row = jax.lax.broadcasted_iota(jnp.int32, i.q.shape, 0)
+  s.q[...] = _zero_unless(row < inside, i.q)
+  s.dout[...] = _zero_unless(row < inside, i.dout)
+
+
+def _zero_unless(inside: jax.Array, ref: Any) -> jax.Array:
+  return jnp.where(inside, ref[...], jnp.zeros_like(ref))
+
+
+def _rotate(block: blocks.Block, i: Inputs, s: State) -> None:
+  """q and its own keys; the keys before have been by earlier grid steps."""
+  assert i.rope is not None
+  own = block.own_keys
+  s.sin[own, :], s.cos[own, :] = phases(
+    i.rope.positions[...], i.rope.timescale[...]
+  )
+  sin, cos = s.sin[own, :], s.cos[own, :]
+  q = i.q if s.dout is None else s.q  # without what lies past the end
+  s.q[...] = rotate(q[...], sin, cos)
+  s.k[own, :] = rotate(i.k[own, :], sin, cos)
+
+
+class Tile(NamedTuple):
+  """Keys and the rows of a block that meet in one turn of a loop.
+
+  Attributes:
+    key0: the first key.
+    width: how many keys.
+    row0: the first row; all from there on take part.
+    masked: whether some of the keys may be hidden.
+    starts_dq: whether these are the rows' first keys.
+    starts_dk: whether these are the keys' first rows.
+  """
+
+  key0: Any
+  width: int
+  row0: int
+  masked: bool
+  starts_dq: bool = False
+  starts_dk: bool = False
+
+
+def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
+  """Adds what a tile gives to dq, dk and dv."""
+  p, rows = block.call.problem, block.call.rows
+  keys, here = pl.ds(tile.key0, tile.width), pl.ds(tile.row0, rows - tile.row0)
+  k, v = (i.k if s.k is None else s.k)[keys, :], i.v[keys, :]
+  q = (i.q if s.q is None else s.q)[here, :]
+  dout = (i.dout if s.dout is None else s.dout)[here, :]
+  logits = p.logits(tpu.dot(k, q, tpu.NT))
+  weights = jnp.exp2((logits - s.lse[:, here]) * p.to_base_2)
+  if tile.masked:
+    mask = _mask(block, i, tile, logits.shape)
+    weights = jnp.where(mask, weights, 0.0)
+  dv = tpu.dot(weights.astype(dout.dtype), dout, tpu.NN)
+  dlogits = weights * _minus_di(tpu.dot(v, dout, tpu.NT), s, here)
+  dproducts = _through_soft_cap(p, logits, dlogits).astype(q.dtype)
+  dk = tpu.dot(dproducts, q, tpu.NN)
+  dq_transposed = tpu.dot(k, dproducts, tpu.TN)
+  whole = slice(None)
+  _add(s.dv, (keys, whole), dv, starts=tile.starts_dk)
+  _add(s.dk, (keys, whole), dk, starts=tile.starts_dk)
+  _add(s.dq_transposed, (whole, here), dq_transposed, starts=tile.starts_dq)
+
+
+def _mask(
+  block: blocks.Block, i: Inputs, tile: Tile, shape: tuple[int, ...]
+) -> jax.Array:
+  ids = None
+  if i.segments is not None:
+    keys = tpu.lanes_to_column(i.segments.of_keys(tile.key0, tile.width))
+    rows = i.segments.rows[:, pl.ds(tile.row0, shape[1])]
+    ids = blocks.TileIds(rows, tpu.across(keys, shape[1]))
+  return blocks.visible(block, shape, 1, tile.row0, tile.key0, ids)
+
+
+def _minus_di(dweights: jax.Array, s: State, here: Any) -> jax.Array:
+  return dweights - s.di[:, here]
+
+
+def _through_soft_cap(
+  p: Problem, logits: jax.Array, dlogits: jax.Array
+) -> jax.Array:
+  """The gradient of the products q . k; the kernel's logits are the tanh."""
+  if p.soft_cap is None:
+    return dlogits
+  return dlogits * (1.0 - logits * logits)
+
+
+def _add(ref: Any, at: Any, new: jax.Array, *, starts: bool) -> None:
+  ref[at] = new if starts else ref[at] + new
+
+
+def _finish_dq(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
+  dq = _scaled(block.call.problem, s.dq_transposed[...])
+  if i.rope is None:
+    o.dq[...] = dq.astype(o.dq.dtype).T
+  else:
+    own = block.own_keys
+    dq = _rotate_back(dq.T, s.sin[own, :], s.cos[own, :])
+    o.dq[...] = dq.astype(o.dq.dtype)
+
+
+def _finish_dk_and_dv(call: Call, o: Outputs, s: State) -> None:
+  dk = _scaled(call.problem, s.dk[...])
+  if s.sin is not None:
+    dk = _rotate_back(dk, s.sin[...], s.cos[...])
+  o.dk[...] = dk.astype(o.dk.dtype)
+  o.dv[...] = s.dv[...].astype(o.dv.dtype)
+
+
+def _scaled(p: Problem, sums: jax.Array) -> jax.Array:
+  return sums * p.scale
+
+
+def _rotate_back(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+  return rotate(x, -sin, cos)
+
+
+# --- the call -----------------------------------------------------------------
+
+
+def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
+  """dq, dk and dv, of q [B K, T G, H], k and v [B K, S, H]."""
+  q, k, v = a.q, tiles.padded(a.k, call), tiles.padded(a.v, call)
+  bk, tg, h = q.shape
+  row, whole, lane = tiles.block_specs(call, q, k)
+  bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
+  rope, rope_specs = blocks.rope_operands(call, a.positions, h // 2)
+  inputs = Inputs(q, k, v, outs.out, d.out, outs.lse, d.lse, ids, rope)
+  (gradients,) = pl.pallas_call(
+    functools.partial(_kernel, call=call),
+    name="flash_attention_bwd",
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(bk, pl.cdiv(tg, call.rows)),
+      in_specs=[
+        Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
+      ],
+      out_specs=[Outputs(row, whole, whole)],
+      scratch_shapes=[_state(call, inputs)],
+    ),
+    out_shape=[
+      Outputs(
+        varying_like(q, q.shape, dq_dtype),
+        varying_like(q, k.shape, k.dtype),
+        varying_like(q, v.shape, v.dtype),
+      )
+    ],
+    compiler_params=tpu.compiler_params(tiles.VMEM_BYTES),
+  )(bounds, inputs)
+  dq, dk, dv = gradients
+  return Arrays(dq, dk[:, : call.s], dv[:, : call.s])
+
+
+def _state(call: Call, i: Inputs) -> State:
+  """Types of the scratch for these operands."""
+  (s, h), tg = i.k.shape[1:], i.q.shape[1]
+  has_ragged_end, is_rotated = tg % call.rows != 0, i.rope is not None
+  by_lane = pltpu.VMEM((1, call.rows), jnp.float32)
+  of_keys = pltpu.VMEM((s, h), jnp.float32)
+  of_rows = pltpu.VMEM((call.rows, h), i.q.dtype)
+  of_phases = pltpu.VMEM((s, h // 2), jnp.float32)
+  return State(
+    lse=by_lane,
+    di=by_lane,
+    dq_transposed=pltpu.VMEM((h, call.rows), jnp.float32),
+    dk=of_keys,
+    dv=of_keys,
+    q=of_rows if has_ragged_end or is_rotated else None,
+    dout=of_rows if has_ragged_end else None,
+    k=pltpu.VMEM((s, h), i.k.dtype) if is_rotated else None,
+    sin=of_phases if is_rotated else None,
+    cos=of_phases if is_rotated else None,
+  )
+
+
+# --- the pass -----------------------------------------------------------------
+
+
+def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  """dq, dk and dv, by one call if VMEM holds all keys, else by several.
+
+  Args:
+    p: as `forward` had it.
+    saved: its arrays, and its results.
+    d: the cotangents of these.
+  """
+  a, outs = saved.arrays, saved.outs
+  sizes, kv_heads = tiles.Sizes.of(a.q, a.k), a.k.shape[2]
+  whole = tiles.backward_call(p, sizes)
+  keys = tiles.backward_keys(whole, sizes, rotated=a.positions is not None)
+  rows = a._replace(
+    q=spec.to_rows(a.q, kv_heads), k=spec.to_keys(a.k), v=spec.to_keys(a.v)
+  )
+  outs, d = (x._replace(out=spec.to_rows(x.out, kv_heads)) for x in (outs, d))
+  calls = tiles.spans(whole, keys)
+  if calls == [whole]:
+    grads = _run(whole, rows, outs, d, a.q.dtype)
+  else:
+    grads = _run_and_add(calls, rows, outs, d)
+  return Arrays(
+    q=spec.from_rows(grads.q, a.q.shape),
+    k=spec.from_keys(grads.k, a.k.shape),
+    v=spec.from_keys(grads.v, a.v.shape),
+  )
+
+
+def _run_and_add(calls: list[Call], a: Arrays, outs: Outs, d: Outs) -> Arrays:
+  """As `_run`, span by span; dq is added up in float32."""
+  dq = jnp.zeros(a.q.shape, jnp.float32)
+  dk, dv = jnp.zeros_like(a.k), jnp.zeros_like(a.v)
+  for call in calls:
+    rows, keys = call.query_rows, call.keys
+    outs_of_call, d_of_call = (
+      Outs(x.out[:, rows], x.lse[:, :, rows]) for x in (outs, d)
+    )
+    a_of_call = tiles.part_of(a, call)
+    new = _run(call, a_of_call, outs_of_call, d_of_call, jnp.float32)
+    dq = dq.at[:, rows].add(new.q)
+    dk = dk.at[:, keys].set(new.k)
+    dv = dv.at[:, keys].set(new.v)
+  return Arrays(dq.astype(a.q.dtype), dk, dv)

@@ -1,0 +1,343 @@
+"""Page 4: the forward kernel.
+
+One grid step is a block of queries, with all G heads of its kv head, against
+every key that it sees:
+
+  1. take      segment ids to where rows are; rotate q and its own keys, if RoPE
+               is inside
+  2. diagonal  the keys of the queries' own indices: they start the maximum m,
+               the sum and the weighted sum acc of every row; where there is no
+               diagonal, these start as nothing seen
+  3. others    the keys before and after, block by block, masked at the ends
+  4. finish    out = acc / sum,   lse = m + log2 sum
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .._frame import tpu
+from .._frame.sharding import varying_like
+from .._rope import phases, rotate
+from . import blocks, spec, tiles
+from .spec import Arrays, Outs, Problem
+from .tiles import Call
+
+# Hides a key.  Finite, so that a row that has seen no key yet stays a number:
+# what it gathers is multiplied by exp2(MASKED - m) = 0 at its first key.  And
+# not so low that the difference with a logit overflows.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+class Inputs(NamedTuple):
+  """Refs, in the kernel; R = block_q G rows; None where a problem has none."""
+
+  q: Any  # [R, H]
+  k: Any  # [S, H], the same for all blocks of queries
+  v: Any  # [S, H]
+  segments: blocks.SegmentRefs | None
+  rope: blocks.RopeRefs | None
+
+
+class Outputs(NamedTuple):
+  """Refs, in the kernel."""
+
+  out: Any  # [R, H]
+  lse: Any  # [1, R] float32, in units of `Problem.unit`
+
+
+class State(NamedTuple):
+  """Scratch: the online softmax of every row, and what `_take` makes."""
+
+  m: Any  # [R, LANES] maximum of the logits so far, equal in all lanes
+  total: Any  # [R, LANES] sum of the weights so far, a part in every lane
+  acc: Any  # [R, H] sum of the weighted values so far
+  ids: Any  # [R, LANES] segment ids by row, equal in all lanes; or None
+  q: Any  # [R, H] rotated; or None
+  k: Any  # [S, H] rotated as far as the grid has come; or None
+
+
+# --- the kernel ---------------------------------------------------------------
+
+
+def _kernel(bounds: Any, i: Inputs, o: Outputs, s: State, *, call: Call):
+  block = blocks.Block.of_step(call, bounds)
+  _take(block, i, s)
+
+  def on_diagonal() -> None:
+    # Each group of rows up to its last query, in whole registers.
+    ends = range(call.softmax_rows, call.rows + 1, call.softmax_rows)
+    widths = [tpu.lanes(pl.cdiv(end, call.group)) for end in ends]
+    key0 = block.own_keys.start
+    _attend(block, i, s, Keys(key0, widths, masked=True, starts=True))
+
+  def on_others(key0: Any, masked: bool) -> None:
+    widths = [call.block_kv] * (call.rows // call.softmax_rows)
+    _attend(block, i, s, Keys(key0, widths, masked))
+
+  block.start(on_diagonal, functools.partial(_start, s))
+  block.for_other_keys(on_others)
+  _finish(block, i, o, s)
+
+
+def _take(block: blocks.Block, i: Inputs, s: State) -> None:
+  """The ids to where the rows are; q and its own keys rotated."""
+  if i.segments is not None:
+    s.ids[...] = tpu.lanes_to_column(i.segments.rows[...])
+  if i.rope is not None:
+    sin, cos = phases(i.rope.positions[...], i.rope.timescale[...])
+    # Keys before the queries' own have been rotated by earlier grid steps.
+    own = block.own_keys
+    s.q[...] = _rotated_q(i, sin, cos)
+    s.k[own, :] = _rotated_k(i, own, sin, cos)
+
+
+def _rotated_q(i: Inputs, sin: jax.Array, cos: jax.Array) -> jax.Array:
+  return rotate(i.q[...], sin, cos)
+
+
+def _rotated_k(
+  i: Inputs, own: Any, sin: jax.Array, cos: jax.Array
+) -> jax.Array:
+  return rotate(i.k[own, :], sin, cos)
+
+
+def _start(s: State) -> None:
+  """No key seen."""
+  s.m[...] = jnp.full_like(s.m, MASKED)
+  s.total[...] = jnp.zeros_like(s.total)
+  s.acc[...] = jnp.zeros_like(s.acc)
+
+
+class Keys(NamedTuple):
+  """Keys that the rows of a block meet in one turn of a loop.
+
+  Attributes:
+    key0: the first.
+    widths: how many of them each group of `softmax_rows` rows sees.
+    masked: whether some of them may be hidden.
+    starts: whether they are the rows' first, and the state holds nothing yet.
+  """
+
+  key0: Any
+  widths: Sequence[int]
+  masked: bool
+  starts: bool = False
+
+
+def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
+  """The online softmax over some keys.
+
+  m'   = max(m, max_j s_j),    w_j = 2^(s_j - m'),    a = 2^(m - m')
+  sum' = a sum + sum_j w_j
+  acc' = a acc + sum_j w_j v_j
+  """
+  call, p = block.call, block.call.problem
+  q, k = (i.q, i.k) if i.rope is None else (s.q, s.k)
+  starts = range(0, call.rows, call.softmax_rows)
+  groups = [pl.ds(start, call.softmax_rows) for start in starts]
+  # All groups' products before any softmax: the matrix unit works on one group
+  # while the vector unit works on another.
+  products = [
+    tpu.dot(q[g, :], k[pl.ds(keys.key0, width), :], tpu.NT)
+    for g, width in zip(groups, keys.widths, strict=True)
+  ]
+  for g, product in zip(groups, products, strict=True):
+    width = product.shape[1]
+    v = i.v[pl.ds(keys.key0, width), :]
+    logits = p.logits(product)
+    if keys.masked:
+      mask = _mask(block, i, s, g, keys.key0, logits.shape)
+      logits = jnp.where(mask, logits, MASKED)
+    before = None if keys.starts else s.m[g, :]
+    m = _row_maximum(logits)
+    if before is not None:
+      m = jnp.maximum(before, m)
+    s.m[g, :] = m
+    weights = jnp.exp2((logits - tpu.across(m, width)) * p.to_base_2)
+    total = _sum_by_lane(weights)
+    acc = tpu.dot(weights.astype(v.dtype), v, tpu.NN)
+    if before is not None:
+      decay = jnp.exp2((before - m) * p.to_base_2)
+      total, acc = _add_decayed(s, g, decay, total, acc)
+    s.total[g, :] = total
+    s.acc[g, :] = acc
+
+
+def _mask(
+  block: blocks.Block, i: Inputs, s: State, g: Any, key0: Any, shape: Any
+) -> jax.Array:
+  ids = None
+  if i.segments is not None:
+    rows = tpu.across(s.ids[g, :], shape[1])
+    ids = blocks.TileIds(rows, i.segments.of_keys(key0, shape[1]))
+  return blocks.visible(block, shape, 0, g.start, key0, ids)
+
+
+def _row_maximum(logits: jax.Array) -> jax.Array:
+  """[R, keys] to [R, LANES], equal in all lanes."""
+  top = jnp.max(logits, axis=1, keepdims=True)
+  return jnp.broadcast_to(top, (logits.shape[0], tpu.LANES))
+
+
+def _sum_by_lane(weights: jax.Array) -> jax.Array:
+  """[R, keys] to [R, LANES]: the sum over lanes is left for the end."""
+  parts = jnp.split(weights, weights.shape[1] // tpu.LANES, axis=1)
+  return functools.reduce(jnp.add, parts)
+
+
+def _add_decayed(
+  s: State, g: Any, decay: jax.Array, total: jax.Array, acc: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The sums with what rows g had before, relative to the new maximum."""
+  total += decay * s.total[g, :]
+  acc += tpu.across(decay, acc.shape[1]) * s.acc[g, :]
+  return total, acc
+
+
+def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
+  """out = acc / sum and lse = m + log2 sum, 128 rows at a time."""
+  call, p = block.call, block.call.problem
+  may_see_nothing = not call.sees_itself or i.segments is not None
+  parts = [pl.ds(r, tpu.LANES) for r in range(0, call.rows, tpu.LANES)]
+  totals = [jnp.sum(s.total[r, :], axis=1, keepdims=True) for r in parts]
+  for r, total in zip(parts, totals, strict=True):
+    inverse = _reciprocal(total, o.out.dtype)
+    if may_see_nothing:
+      inverse = jnp.where(s.m[r, :1] > MASKED / 2, inverse, 0.0)
+    o.out[r, :] = (s.acc[r, :] * inverse).astype(o.out.dtype)
+  columns = [jnp.broadcast_to(t, (tpu.LANES, tpu.LANES)) for t in totals]
+  m, total = jnp.split(
+    tpu.columns_to_lanes([s.m[r, :] for r in parts] + columns), 2
+  )
+  lse = _lse(m, total, p)
+  if may_see_nothing:
+    lse = _minus_infinity_where_masked(lse, m)
+  tpu.store_lanes(o.lse, lse)
+
+
+def _lse(m: jax.Array, total: jax.Array, p: Problem) -> jax.Array:
+  return m + jnp.log2(total) * (1 / p.to_base_2)
+
+
+def _minus_infinity_where_masked(lse: jax.Array, m: jax.Array) -> jax.Array:
+  return jnp.where(m > MASKED / 2, lse, -jnp.inf)
+
+
+# In `pl` up to JAX 0.10, deprecated there since.
+_approximate_reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
+
+
+def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
+  """1 / x, well within dtype's precision."""
+  if dtype == jnp.float32:
+    return 1.0 / x
+  guess = _approximate_reciprocal(x, approx=True)
+  return guess * (2.0 - x * guess)
+
+
+# --- the call -----------------------------------------------------------------
+
+
+def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
+  """Of q [B K, T G, H], k and v [B K, S, H]; lse is [B K, 1, T G]."""
+  q, k, v = arrays.q, tiles.padded(arrays.k, call), tiles.padded(arrays.v, call)
+  bk, tg, h = q.shape
+  row, whole, lane = tiles.block_specs(call, q, k)
+  bounds, ids, id_specs = blocks.segment_operands(call, arrays.segments)
+  rope, rope_specs = blocks.rope_operands(call, arrays.positions, h // 2)
+  (outs,) = pl.pallas_call(
+    functools.partial(_kernel, call=call),
+    name="flash_attention_fwd",
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(bk, pl.cdiv(tg, call.rows)),
+      in_specs=[Inputs(row, whole, whole, id_specs, rope_specs)],
+      out_specs=[Outputs(row, lane)],
+      scratch_shapes=[_state(call, Inputs(q, k, v, ids, rope))],
+    ),
+    out_shape=[
+      Outputs(
+        varying_like(q, q.shape, out_dtype),
+        varying_like(q, (bk, 1, tg), jnp.float32),
+      )
+    ],
+    compiler_params=tpu.compiler_params(tiles.VMEM_BYTES),
+  )(bounds, Inputs(q, k, v, ids, rope))
+  return Outs(*outs)
+
+
+def _state(call: Call, i: Inputs) -> State:
+  """Types of the scratch for these operands."""
+  h = i.q.shape[2]
+  by_row = pltpu.VMEM((call.rows, tpu.LANES), jnp.float32)
+  ids = pltpu.VMEM((call.rows, tpu.LANES), jnp.int32)
+  return State(
+    m=by_row,
+    total=by_row,
+    acc=pltpu.VMEM((call.rows, h), jnp.float32),
+    ids=None if i.segments is None else ids,
+    q=None if i.rope is None else pltpu.VMEM((call.rows, h), i.q.dtype),
+    k=None if i.rope is None else pltpu.VMEM(i.k.shape[1:], i.k.dtype),
+  )
+
+
+# --- the pass -----------------------------------------------------------------
+
+
+def forward(p: Problem, a: Arrays) -> Outs:
+  """Attention by one call if VMEM holds all keys, else by several, merged.
+
+  Args:
+    p: the problem, with a config and a positive scale.
+    a: the arrays; positions only if the kernel is to rotate.
+
+  Returns:
+    out [B, T, N, H], and lse [B K, 1, T G] in units of `Problem.unit`.
+  """
+  sizes = tiles.Sizes.of(a.q, a.k)
+  whole = tiles.forward_call(p, sizes)
+  keys = tiles.forward_keys(whole, sizes, rotated=a.positions is not None)
+  rows = a._replace(
+    q=spec.to_rows(a.q, a.k.shape[2]), k=spec.to_keys(a.k), v=spec.to_keys(a.v)
+  )
+  calls = tiles.spans(whole, keys)
+  if calls == [whole]:
+    outs = _run(whole, rows, a.q.dtype)
+  else:
+    outs = _run_and_merge(calls, rows)
+  return outs._replace(out=spec.from_rows(outs.out, a.q.shape))
+
+
+def _run_and_merge(calls: Sequence[Call], arrays: Arrays) -> Outs:
+  """Of q in rows, span by span; the sums are float32."""
+  q = arrays.q
+  out = jnp.zeros(q.shape, jnp.float32)
+  lse = jnp.full((q.shape[0], 1, q.shape[1]), -jnp.inf)
+  for call in calls:
+    rows = call.query_rows
+    new = _run(call, tiles.part_of(arrays, call), jnp.float32)
+    old = Outs(out[:, rows], lse[:, :, rows])
+    merged = _merged(call.problem, old, new)
+    out = out.at[:, rows].set(merged.out)
+    lse = lse.at[:, :, rows].set(merged.lse)
+  return Outs(out.astype(q.dtype), lse)
+
+
+def _merged(p: Problem, old: Outs, new: Outs) -> Outs:
+  """Attention over two sets of keys, from that over each."""
+  top = jnp.maximum(old.lse, new.lse)
+  top = jnp.where(top > -jnp.inf, top, 0.0)
+  a, b = (jnp.exp2((o.lse - top) * p.to_base_2) for o in (old, new))
+  total = a + b
+  scale = jnp.where(total > 0, 1 / total, 0.0)
+  a, b = (jnp.swapaxes(x * scale, 1, 2) for x in (a, b))
+  lse = top + jnp.log2(total) / p.to_base_2
+  return Outs(old.out * a + new.out * b, lse)

@@ -1,0 +1,268 @@
+"""Page 1: the arrays and the problem, what is computed, and rows in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._frame.check import Implementation
+from .._rope import Rope, apply_rope_reference
+
+if TYPE_CHECKING:
+  from .tiles import FlashAttentionConfig
+
+Window = tuple[int, int] | None
+SegmentIds = jax.Array | tuple[jax.Array, jax.Array] | None
+
+# --- the problem --------------------------------------------------------------
+
+
+class Segments(NamedTuple):
+  """Segment ids; 0 is padding."""
+
+  q: Any  # [B, T] integers
+  k: Any  # [B, S] integers
+
+
+class Arrays(NamedTuple):
+  """What attention is given; None for what a problem does not have."""
+
+  q: Any  # [B, T, N, H]
+  k: Any  # [B, S, K, H]
+  v: Any  # [B, S, K, H]
+  segments: Segments | None = None
+  positions: Any = None  # [B, T] integers: q and k are to be rotated
+
+  @classmethod
+  def of(
+    cls, q: Any, k: Any, v: Any, segment_ids: SegmentIds, rope: Rope | None
+  ) -> Arrays:
+    """From the arguments of the public functions."""
+    positions = None if rope is None else rope.positions
+    return cls(q, k, v, segments_of(segment_ids), positions)
+
+
+class Outs(NamedTuple):
+  """What attention gives."""
+
+  out: Any  # [B, T, N, H]
+  lse: Any  # [B, N, T] float32, or None; between the passes [B K, 1, T G]
+
+
+def segments_of(segment_ids: SegmentIds) -> Segments | None:
+  """One array is that of queries and keys alike."""
+  if segment_ids is None:
+    return None
+  if isinstance(segment_ids, tuple):
+    return Segments(*segment_ids)
+  return Segments(segment_ids, segment_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Everything that is not an array.
+
+  Attributes:
+    scale: multiplies the logits.
+    is_causal: query i sees keys up to i.
+    window: (left, right), both inclusive, or None.
+    soft_cap: cap of the logits, or None.
+    base_frequency: of the rotation, if positions come along.
+    return_lse: whether the log of the sum of exponentials is a result.
+    implementation: as the caller gave it.
+    config: tile sizes, None for the op's own choice.
+  """
+
+  scale: float
+  is_causal: bool = False
+  window: Window = None
+  soft_cap: float | None = None
+  base_frequency: float = 10_000.0
+  return_lse: bool = False
+  implementation: Implementation = None
+  config: FlashAttentionConfig | None = None
+
+  @property
+  def tiles(self) -> FlashAttentionConfig:
+    """The config that was chosen, once one was."""
+    assert self.config is not None
+    return self.config
+
+  @property
+  def unit(self) -> float:
+    """What the kernels count logits in: the scale, or the soft cap.
+
+    So logits are q . k itself, or its tanh, and differences of them are formed
+    before any rounding of a product.
+    """
+    return self.scale if self.soft_cap is None else self.soft_cap
+
+  @property
+  def to_base_2(self) -> float:
+    """Takes differences of the kernels' logits to exponents of 2."""
+    return self.unit * math.log2(math.e)
+
+  def logits(self, products: jax.Array) -> jax.Array:
+    """The kernels' logits, in units of `unit`, from the products q . k."""
+    if self.soft_cap is None:
+      return products
+    return jnp.tanh(products * (self.scale / self.soft_cap))
+
+
+# --- the references -----------------------------------------------------------
+
+
+def visible_pairs(
+  q_index: jax.Array,
+  k_index: jax.Array,
+  is_causal: bool,
+  local_window_size: Window,
+) -> jax.Array:
+  """Which keys each query sees by position: [..., T, S] booleans.
+
+  Six queries and keys, causal with a window of (2, 0); x marks the visible:
+
+        k 0 1 2 3 4 5
+    q 0   x
+      1   x x
+      2   x x x
+      3     x x x
+      4       x x x
+      5         x x x
+  """
+  q, k = q_index[..., :, None], k_index[..., None, :]
+  mask = jnp.broadcast_to(True, jnp.broadcast_shapes(q.shape, k.shape))
+  if is_causal:
+    mask &= k <= q
+  if local_window_size is not None:
+    left, right = local_window_size
+    mask &= (k >= q - left) & (k <= q + right)
+  return mask
+
+
+def masked_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  scale: float | None,
+  logits_soft_cap: float | None,
+) -> Outs:
+  """Attention under mask [B, T, S]: out [B, T, N, H] and lse [B, N, T]."""
+  batch, t, n, h = q.shape
+  kv_heads = k.shape[2]
+  at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
+  grouped = q.reshape(batch, t, kv_heads, n // kv_heads, h)
+  logits = jnp.einsum(
+    "btkgh,bskh->bkgts", grouped, k, preferred_element_type=at_least_float32
+  )
+  logits *= h**-0.5 if scale is None else scale
+  if logits_soft_cap is not None:
+    logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+  logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
+  lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  # A row that sees nothing has lse = -inf; its weights are 0, not exp(nan), in
+  # the value and in the gradient.
+  seen = lse > -jnp.inf
+  weights = jnp.exp(logits - jnp.where(seen, lse, 0.0))
+  out = jnp.einsum(
+    "bkgts,bskh->btkgh",
+    weights.astype(v.dtype),
+    v,
+    preferred_element_type=at_least_float32,
+  )
+  return Outs(out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, n, t))
+
+
+def attention(p: Problem, a: Arrays) -> Outs:
+  """The maths of the room's docstring in plain jnp."""
+  q, k = a.q, a.k
+  if a.positions is not None:
+    base = p.base_frequency
+    q = apply_rope_reference(q, a.positions, base_frequency=base)
+    k = apply_rope_reference(k, a.positions, base_frequency=base)
+  t, s = q.shape[1], k.shape[1]
+  mask = visible_pairs(jnp.arange(t), jnp.arange(s), p.is_causal, p.window)
+  mask = mask[None]
+  if a.segments is not None:
+    of_q, of_k = a.segments.q[:, :, None], a.segments.k[:, None, :]
+    mask = mask & (of_q == of_k) & (of_k != 0)
+  mask = jnp.broadcast_to(mask, (q.shape[0], t, s))
+  outs = masked_attention(q, k, a.v, mask, p.scale, p.soft_cap)
+  return outs if p.return_lse else outs._replace(lse=None)
+
+
+def flash_attention_reference(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  scale: float | None = None,
+  is_causal: bool = False,
+  segment_ids: SegmentIds = None,
+  local_window_size: Window = None,
+  logits_soft_cap: float | None = None,
+  rope: Rope | None = None,
+  return_lse: bool = False,
+) -> Any:
+  """The maths of the room's docstring in plain jnp.  The specification."""
+  problem = Problem(
+    scale=q.shape[3] ** -0.5 if scale is None else scale,
+    is_causal=is_causal,
+    window=local_window_size,
+    soft_cap=logits_soft_cap,
+    base_frequency=rope.base_frequency if rope else 0.0,
+    return_lse=return_lse,
+  )
+  outs = attention(problem, Arrays.of(q, k, v, segment_ids, rope))
+  return tuple(outs) if return_lse else outs.out
+
+
+# --- rows and keys ------------------------------------------------------------
+# The kernels see rows: the G = N / K query heads of a kv head lie side by side
+# under their token, row r = t G + g, so that one matmul serves all of them.
+
+
+def to_rows(x: jax.Array, kv_heads: int) -> jax.Array:
+  """[B, T, N, H] to [B K, T G, H]; for one kv head and G = 8 or more, free."""
+  b, t, n, h = x.shape
+  x = x.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)
+  return x.reshape(b * kv_heads, t * (n // kv_heads), h)
+
+
+def from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[B K, T G, H] to shape [B, T, N, H]."""
+  b, t, n, h = shape
+  group = rows.shape[1] // t
+  return rows.reshape(b, n // group, t, group, h).swapaxes(1, 2).reshape(shape)
+
+
+def to_keys(x: jax.Array) -> jax.Array:
+  """[B, S, K, H] to [B K, S, H]; for one kv head, free."""
+  b, s, kv_heads, h = x.shape
+  return x.swapaxes(1, 2).reshape(b * kv_heads, s, h)
+
+
+def from_keys(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[B K, S, H] to shape [B, S, K, H]."""
+  b, s, kv_heads, h = shape
+  return keys.reshape(b, kv_heads, s, h).swapaxes(1, 2)
+
+
+def lse_to_rows(lse: jax.Array, kv_heads: int) -> jax.Array:
+  """[B, N, T] to [B K, 1, T G]."""
+  b, n, t = lse.shape
+  rows = lse.reshape(b * kv_heads, n // kv_heads, t).swapaxes(1, 2)
+  return rows.reshape(b * kv_heads, 1, t * (n // kv_heads))
+
+
+def lse_from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[B K, 1, T G] to [B, N, T], given q's shape."""
+  b, t, n, _ = shape
+  return (
+    rows.reshape(b, -1, t, rows.shape[2] // t).swapaxes(2, 3).reshape(b, n, t)
+  )

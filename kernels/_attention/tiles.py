@@ -1,0 +1,397 @@
+"""Page 2: tile sizes, what of a problem fits VMEM, and the kernel's calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from .._frame import tpu
+from .._frame.tuned import power_of_two, tuned_config
+from .spec import Arrays, Problem, Segments
+
+# Of it the model below plans with all; what the compiler adds is not in it.
+VMEM_BYTES = 120 << 20
+
+# --- configuration ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlashAttentionConfig:
+  """Tile sizes.  They change speed, never results beyond rounding.
+
+  Attributes:
+    block_q: queries per grid step of the forward, each with all heads of its
+      kv head; a multiple of 16.
+    block_kv: keys per step of its inner loop; a power of two, at least 128.
+    rows: queries times heads that go through the softmax together; those of
+      one grid step are interleaved.  A multiple of 128.
+    block_q_bwd: as block_q, of the backward.
+    block_kv_bwd: as block_kv, of the backward.
+  """
+
+  block_q: int = 128
+  block_kv: int = 256
+  rows: int = 256
+  block_q_bwd: int = 128
+  block_kv_bwd: int = 256
+
+  def __post_init__(self):
+    for name, value in dataclasses.asdict(self).items():
+      if name.startswith("block_q"):
+        good, wanted = value % 16 == 0, "a multiple of 16"
+      elif name.startswith("block_kv"):
+        good = value & (value - 1) == 0 and value >= tpu.LANES
+        wanted = f"a power of two, at least {tpu.LANES}"
+      else:
+        good, wanted = value % tpu.LANES == 0, f"a multiple of {tpu.LANES}"
+      if not good or value <= 0:
+        raise ValueError(
+          f"FlashAttentionConfig: {name} must be positive and {wanted}, "
+          f"got {value}"
+        )
+
+  @classmethod
+  def fitting(
+    cls, group: int, head_size: int, dtype: Any = jnp.bfloat16
+  ) -> FlashAttentionConfig:
+    """Tiles of 2048 rows, whatever the number of heads among them.
+
+    Of float32, whose products take several passes of the matrix unit and long
+    to compile, 1024.  Small heads have a softmax as long as their matmuls; what
+    it costs for each block of keys is spread over more of them.  block_q is a
+    power of two, so that blocks of keys divide it and there is a diagonal.
+    """
+    rows = 1024 if dtype == jnp.float32 else 2048
+    block_q = 1 << (rows // min(group, 128)).bit_length() - 1
+    block_q = min(max(block_q, 16), 1024)
+    small_softmax_share = head_size > tpu.LANES and group > 1
+    block_kv = min(256 if small_softmax_share else 512, block_q)
+    block_kv = max(block_kv, tpu.LANES)
+    return cls(
+      block_q=block_q,
+      block_kv=block_kv,
+      block_q_bwd=block_q,
+      block_kv_bwd=block_kv,
+    )
+
+  def vmem_bytes(self, q: Any, k: Any) -> tuple[int, int]:
+    """VMEM that one call of the forward and one of the backward take.
+
+    An estimate, on which the number of keys to a call rests.
+
+    Args:
+      q: [B, T, N, H], or its shape and dtype.
+      k: [B, S, K, H], likewise.
+    """
+    sizes = Sizes.of(q, k)
+    config = self.clipped(sizes.t, sizes.s, sizes.group)
+    of_passes = forward_bytes(config, sizes), backward_bytes(config, sizes)
+    forward, backward = (
+      fixed + min(sizes.s * per_key, VMEM_BYTES - fixed)
+      for fixed, per_key in of_passes
+    )
+    return forward, backward
+
+  def clipped(self, t: int, s: int, group: int) -> FlashAttentionConfig:
+    """No larger than the problem, and with rows a multiple of 128."""
+    unit = max(tpu.LANES // math.gcd(group, tpu.LANES), 16)
+
+    def queries(block: int) -> int:
+      return min(tpu.round_up(block, unit), tpu.round_up(t, unit))
+
+    most_keys = max(power_of_two(s), tpu.LANES)
+    return dataclasses.replace(
+      self,
+      block_q=queries(self.block_q),
+      block_kv=min(self.block_kv, most_keys),
+      block_q_bwd=queries(self.block_q_bwd),
+      block_kv_bwd=min(self.block_kv_bwd, most_keys),
+    )
+
+
+def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
+  """The caller's config, else the tuned one, else one that fits."""
+  (_, t, n, h), (_, s, kv_heads, _) = a.q.shape, a.k.shape
+  config, group = p.config, n // kv_heads
+  if config is None:
+    mask = "causal" if p.is_causal else "full"
+    mask += "" if p.window is None else "_window"
+    mask += "" if a.segments is None else "_segments"
+    found = tuned_config(
+      "flash_attention",
+      heads=n,
+      kv_heads=kv_heads,
+      head_size=h,
+      length=power_of_two(max(t, s)),
+      dtype=a.q.dtype.name,
+      mask=mask,
+    )
+    config = FlashAttentionConfig(**found) if found else None
+  config = config or FlashAttentionConfig.fitting(group, h, a.q.dtype)
+  return config.clipped(t, s, group)
+
+
+# --- what fits VMEM -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Of a problem, as the model of VMEM needs them."""
+
+  t: int
+  s: int
+  batch: int
+  kv_heads: int
+  group: int  # query heads per kv head
+  head_size: int
+  itemsize: int
+
+  @classmethod
+  def of(cls, q: Any, k: Any) -> Sizes:
+    """From q [B, T, N, H] and k [B, S, K, H], or their shapes and dtypes."""
+    b, t, n, h = q.shape
+    s, kv_heads = k.shape[1:3]
+    group = n // kv_heads
+    return cls(t, s, b, kv_heads, group, h, q.dtype.itemsize)
+
+  @property
+  def row_values(self) -> int:
+    """Of a head, with its padding to whole lanes."""
+    return tpu.lanes(self.head_size)
+
+  @property
+  def key_buffers(self) -> int:
+    """While one kv head is at work the next is loaded, if there is one."""
+    return 1 if self.batch * self.kv_heads == 1 else 2
+
+
+def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
+  """VMEM of the forward: in all but its keys, and per key."""
+  rows = config.block_q * x.group
+  q_and_out = 2 * 2 * rows * x.row_values * x.itemsize  # two buffers of each
+  state = rows * (2 * tpu.LANES + x.row_values) * 4
+  logits_and_weights = 2 * rows * config.block_kv * 4
+  k_and_v = 2 * x.key_buffers * x.row_values * x.itemsize
+  return q_and_out + state + logits_and_weights, k_and_v
+
+
+def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
+  """VMEM of the backward: in all but its keys, and per key."""
+  rows = config.block_q_bwd * x.group
+  # q, o, do and dq in two buffers each, and q and do without undefined rows.
+  tiles = 10 * rows * x.row_values * x.itemsize
+  state = 2 * rows * x.row_values * 4
+  logits = 4 * rows * config.block_kv_bwd * 4
+  # k, v, dk and dv, and the sums of the latter two in float32.
+  per_key = (4 * x.key_buffers * x.itemsize + 2 * 4) * x.row_values
+  return tiles + state + logits, per_key
+
+
+def _keys_that_fit(name: str, fixed: int, per_key: int, unit: int) -> int:
+  keys = (VMEM_BYTES - fixed) // per_key // unit * unit
+  if keys <= 0:
+    raise ValueError(
+      f"flash_attention: the {name}'s tiles must fit {VMEM_BYTES} bytes of "
+      f"VMEM, got {fixed + unit * per_key} with {unit} keys; use smaller blocks"
+    )
+  return keys
+
+
+# --- calls --------------------------------------------------------------------
+# A call holds all its keys in VMEM.  More than fit are taken in spans, each
+# with the queries that see it: the forward merges the spans' results by their
+# lse, the backward adds up dq.
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One kernel call: its part of a problem, and its tiles; all static.
+
+  Attributes:
+    problem: the whole.
+    kv_heads: K.
+    group: query heads per kv head, G.
+    block_q: queries per grid step.
+    block_kv: keys per step of the inner loop.
+    softmax_rows: rows that go through the softmax together.
+    first_q: index of its first query.
+    t: how many queries it has.
+    first_k: index of its first key.
+    s: how many keys it has; the arrays of keys may be padded beyond.
+  """
+
+  problem: Problem
+  kv_heads: int
+  group: int
+  block_q: int
+  block_kv: int
+  softmax_rows: int
+  first_q: int
+  t: int
+  first_k: int
+  s: int
+
+  @property
+  def shift(self) -> int:
+    """Index of the first key minus index of the first query."""
+    return self.first_k - self.first_q
+
+  @property
+  def rows(self) -> int:
+    """Per grid step."""
+    return self.block_q * self.group
+
+  @property
+  def has_diagonal(self) -> bool:
+    """Whether a q block's last keys are those of its own indices.
+
+    What a row sees of them does not depend on the block, and is cut out at
+    compile time.
+    """
+    aligned = self.block_q % self.block_kv == 0 and self.shift == 0
+    return self.problem.is_causal and aligned
+
+  @property
+  def key_unit(self) -> int:
+    """What the arrays of keys are padded to a multiple of."""
+    return self.block_q if self.has_diagonal else self.block_kv
+
+  @property
+  def sees_itself(self) -> bool:
+    """Whether, but for segments, every query sees the key of its index."""
+    return self.shift == 0 and self.t <= self.s
+
+  @property
+  def queries(self) -> slice:
+    """Its part of [..., T]."""
+    return slice(self.first_q, self.first_q + self.t)
+
+  @property
+  def keys(self) -> slice:
+    """Its part of [..., S]."""
+    return slice(self.first_k, self.first_k + self.s)
+
+  @property
+  def query_rows(self) -> slice:
+    """Its part of [..., T G]."""
+    end = self.first_q + self.t
+    return slice(self.first_q * self.group, end * self.group)
+
+
+def forward_call(p: Problem, x: Sizes) -> Call:
+  """The whole problem as one call of the forward kernel."""
+  block_q, block_kv = p.tiles.block_q, p.tiles.block_kv
+  softmax_rows = math.gcd(block_q * x.group, p.tiles.rows)
+  tiles = block_q, block_kv, softmax_rows
+  return Call(p, x.kv_heads, x.group, *tiles, 0, x.t, 0, x.s)
+
+
+def backward_call(p: Problem, x: Sizes) -> Call:
+  """The whole problem as one call of the backward kernel."""
+  block_q, block_kv = p.tiles.block_q_bwd, p.tiles.block_kv_bwd
+  tiles = block_q, block_kv, block_q * x.group
+  return Call(p, x.kv_heads, x.group, *tiles, 0, x.t, 0, x.s)
+
+
+def forward_keys(call: Call, x: Sizes, *, rotated: bool) -> int:
+  """How many keys one call of the forward holds."""
+  fixed, per_key = forward_bytes(call.problem.tiles, x)
+  if rotated:  # k rotated
+    per_key += x.row_values * x.itemsize
+  return _keys_that_fit("forward", fixed, per_key, call.key_unit)
+
+
+def backward_keys(call: Call, x: Sizes, *, rotated: bool) -> int:
+  """How many keys one call of the backward holds."""
+  fixed, per_key = backward_bytes(call.problem.tiles, x)
+  if rotated:  # k rotated, and the sine and cosine
+    per_key += x.row_values * (x.itemsize + 4)
+  return _keys_that_fit("backward", fixed, per_key, call.key_unit)
+
+
+def spans(whole: Call, keys: int) -> list[Call]:
+  """The calls that make up one, `keys` keys at a time."""
+  p, calls = whole.problem, []
+  for first_k in range(0, whole.s, keys):
+    end_k = min(first_k + keys, whole.s)
+    first_q, end_q = 0, whole.t
+    if p.is_causal:
+      first_q = first_k
+    if p.window is not None:
+      left, right = p.window
+      first_q, end_q = max(first_q, first_k - right), min(end_q, end_k + left)
+    if first_q < end_q:
+      calls.append(
+        dataclasses.replace(
+          whole,
+          first_q=first_q,
+          t=end_q - first_q,
+          first_k=first_k,
+          s=end_k - first_k,
+        )
+      )
+  return calls
+
+
+def rotates_inside(p: Problem, a: Arrays) -> bool:
+  """Whether the attention kernels do the rotation, not `apply_rope` before.
+
+  They rotate a key with the query of its position: on a diagonal, with all the
+  keys in one call, and halves and heads that are whole registers.
+  """
+  x = Sizes.of(a.q, a.k)
+  whole_halves = x.head_size // 2 % tpu.LANES == 0
+  whole_groups = x.group == 1 or x.group % tpu.SUBLANES == 0
+  forward, backward = forward_call(p, x), backward_call(p, x)
+  if not (whole_halves and whole_groups):
+    return False
+  if not (forward.has_diagonal and backward.has_diagonal):
+    return False
+  return x.s <= min(
+    forward_keys(forward, x, rotated=True),
+    backward_keys(backward, x, rotated=True),
+  )
+
+
+# --- blocks of the operands ---------------------------------------------------
+
+
+def block_specs(
+  call: Call, q: jax.Array, k: jax.Array
+) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+  """Of rows [B K, T G, H], whole keys [B K, S, H], and lanes [B K, 1, T G]."""
+  once = pl.Buffered(1) if q.shape[0] == 1 else None  # nothing to load ahead
+  return (
+    pl.BlockSpec((None, call.rows, q.shape[2]), lambda b, i, *_: (b, i, 0)),
+    pl.BlockSpec(
+      (None, *k.shape[1:]), lambda b, i, *_: (b, 0, 0), pipeline_mode=once
+    ),
+    pl.BlockSpec((None, 1, call.rows), lambda b, i, *_: (b, 0, i)),
+  )
+
+
+def padded(keys: jax.Array, call: Call) -> jax.Array:
+  """Keys with zeros up to a whole number of blocks.
+
+  They are masked, but must be numbers.
+  """
+  more = -keys.shape[1] % call.key_unit
+  return jnp.pad(keys, ((0, 0), (0, more), (0, 0)))
+
+
+def part_of(arrays: Arrays, call: Call) -> Arrays:
+  """A call's part of q [B K, T G, H], k and v [B K, S, H], and segments."""
+  segments = arrays.segments
+  if segments is not None:
+    segments = Segments(segments.q[:, call.queries], segments.k[:, call.keys])
+  return Arrays(
+    arrays.q[:, call.query_rows],
+    arrays.k[:, call.keys],
+    arrays.v[:, call.keys],
+    segments,
+  )

@@ -1,0 +1,219 @@
+"""The forward kernel of geglu and feed_forward.
+
+One grid step has a row tile of x and an F tile of the weights:
+
+  1. normalise  x, at the first F tile of a row tile, if there is a norm
+  2. multiply   gate = x Wg,  up = x Wu
+  3. keep       gate and up, if the backward pass wants them
+  4. gate       h = a(gate) * up, the result of geglu
+  5. project    y += h Wd, of feed_forward
+  6. finish     y of the sum over F tiles, plus the residual, at the last F tile
+
+feed_forward sums over F tiles, and a norm is taken once for all of them: there
+the F tiles are the inner dimension of the grid.  Otherwise the row tiles are,
+so that the weights are read once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .._frame import tpu
+from .._frame.sharding import varying_like
+from .activation import activate
+from .spec import Arrays, Kept, Outs, Problem
+from .tiles import VMEM_BYTES, Plan, Sizes, forward_tiles, where_present
+
+
+class Inputs(NamedTuple):
+  """Refs of the kernel's inputs."""
+
+  x: Any  # [rows, D]
+  w_gate: Any  # [D, cols]
+  w_up: Any  # [D, cols]
+  w_down: Any  # [cols, D], None for geglu
+  scale: Any  # [1, D], None without a norm
+
+
+class Outputs(NamedTuple):
+  """Refs of its outputs."""
+
+  y: Any  # [rows, D]; of geglu h, [rows, cols]
+  gate: Any  # [rows, cols], None if not kept
+  up: Any  # [rows, cols], None if not kept
+  normed: Any  # [rows, D], None if not kept or without a norm
+
+
+class Scratch(NamedTuple):
+  """Refs of its scratch."""
+
+  normed: Any  # [rows, D], the norm of x where it is not an output
+  y_sum: Any  # [rows, D] float32; a float32 y is its own sum
+
+
+# --- the kernel ---------------------------------------------------------------
+
+
+def _kernel(i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
+  x = _normalise(i, o, s, plan)
+  gate, up = _multiply(i, x)
+  if o.gate is not None:
+    _keep(o, gate, up)
+  h = _gate(gate, up, plan).astype(x.dtype)
+  if i.w_down is None:
+    o.y[...] = h
+  else:
+    _project(i, o, s, h, plan)
+    if s.y_sum is not None or plan.problem.residual:
+      _finish(i, o, s, plan)
+
+
+def _normalise(i: Inputs, o: Outputs, s: Scratch, plan: Plan) -> jax.Array:
+  """x, or its norm, which is taken once for all F tiles of a row tile."""
+  norm = plan.problem.norm
+  if norm is None:
+    return i.x[...]
+  normed = s.normed if o.normed is None else o.normed
+
+  @pl.when(pl.program_id(1) == 0)
+  def _():
+    x = i.x[...].astype(jnp.float32)
+    normed[...] = norm.of(x, i.scale[...]).astype(normed.dtype)
+
+  return normed[...]
+
+
+def _multiply(i: Inputs, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """gate and up, float32."""
+  gate = tpu.dot(x, i.w_gate[...].astype(x.dtype))
+  up = tpu.dot(x, i.w_up[...].astype(x.dtype))
+  return gate, up
+
+
+def _keep(o: Outputs, gate: jax.Array, up: jax.Array):
+  o.gate[...] = gate.astype(o.gate.dtype)
+  o.up[...] = up.astype(o.up.dtype)
+
+
+def _gate(gate: jax.Array, up: jax.Array, plan: Plan) -> jax.Array:
+  """h, float32."""
+  return activate(plan.problem.activation, gate) * up
+
+
+def _y_sum(o: Outputs, s: Scratch) -> Any:
+  """Where y is summed over F tiles."""
+  return o.y if s.y_sum is None else s.y_sum
+
+
+def _project(i: Inputs, o: Outputs, s: Scratch, h: jax.Array, plan: Plan):
+  """Adds this F tile's part of y to the sum."""
+  is_first, y_sum = pl.program_id(1) == 0, _y_sum(o, s)
+  h, w_down = _inside_f(h, i.w_down[...].astype(h.dtype), plan)
+  # A selection costs nothing beside the product; to clear the sum would.
+  y_sum[...] = jnp.where(is_first, 0.0, y_sum[...]) + tpu.dot(h, w_down)
+
+
+def _inside_f(
+  h: jax.Array, w_down: jax.Array, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+  """Both factors of a sum over F, with zeros past the end of F."""
+  f, cols = plan.sizes.f, plan.tiles.cols
+  if f % cols == 0:
+    return h, w_down
+  inside = f - pl.program_id(1) * cols
+  return tpu.zero_past(h, inside, axis=1), tpu.zero_past(w_down, inside, axis=0)
+
+
+def _finish(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
+  """Writes y from its sum, after the last F tile."""
+  residual, y_sum = plan.problem.residual, _y_sum(o, s)
+
+  @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+  def _():
+    y = y_sum[...]
+    if residual:
+      y += i.x[...].astype(jnp.float32)
+    o.y[...] = y.astype(o.y.dtype)
+
+
+# --- the call -----------------------------------------------------------------
+
+
+def forward(p: Problem, a: Arrays, *, keep: bool) -> tuple[Outs, Kept | None]:
+  """The result, and with `keep` what the config keeps for the backward pass."""
+  kept = keep and p.keeps_products
+  sizes = Sizes.of(a, kept=kept)
+  plan = Plan(p, sizes, forward_tiles(sizes, p.config))
+  scale = None if a.scale is None else a.scale[None, :]
+  arrays = Inputs(a.x, a.w_gate, a.w_up, a.w_down, scale)
+  specs, shapes = _specs(plan), _out_shapes(plan, a.x)
+  grid = plan.row_tiles, plan.f_tiles
+  (outs,) = pl.pallas_call(
+    functools.partial(_kernel, plan=plan),
+    name=f"{sizes.op}_fwd",
+    grid=grid if _f_inside(plan) else grid[::-1],
+    in_specs=[where_present(arrays, specs[0])],
+    out_specs=[where_present(shapes, specs[1])],
+    out_shape=[shapes],
+    scratch_shapes=[_scratch(plan)],
+    compiler_params=tpu.compiler_params(VMEM_BYTES),
+  )(arrays)
+  if not kept:
+    return Outs(outs.y), None
+  return Outs(outs.y), Kept(outs.gate, outs.up, outs.normed)
+
+
+def _f_inside(plan: Plan) -> bool:
+  """Whether the F tiles are the inner dimension of the grid."""
+  return plan.sizes.down or plan.sizes.normed
+
+
+def _specs(plan: Plan) -> tuple[Inputs, Outputs]:
+  """Of all inputs and outputs that there may be."""
+  rows, cols, d = plan.tiles.rows, plan.tiles.cols, plan.sizes.d
+
+  def block(shape: tuple[int, int], index: Callable[..., Any]) -> pl.BlockSpec:
+    """`index` is of the row tile and the F tile."""
+    if _f_inside(plan):
+      return pl.BlockSpec(shape, index)
+    return pl.BlockSpec(shape, lambda j, i: index(i, j))
+
+  by_row = block((rows, d), lambda i, j: (i, 0))
+  up = block((d, cols), lambda i, j: (0, j))
+  down = block((cols, d), lambda i, j: (j, 0))
+  both = block((rows, cols), lambda i, j: (i, j))
+  gain = block((1, d), lambda i, j: (0, 0))
+  y = by_row if plan.sizes.down else both
+  return (
+    Inputs(x=by_row, w_gate=up, w_up=up, w_down=down, scale=gain),
+    Outputs(y=y, gate=both, up=both, normed=by_row),
+  )
+
+
+def _out_shapes(plan: Plan, x: jax.Array) -> Outputs:
+  sizes = plan.sizes
+  narrow = varying_like(x, (sizes.n, sizes.d), x.dtype)
+  wide = varying_like(x, (sizes.n, sizes.f), x.dtype)
+  return Outputs(
+    y=narrow if sizes.down else wide,
+    gate=wide if sizes.kept else None,
+    up=wide if sizes.kept else None,
+    normed=narrow if sizes.kept and sizes.normed else None,
+  )
+
+
+def _scratch(plan: Plan) -> Scratch:
+  sizes, shape = plan.sizes, (plan.tiles.rows, plan.sizes.d)
+  has_normed = sizes.normed and not sizes.kept
+  has_sum = sizes.down and sizes.dtype != jnp.float32
+  return Scratch(
+    normed=pltpu.VMEM(shape, sizes.dtype) if has_normed else None,
+    y_sum=pltpu.VMEM(shape, jnp.float32) if has_sum else None,
+  )

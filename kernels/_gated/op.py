@@ -1,0 +1,355 @@
+"""The public functions, how they are split over a mesh, and what is registered.
+
+The maths, the traffic and the tiling are in the docstring of the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._frame.check import (
+  Implementation,
+  check_float,
+  check_implementation,
+  check_shape,
+)
+from .._frame.kernel import kernel_op
+from .._frame.op import Case, Cost, Op, nbytes
+from .._frame.sharding import Axes, Split, leading_dims
+from .._row_norm import Norm, RowNorm, check_norm
+from .activation import ACTIVATIONS, Activation
+from .backward import backward
+from .forward import forward
+from .spec import (
+  Arrays,
+  Outs,
+  Problem,
+  feed_forward_reference,
+  geglu_reference,
+  plain_backward,
+  plain_forward,
+  reference,
+)
+from .tiles import FeedForwardConfig
+
+# --- the ops ------------------------------------------------------------------
+
+
+def _split(p: Problem, a: Arrays) -> Split:
+  """Rows and F may be split; d is D where weights may be stored split over it.
+
+  Each device of a split F has the part of y that its own columns give.
+  """
+  del p
+  rows = leading_dims(a.x.ndim - 1)
+  down = a.w_down is not None
+  return Split(
+    Arrays(
+      x=rows + "D",
+      w_gate="dF",
+      w_up="dF",
+      w_down="Fd" if down else None,
+      scale=None if a.scale is None else "d",
+    ),
+    Outs(rows + ("D" if down else "F")),
+    over="BTF",
+    gathers="d",
+  )
+
+
+def _by_rows(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Axes]) -> Outs:
+  """The op on x [..., D] seen as [N, D]."""
+  del axes
+  y = op(p, a._replace(x=a.x.reshape(-1, a.x.shape[-1]))).y
+  return Outs(y.reshape(*a.x.shape[:-1], y.shape[-1]))
+
+
+def _summed_over_f(
+  op: Any, p: Problem, a: Arrays, axes: Mapping[str, Axes]
+) -> Outs:
+  """The sum of what the devices of a split F have, and then the residual.
+
+  If each device added x to its own part, x would be summed too.
+  """
+  if not axes.get("F"):
+    return _by_rows(op, p, a, axes)
+  part = _by_rows(op, dataclasses.replace(p, residual=False), a, axes).y
+  y = jax.lax.psum(part, axes["F"])
+  return Outs(a.x + y if p.residual else y)
+
+
+_geglu = kernel_op(
+  "geglu",
+  reference=reference,
+  forward=forward,
+  backward=backward,
+  saves=Arrays._fields,
+  names=("gate", "up", "normed"),
+  keeps=True,
+  split=_split,
+  # Where the backward kernel copies dx by hand, a batch of them has to run one
+  # after the other.
+  vmap=("grid", "loop"),
+  around=_by_rows,
+  plain_forward=plain_forward,
+  plain_backward=plain_backward,
+)
+_feed_forward = kernel_op(
+  "feed_forward",
+  reference=reference,
+  forward=forward,
+  backward=backward,
+  saves=Arrays._fields,
+  names=("gate", "up", "normed"),
+  keeps=True,
+  split=_split,
+  vmap=("grid", "loop"),
+  around=_summed_over_f,
+  plain_forward=plain_forward,
+  plain_backward=plain_backward,
+)
+
+# --- public -------------------------------------------------------------------
+
+
+def geglu(
+  x: jax.Array,
+  w_gate: jax.Array,
+  w_up: jax.Array,
+  *,
+  activation: Activation = "gelu_tanh",
+  norm: Norm | None = None,
+  implementation: Implementation = None,
+  config: FeedForwardConfig | None = None,
+) -> jax.Array:
+  """Gated linear unit, activation(x w_gate) * (x w_up).
+
+  Shazeer, arXiv 2002.05202; Gemma, arXiv 2403.08295 §2, takes the tanh
+  approximation of GELU.
+
+  Args:
+    x: [..., D] float32 or bfloat16, the dtype of the products.  The kernel
+      multiplies float32 as float32, in six passes of the matrix unit, and
+      bfloat16 in one: bfloat16 is the fast dtype.
+    w_gate: [D, F] float32 or bfloat16, the activated branch; computed with in
+      x's dtype, to which the kernel casts its tiles.
+    w_up: [D, F], the linear branch.
+    activation: "gelu_tanh", "gelu" (exact), "silu" (SwiGLU) or "relu".
+    norm: RMSNorm to be taken of x first, in the same pass over x; None for
+      none.
+    implementation: "pallas", "xla" (the reference), or None for the kernel
+      where the computation is lowered for TPU and the reference elsewhere.
+    config: what is kept for the backward pass, and tile sizes; None keeps gate
+      and up, and what a norm makes of x, under the names "geglu_gate",
+      "geglu_up" and "geglu_normed" for remat policies.
+
+  Returns:
+    [..., F] of x's dtype; sums and activation in float32.
+
+  Raises:
+    ValueError: on a wrong shape or dtype, an unknown activation, or an x whose
+      last dimension is split over a mesh.
+  """
+  _check("geglu", x, w_gate, w_up, activation, norm, implementation)
+  problem = _problem(activation, norm, False, implementation, config)
+  scale = None if norm is None else norm.scale
+  return _geglu(problem, Arrays(x, w_gate, w_up, None, scale)).y
+
+
+def feed_forward(
+  x: jax.Array,
+  w_gate: jax.Array,
+  w_up: jax.Array,
+  w_down: jax.Array,
+  *,
+  activation: Activation = "gelu_tanh",
+  norm: Norm | None = None,
+  residual: bool = False,
+  implementation: Implementation = None,
+  config: FeedForwardConfig | None = None,
+) -> jax.Array:
+  """The gated feed-forward block, geglu(x, w_gate, w_up) w_down.
+
+  Args:
+    x: [..., D] float32 or bfloat16, the dtype of the products.  As in `geglu`,
+      float32 takes six passes of the matrix unit and bfloat16 one.
+    w_gate: [D, F], as in `geglu`.
+    w_up: [D, F], as in `geglu`.
+    w_down: [F, D] float32 or bfloat16.
+    activation: as in `geglu`.
+    norm: as in `geglu`.
+    residual: whether x itself, before the norm, is added to the result.  Where
+      F is split by a `shard_map` of your own, whose sum over F is yours too,
+      leave it out and add x after that sum.
+    implementation: as in `geglu`.
+    config: what is kept for the backward pass, and tile sizes; None keeps gate
+      and up, and what a norm makes of x, under the names "feed_forward_gate",
+      "feed_forward_up" and "feed_forward_normed" for remat policies.
+
+  Returns:
+    [..., D] of x's dtype.
+
+  Raises:
+    ValueError: as `geglu`, and on a w_down of another shape than [F, D].
+  """
+  op = "feed_forward"
+  _check(op, x, w_gate, w_up, activation, norm, implementation)
+  check_float(op, w_down=w_down)
+  check_shape(op, "w_down", w_down, w_gate.shape[::-1], "[F, D]")
+  problem = _problem(activation, norm, residual, implementation, config)
+  scale = None if norm is None else norm.scale
+  return _feed_forward(problem, Arrays(x, w_gate, w_up, w_down, scale)).y
+
+
+def _check(
+  op: str,
+  x: jax.Array,
+  w_gate: jax.Array,
+  w_up: jax.Array,
+  activation: Activation,
+  norm: Norm | None,
+  implementation: Implementation,
+) -> None:
+  """Refuses what neither op takes."""
+  check_implementation(op, implementation)
+  if x.ndim == 0:
+    raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+  check_float(op, x=x, w_gate=w_gate, w_up=w_up)
+  if w_gate.ndim != 2 or w_gate.shape[0] != x.shape[-1]:
+    raise ValueError(
+      f"{op}: w_gate must be [D, F] with D = {x.shape[-1]}, the last dimension "
+      f"of x, got {w_gate.shape}"
+    )
+  check_shape(op, "w_up", w_up, w_gate.shape, "the shape of w_gate")
+  if activation not in ACTIVATIONS:
+    raise ValueError(
+      f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, "
+      f"got {activation!r}"
+    )
+  if norm is not None:
+    check_norm(op, x, norm, "norm.")
+
+
+def _problem(
+  activation: Activation,
+  norm: Norm | None,
+  residual: bool,
+  implementation: Implementation,
+  config: FeedForwardConfig | None,
+) -> Problem:
+  return Problem(
+    activation=activation,
+    norm=None if norm is None else RowNorm(norm.epsilon, norm.scale_offset),
+    residual=residual,
+    implementation=implementation,
+    config=config or FeedForwardConfig(),
+  )
+
+
+# --- registration -------------------------------------------------------------
+
+
+def _matmul_flops(x: Any, w: Any) -> int:
+  """Of x [..., D] with a [D, F] matrix, or with its transpose."""
+  return 2 * x.size // x.shape[-1] * w.shape[0] * w.shape[1]
+
+
+def _geglu_cost(x, w_gate, w_up, **_) -> tuple[Cost, Cost]:
+  one = _matmul_flops(x, w_gate)
+  h_bytes = nbytes(x) // x.shape[-1] * w_gate.shape[1]
+  moved = nbytes(x, w_gate, w_up) + h_bytes
+  return Cost(2 * one, moved), Cost(4 * one, 2 * moved)
+
+
+def _feed_forward_cost(x, w_gate, w_up, w_down, **_) -> tuple[Cost, Cost]:
+  one = _matmul_flops(x, w_gate)
+  moved = nbytes(x, x, w_gate, w_up, w_down)
+  return Cost(3 * one, moved), Cost(6 * one, 2 * moved)
+
+
+def _case(
+  name: str,
+  x: tuple[tuple[int, ...], Any],
+  f: int,
+  weight_dtype: Any = None,
+  *,
+  down: bool,
+  normed: bool = False,
+  activation: Activation | None = None,
+) -> Case:
+  """A problem of x's shape and dtype, and F."""
+  shape, dtype = x
+  d, weight_dtype = shape[-1], weight_dtype or dtype
+  up = jax.ShapeDtypeStruct((d, f), weight_dtype)
+  args = [jax.ShapeDtypeStruct(shape, dtype), up, up]
+  kwargs: dict[str, Any] = {}
+  if activation is not None:
+    kwargs["activation"] = activation
+  if down:
+    args.append(jax.ShapeDtypeStruct((f, d), weight_dtype))
+  if normed:
+    scale: Any = jax.ShapeDtypeStruct((d,), jnp.float32)
+    kwargs["norm"] = Norm(scale, scale_offset=1.0)
+    if down:
+      kwargs["residual"] = True
+  return Case(name, tuple(args), kwargs)
+
+
+def _small_cases(*, down: bool) -> tuple[Case, ...]:
+  f32, bf16 = jnp.float32, jnp.bfloat16
+  ragged = ((3, 37, 100), f32)
+  return (
+    _case("one_tile", ((128, 128), f32), 128, down=down),
+    _case("ragged", ragged, 200, down=down),
+    _case("silu", ((64, 128), f32), 256, down=down, activation="silu"),
+    _case("gelu", ((64, 128), f32), 128, down=down, activation="gelu"),
+    _case("relu", ((64, 128), f32), 128, down=down, activation="relu"),
+    _case("bf16", ((2, 64, 128), bf16), 256, down=down),
+    _case("normed", ragged, 200, down=down, normed=True),
+    _case("normed_bf16", ((5, 23, 100), bf16), 200, down=down, normed=True),
+  )
+
+
+def _model_cases(*, down: bool) -> tuple[Case, ...]:
+  """Gemma's own problems.
+
+  With weights in float32 it is the trainer's, with the norm the model's.
+  """
+  gemma_2b = ((8192, 2048), jnp.bfloat16), 16384
+  gemma_7b = ((4096, 3072), jnp.bfloat16), 24576
+  return (
+    _case("gemma_2b_8k", *gemma_2b, down=down),
+    _case("gemma_7b_4k", *gemma_7b, down=down),
+    _case("gemma_2b_8k_f32_weights", *gemma_2b, jnp.float32, down=down),
+    _case("gemma_2b_8k_normed", *gemma_2b, down=down, normed=True),
+  )
+
+
+_MODES = {
+  "residuals-none": lambda *_, **__: FeedForwardConfig(residuals="none")
+}
+
+GEGLU = Op(
+  name="geglu",
+  function=geglu,
+  reference=geglu_reference,
+  cost=_geglu_cost,
+  tests=_small_cases(down=False),
+  benches=_model_cases(down=False),
+  modes=_MODES,
+)
+FEED_FORWARD = Op(
+  name="feed_forward",
+  function=feed_forward,
+  reference=feed_forward_reference,
+  cost=_feed_forward_cost,
+  tests=_small_cases(down=True),
+  benches=_model_cases(down=True),
+  modes=_MODES,
+  baselines=("feed_forward",),
+)

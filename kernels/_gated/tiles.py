@@ -1,0 +1,273 @@
+"""Sizes of the kernels' tiles: the config, and a model of the VMEM they take.
+
+The caller's config decides; else the table of tuned tiles; else the first of a
+list in falling order of speed whose buffers fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from .._frame import tpu
+from .._frame.tuned import power_of_two, tuned_config
+from .spec import Arrays, Problem
+
+# --- configuration ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardTiles:
+  """Sizes of one kernel's tiles.
+
+  Attributes:
+    rows: rows of x per grid step; a multiple of 16 (the bfloat16 sublanes).
+    cols: columns of F per grid step; a multiple of 128 (the lanes).
+  """
+
+  rows: int
+  cols: int
+
+  def __post_init__(self):
+    units = (("rows", tpu.BFLOAT16_SUBLANES), ("cols", tpu.LANES))
+    for name, unit in units:
+      value = getattr(self, name)
+      if not isinstance(value, int) or value <= 0 or value % unit:
+        raise ValueError(
+          f"FeedForwardTiles: {name} must be a positive multiple of {unit}, "
+          f"got {value!r}"
+        )
+
+  def over(self, n: int, f: int) -> FeedForwardTiles:
+    """These tiles for n rows and F columns, evened out.
+
+    1100 rows in tiles of at most 1024 are two of 560, not one of 1024 and a
+    rest that costs as much.
+    """
+    return FeedForwardTiles(
+      _even(n, self.rows, tpu.BFLOAT16_SUBLANES),
+      _even(f, self.cols, tpu.LANES),
+    )
+
+
+def _even(length: int, tile: int, unit: int) -> int:
+  count = pl.cdiv(length, tile)
+  return tpu.round_up(pl.cdiv(length, count), unit)
+
+
+Residuals = Literal["gate_up", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeedForwardConfig:
+  """How `geglu` and `feed_forward` run; changes speed, not results.
+
+  Attributes:
+    residuals: what the forward pass leaves to the backward pass beside its
+      inputs: "gate_up" keeps the two products [..., F] in x's dtype, and x's
+      norm if it takes one; "none" keeps nothing and computes them again, two
+      matmuls more.
+    forward: tiles of the forward kernel; None picks them from the shape.
+    backward: tiles of the backward kernel; None picks them from the shape.
+  """
+
+  residuals: Residuals = "gate_up"
+  forward: FeedForwardTiles | None = None
+  backward: FeedForwardTiles | None = None
+
+  def __post_init__(self):
+    if self.residuals not in ("gate_up", "none"):
+      raise ValueError(
+        f"FeedForwardConfig: residuals must be 'gate_up' or 'none', "
+        f"got {self.residuals!r}"
+      )
+    for name in ("forward", "backward"):
+      tiles = getattr(self, name)
+      if tiles is not None and not isinstance(tiles, FeedForwardTiles):
+        raise ValueError(
+          f"FeedForwardConfig: {name} must be FeedForwardTiles or None, "
+          f"got {tiles!r}"
+        )
+
+
+# --- a model of VMEM ----------------------------------------------------------
+
+# Of the 126 MiB that a kernel may take; the model does not know every
+# temporary.
+_BUDGET_BYTES = 108 << 20
+# What the kernels ask for: the rest is XLA's, which in a block of a model hands
+# small arrays from one op to the next there.
+VMEM_BYTES = 124 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Sizes and dtypes that tiles are chosen by, all static.
+
+  Attributes:
+    n: rows of x.
+    d: width D.
+    f: feed-forward width F.
+    dtype: x's, that of the arithmetic.
+    weight_dtype: of the weights and their gradients.
+    down: whether the projection back to D is part of the op.
+    kept: whether gate and up go from the forward to the backward pass.
+    normed: whether the op takes the norm of x itself.
+  """
+
+  n: int
+  d: int
+  f: int
+  dtype: jnp.dtype
+  weight_dtype: jnp.dtype
+  down: bool
+  kept: bool
+  normed: bool
+
+  @classmethod
+  def of(cls, a: Arrays, *, kept: bool) -> Sizes:
+    """Those of arrays with x [N, D]."""
+    n, d = a.x.shape
+    weights = [w for w in (a.w_gate, a.w_up, a.w_down) if w is not None]
+    return cls(
+      n=n,
+      d=d,
+      f=a.w_gate.shape[1],
+      dtype=a.x.dtype,
+      weight_dtype=jnp.result_type(*(w.dtype for w in weights)),
+      down=a.w_down is not None,
+      kept=kept,
+      normed=a.scale is not None,
+    )
+
+  @property
+  def op(self) -> str:
+    """The op's name, for errors, tuned tables and traces."""
+    return "feed_forward" if self.down else "geglu"
+
+  @property
+  def weights(self) -> int:
+    """How many weight matrices there are."""
+    return 3 if self.down else 2
+
+
+def forward_bytes(sizes: Sizes, tiles: FeedForwardTiles) -> int:
+  """VMEM of the forward kernel; every operand has two buffers."""
+  rows, cols, width = tiles.rows, tiles.cols, tpu.lanes(sizes.d)
+  size, wsize = sizes.dtype.itemsize, sizes.weight_dtype.itemsize
+  row_tiles = 2 * rows * width * size * (1 + sizes.down + sizes.normed)
+  weights = sizes.weights * width * cols * (2 * wsize + size)
+  outputs = 2 * rows * cols * size * (2 * sizes.kept + (not sizes.down))
+  temporaries = rows * cols * (2 * 4 + size)
+  if sizes.down:
+    temporaries += 2 * rows * width * 4
+  return row_tiles + weights + outputs + temporaries
+
+
+def backward_bytes(sizes: Sizes, tiles: FeedForwardTiles) -> int:
+  """VMEM of the backward kernel."""
+  rows, cols, width = tiles.rows, tiles.cols, tpu.lanes(sizes.d)
+  size, wsize = sizes.dtype.itemsize, sizes.weight_dtype.itemsize
+  buffered = 2 * size * (2 + sizes.down + sizes.normed)
+  row_tiles = rows * width * (buffered + 4 * 4)
+  # A weight and its gradient, and the gradient's sum or the weight's cast.
+  one_weight = 4 * wsize + (4 if wsize < 4 else size)
+  weights = sizes.weights * width * cols * one_weight
+  inputs = 2 * rows * cols * size * (2 * sizes.kept + (not sizes.down))
+  temporaries = rows * cols * (3 * size + 3 * 4) + width * cols * 4
+  return row_tiles + weights + inputs + temporaries
+
+
+# --- the choice ---------------------------------------------------------------
+
+# Rows and columns in falling order of speed; the first that fits is taken.
+_FORWARD = ((1024, 512), (512, 512), (512, 256), (256, 256), (256, 128))
+_BACKWARD = (
+  (512, 1024),
+  (512, 512),
+  (256, 512),
+  (512, 256),
+  (256, 256),
+  (128, 256),
+)
+_SMALL = ((128, 128), (64, 128), (32, 128), (16, 128))
+
+
+def forward_tiles(sizes: Sizes, config: FeedForwardConfig) -> FeedForwardTiles:
+  """The caller's choice, else the tuned table's, else what fits."""
+  return (
+    config.forward
+    or _tuned(sizes, "forward")
+    or _fitting(sizes, _FORWARD, forward_bytes)
+  )
+
+
+def backward_tiles(sizes: Sizes, config: FeedForwardConfig) -> FeedForwardTiles:
+  """The caller's choice, else the tuned table's, else what fits."""
+  return (
+    config.backward
+    or _tuned(sizes, "backward")
+    or _fitting(sizes, _BACKWARD, backward_bytes)
+  )
+
+
+def _tuned(sizes: Sizes, which: str) -> FeedForwardTiles | None:
+  entry = tuned_config(
+    sizes.op,
+    which=which,
+    rows=power_of_two(sizes.n),
+    width=sizes.d,
+    hidden=sizes.f,
+    dtype=sizes.dtype.name,
+    weight_dtype=sizes.weight_dtype.name,
+    saved=sizes.kept,
+  )
+  return FeedForwardTiles(**entry).over(sizes.n, sizes.f) if entry else None
+
+
+def _fitting(
+  sizes: Sizes,
+  fastest_first: Sequence[tuple[int, int]],
+  vmem_bytes: Callable[[Sizes, FeedForwardTiles], int],
+) -> FeedForwardTiles:
+  for rows, cols in (*fastest_first, *_SMALL):
+    tiles = FeedForwardTiles(rows, cols).over(sizes.n, sizes.f)
+    if vmem_bytes(sizes, tiles) <= _BUDGET_BYTES:
+      return tiles
+  raise ValueError(
+    f"{sizes.op}: the kernel needs D small enough that {_SMALL[-1][0]} rows "
+    f"and {_SMALL[-1][1]} columns of F fit VMEM, got D = {sizes.d} in "
+    f"{sizes.dtype}; pass implementation='xla'"
+  )
+
+
+# --- a kernel's plan ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Everything of a kernel's call that is not an array, all static."""
+
+  problem: Problem
+  sizes: Sizes
+  tiles: FeedForwardTiles
+
+  @property
+  def row_tiles(self) -> int:
+    """How many tiles there are of x's rows."""
+    return pl.cdiv(self.sizes.n, self.tiles.rows)
+
+  @property
+  def f_tiles(self) -> int:
+    """How many tiles there are of the weights' columns."""
+    return pl.cdiv(self.sizes.f, self.tiles.cols)
+
+
+def where_present(record: Any, specs: Any) -> Any:
+  """A record of specs, with None where the record of arrays has None."""
+  pairs = zip(record, specs, strict=True)
+  return type(specs)(*(None if x is None else spec for x, spec in pairs))

@@ -1,1 +1,0 @@
-from bench.report import *

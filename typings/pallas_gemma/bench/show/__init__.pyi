@@ -1,0 +1,3 @@
+from bench.show import compare as compare
+from bench.show import files as files
+from bench.show import report as report

@@ -1,0 +1,1 @@
+from bench.v5e import *
