@@ -32,8 +32,7 @@ BFLOAT16_SUBLANES = 16
 
 VMEM_BYTES = 128 << 20
 # What a kernel may take of it; the compiler keeps a little for itself.
-KERNEL_VMEM_BYTES = 126 << 20
-INSTRUCTION_BUNDLES = 65_232
+KERNEL_VMEM_BYTES = VMEM_BYTES - (2 << 20)
 
 CLOCK_HZ = 1.5e9
 PRODUCTS_PER_CYCLE = 4 * 128 * 128

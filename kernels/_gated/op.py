@@ -99,19 +99,8 @@ _geglu = kernel_op(
   plain_forward=plain_forward,
   plain_backward=plain_backward,
 )
-_feed_forward = kernel_op(
-  "feed_forward",
-  reference=reference,
-  forward=forward,
-  backward=backward,
-  saves=Arrays._fields,
-  names=("gate", "up", "normed"),
-  keeps=True,
-  split=_split,
-  vmap=("grid", "loop"),
-  around=_summed_over_f,
-  plain_forward=plain_forward,
-  plain_backward=plain_backward,
+_feed_forward = dataclasses.replace(
+  _geglu, name="feed_forward", around=_summed_over_f
 )
 
 # --- public -------------------------------------------------------------------
