@@ -16,31 +16,33 @@ Tiling: that of `_rms_norm.py`, whose kernels these are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
-from ._frame.check import Implementation, check_shape
+from ._frame import switches
+from ._frame.check import Implementation
 from ._frame.kernel import Saved, kernel_op
 from ._frame.op import Cost, Op, nbytes
 from ._rms_norm import (
-  BENCHES,
-  TESTS,
   Arrays,
   Outs,
   Problem,
   RMSNormConfig,
+  around,
   backward,
-  cases,
-  check,
   forward,
+  problem_of,
   reference,
   rms_norm_reference,
   split,
 )
-from ._row_norm import RowNorm
+from ._row_norm import BENCHES, TESTS, Norm, cases
 
 # --- specification ------------------------------------------------------------
 
 
+@switches.plain
 def add_rms_norm_reference(
   x: jax.Array,
   residual: jax.Array,
@@ -61,12 +63,15 @@ def add_rms_norm_reference(
 def _plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   """The reference's gradients from the sum h, which alone is saved."""
 
-  def of_sum(h: jax.Array, scale: jax.Array) -> jax.Array:
-    return reference(p, Arrays(h, None, scale)).y
+  def of_sum(h: jax.Array, scale: jax.Array, epsilon: Any) -> jax.Array:
+    return reference(p, Arrays(h, None, scale, epsilon)).y
 
-  dh, dscale = jax.vjp(of_sum, saved.outs.h, saved.arrays.scale)[1](d.y)
+  a = saved.arrays
+  dh, dscale, depsilon = jax.vjp(of_sum, saved.outs.h, a.scale, a.epsilon)[1](
+    d.y
+  )
   dh += d.h
-  return Arrays(dh, dh, dscale)
+  return Arrays(dh, dh, dscale, depsilon)
 
 
 _add_rms_norm = kernel_op(
@@ -74,9 +79,10 @@ _add_rms_norm = kernel_op(
   reference=reference,
   forward=forward,
   backward=backward,
-  saves=("scale", "h"),
+  saves=("scale", "epsilon", "h"),
   plain_backward=_plain_backward,
   split=split,
+  around=around,
 )
 
 # --- public -------------------------------------------------------------------
@@ -87,16 +93,17 @@ def add_rms_norm(
   residual: jax.Array,
   scale: jax.Array,
   *,
-  epsilon: float = 1e-6,
-  scale_offset: float = 0.0,
+  epsilon: float | jax.Array = 1e-6,
+  scale_offset: float | jax.Array = 0.0,
   implementation: Implementation = None,
   config: RMSNormConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The residual addition and the norm of the sum, in one pass over HBM.
 
   Args:
-    x: [..., D] float32 or bfloat16, a sub-layer's output.
-    residual: [..., D] of x's shape and dtype, the residual stream.
+    x: [..., D] float32, bfloat16 or float16, a sub-layer's output.
+    residual: [..., D] of x's shape, the residual stream; of two dtypes the
+      wider is that of the sum and of both results.
     scale: as in `rms_norm`.
     epsilon: as in `rms_norm`.
     scale_offset: as in `rms_norm`.
@@ -104,21 +111,15 @@ def add_rms_norm(
     config: tile sizes; None picks them from the shape.
 
   Returns:
-    (normed, x + residual), both [..., D] of x's dtype.  The norm is that of the
+    (normed, x + residual), both [..., D] of one dtype.  The norm is that of the
     sum as returned, after rounding.
 
   Raises:
-    ValueError: as `rms_norm`, and if residual differs from x in shape or dtype.
+    ValueError: as `rms_norm`, and if residual differs from x in shape.
   """
-  op = "add_rms_norm"
-  check(op, x, scale, epsilon, implementation)
-  check_shape(op, "residual", residual, x.shape, "the shape of x")
-  if residual.dtype != x.dtype:
-    raise ValueError(
-      f"{op}: residual must have x's dtype {x.dtype}, got {residual.dtype}"
-    )
-  problem = Problem(RowNorm(epsilon, scale_offset), implementation, config)
-  return tuple(_add_rms_norm(problem, Arrays(x, residual, scale)))
+  norm, op = Norm(scale, epsilon, scale_offset), "add_rms_norm"
+  problem = problem_of(op, x, residual, norm, implementation, config)
+  return tuple(_add_rms_norm(*problem))
 
 
 # --- registration -------------------------------------------------------------

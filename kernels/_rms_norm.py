@@ -35,26 +35,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ._frame import tpu
+from ._frame import switches, tpu
 from ._frame.check import (
   Implementation,
-  check_float,
+  as_floats,
+  check_config,
   check_implementation,
+  check_shape,
 )
 from ._frame.kernel import Saved, kernel_op
-from ._frame.op import Case, Cost, Op, nbytes
-from ._frame.sharding import Split, leading_dims, varying_like
-from ._row_norm import Norm, RowNorm, check_norm
+from ._frame.manual import varying_like
+from ._frame.op import Cost, Op, nbytes
+from ._frame.sharding import Axes, Split, leading_dims
+from ._row_norm import (
+  BENCHES,
+  TESTS,
+  Norm,
+  RowNorm,
+  as_norm,
+  as_rows,
+  cases,
+  epsilon_operand,
+)
 
 # --- specification ------------------------------------------------------------
 
 
+@switches.plain
 def rms_norm_reference(
   x: jax.Array,
   scale: jax.Array,
@@ -127,6 +141,7 @@ class Arrays(NamedTuple):
   x: Any  # [..., D]
   residual: Any  # [..., D]
   scale: Any  # [D]
+  epsilon: Any = None  # [] float32, if it is traced
 
 
 class Outs(NamedTuple):
@@ -136,21 +151,12 @@ class Outs(NamedTuple):
   h: Any  # [..., D], x + residual
 
 
-def _rows(x: Any) -> Any:
-  """[..., D] as [R, D]; None stays None."""
-  return None if x is None else x.reshape(-1, x.shape[-1])
-
-
 def reference(p: Problem, a: Arrays) -> Outs:
   """The specification of both ops."""
   h = None if a.residual is None else a.x + a.residual
-  x = a.x if h is None else h
-  return Outs(
-    rms_norm_reference(
-      x, a.scale, epsilon=p.norm.epsilon, scale_offset=p.norm.scale_offset
-    ),
-    h,
-  )
+  x, norm = a.x if h is None else h, p.norm.at(a.epsilon)
+  options = dict(epsilon=norm.epsilon, scale_offset=norm.scale_offset)
+  return Outs(rms_norm_reference(x, a.scale, **options), h)
 
 
 # --- forward ------------------------------------------------------------------
@@ -163,6 +169,7 @@ class _ForwardInputs(NamedTuple):
   x: Any  # [rows, D]
   residual: Any  # [rows, D], or None
   scale: Any  # [1, D]
+  epsilon: Any  # [1, 1], or None if it is static
 
 
 class _ForwardOutputs(NamedTuple):
@@ -181,14 +188,15 @@ def _forward_kernel(i: _ForwardInputs, o: _ForwardOutputs, *, norm: RowNorm):
     o.h[...] = h.astype(o.h.dtype)
     x = _float32(o.h)  # the norm is that of the sum as it is returned
   # x * rsqrt(mean(x^2) + epsilon) * (offset + scale)
-  y = norm.of(x, i.scale[...])
+  y = norm.at(i.epsilon).of(x, i.scale[...])
   o.y[...] = y.astype(o.y.dtype)
 
 
 def forward(p: Problem, a: Arrays) -> Outs:
   """One kernel, with the addition or without."""
-  x, residual = _rows(a.x), _rows(a.residual)
+  x, residual = as_rows(a.x), as_rows(a.residual)
   (n, d), rows = x.shape, p.rows(x)
+  epsilon, one = epsilon_operand(a.epsilon)
   tile = pl.BlockSpec((rows, d), lambda i: (i, 0))
   whole = pl.BlockSpec((1, d), lambda i: (0, 0))
   has = residual is not None
@@ -197,11 +205,11 @@ def forward(p: Problem, a: Arrays) -> Outs:
     functools.partial(_forward_kernel, norm=p.norm),
     name="add_rms_norm_fwd" if has else "rms_norm_fwd",
     grid=(pl.cdiv(n, rows),),
-    in_specs=[_ForwardInputs(tile, tile if has else None, whole)],
+    in_specs=[_ForwardInputs(tile, tile if has else None, whole, one)],
     out_specs=[_ForwardOutputs(tile, tile if has else None)],
     out_shape=[_ForwardOutputs(out, out if has else None)],
     compiler_params=tpu.compiler_params(_VMEM_BYTES),
-  )(_ForwardInputs(x, residual, a.scale[None, :]))
+  )(_ForwardInputs(x, residual, a.scale[None, :], epsilon))
   return Outs(*jax.tree.map(lambda y: y.reshape(a.x.shape), outs))
 
 
@@ -215,6 +223,7 @@ def forward(p: Problem, a: Arrays) -> Outs:
 class _BackwardInputs(NamedTuple):
   x: Any  # [rows, D], of rms_norm; the sum h, of add_rms_norm
   scale: Any  # [1, D]
+  epsilon: Any  # [1, 1], or None if it is static
   dy: Any  # [rows, D]
   dh: Any  # [rows, D], or None
 
@@ -231,7 +240,7 @@ def _backward_kernel(
   x, dy = _float32(i.x), _float32(i.dy)
   # g = dy * (offset + scale),  r = rsqrt(mean(x^2) + epsilon)
   # r * (g - x * mean(g * x) * r^2)   and   dy * x * r
-  dx, dscale = norm.gradients(x, i.scale[...], dy)
+  dx, dscale = norm.at(i.epsilon).gradients(x, i.scale[...], dy)
   if i.dh is not None:
     dx += _float32(i.dh)
   o.dx[...] = dx.astype(o.dx.dtype)
@@ -254,15 +263,16 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   """One kernel, with the gradient of the sum or without."""
   has = d.h is not None
   x, scale = saved.outs.h if has else saved.arrays.x, saved.arrays.scale
-  shape, x = x.shape, _rows(x)
+  shape, x = x.shape, as_rows(x)
   (n, width), rows = x.shape, p.rows(x)
+  epsilon, one = epsilon_operand(saved.arrays.epsilon)
   tile = pl.BlockSpec((rows, width), lambda i: (i, 0))
   whole = pl.BlockSpec((1, width), lambda i: (0, 0))
   (grads,) = pl.pallas_call(
     functools.partial(_backward_kernel, norm=p.norm, n=n),
     name="add_rms_norm_bwd" if has else "rms_norm_bwd",
     grid=(pl.cdiv(n, rows),),
-    in_specs=[_BackwardInputs(tile, whole, tile, tile if has else None)],
+    in_specs=[_BackwardInputs(tile, whole, one, tile, tile if has else None)],
     out_specs=[_BackwardOutputs(tile, whole)],
     out_shape=[
       _BackwardOutputs(
@@ -271,7 +281,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
       )
     ],
     compiler_params=tpu.compiler_params(_VMEM_BYTES),
-  )(_BackwardInputs(x, scale[None, :], _rows(d.y), _rows(d.h)))
+  )(_BackwardInputs(x, scale[None, :], epsilon, as_rows(d.y), as_rows(d.h)))
   dx = grads.dx.reshape(shape)
   return Arrays(dx, dx if has else None, grads.dscale[0].astype(scale.dtype))
 
@@ -284,7 +294,18 @@ def split(p: Problem, a: Arrays) -> Split:
   del p
   rows = leading_dims(a.x.ndim - 1) + "D"
   added = None if a.residual is None else rows
-  return Split(Arrays(rows, added, "D"), Outs(rows, added), over="BT")
+  epsilon = None if a.epsilon is None else ""
+  arrays = Arrays(rows, added, "D", epsilon)
+  return Split(arrays, Outs(rows, added), over="BTD")
+
+
+def around(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Axes]) -> Outs:
+  """A device with whole rows; one with a part of each sums over the others."""
+  if not axes.get("D"):
+    return op(p, a)
+  h = a.x if a.residual is None else a.x + a.residual
+  y = p.norm.at(a.epsilon).of_split(h.astype(jnp.float32), a.scale, axes["D"])
+  return Outs(y.astype(h.dtype), None if a.residual is None else h)
 
 
 _rms_norm = kernel_op(
@@ -292,28 +313,45 @@ _rms_norm = kernel_op(
   reference=reference,
   forward=forward,
   backward=backward,
-  saves=("x", "scale"),
+  saves=("x", "scale", "epsilon"),
   split=split,
+  around=around,
 )
 
 # --- public -------------------------------------------------------------------
 
 
-def check(op: str, x, scale, epsilon, implementation) -> None:
-  """Refuses what neither op takes."""
+def problem_of(
+  op: str,
+  x: Any,
+  residual: Any,
+  norm: Norm,
+  implementation: Implementation,
+  config: RMSNormConfig | None,
+) -> tuple[Problem, Arrays]:
+  """What either op is given, checked."""
   check_implementation(op, implementation)
+  check_config(op, config, RMSNormConfig)
+  (x,) = as_floats(op, x=x)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-  check_float(op, x=x)
-  check_norm(op, x, Norm(scale, epsilon))
+  row_norm, scale, epsilon = as_norm(op, x, norm)
+  problem = Problem(row_norm, implementation, config)
+  if residual is None:
+    return problem, Arrays(x, None, scale, epsilon)
+  (residual,) = as_floats(op, residual=residual)
+  check_shape(op, "residual", residual, x.shape, "the shape of x")
+  dtype = jnp.promote_types(x.dtype, residual.dtype)
+  arrays = x.astype(dtype), residual.astype(dtype)
+  return problem, Arrays(*arrays, scale, epsilon)
 
 
 def rms_norm(
   x: jax.Array,
   scale: jax.Array,
   *,
-  epsilon: float = 1e-6,
-  scale_offset: float = 0.0,
+  epsilon: float | jax.Array = 1e-6,
+  scale_offset: float | jax.Array = 0.0,
   implementation: Implementation = None,
   config: RMSNormConfig | None = None,
 ) -> jax.Array:
@@ -322,9 +360,10 @@ def rms_norm(
   Zhang and Sennrich, arXiv 1910.07467; Gemma's form, arXiv 2403.08295 §2.
 
   Args:
-    x: [..., D] float32 or bfloat16.
-    scale: [D] float32 or bfloat16.
-    epsilon: added to the mean square, in the units of x squared.
+    x: [..., D] float32, bfloat16 or float16.
+    scale: [D] float32, bfloat16 or float16.
+    epsilon: added to the mean square, in the units of x squared; it may be
+      traced, and so may the offset, but the kernel has no gradient for it.
     scale_offset: added to the scale: 1.0 for Gemma, where a stored zero means
       an identity scale; 0.0 for Llama.
     implementation: "pallas", "xla" (the reference), or None for the kernel
@@ -335,13 +374,12 @@ def rms_norm(
     [..., D] of x's dtype.  The arithmetic is float32.
 
   Raises:
-    ValueError: on a scale of another shape than (D,), a dtype other than
-      float32 or bfloat16, a negative epsilon, or an x whose last dimension is
-      split over a mesh.
+    ValueError: on a scale of another shape than (D,), another dtype, or a
+      negative epsilon.
   """
-  check("rms_norm", x, scale, epsilon, implementation)
-  problem = Problem(RowNorm(epsilon, scale_offset), implementation, config)
-  return _rms_norm(problem, Arrays(x, None, scale)).y
+  norm = Norm(scale, epsilon, scale_offset)
+  problem = problem_of("rms_norm", x, None, norm, implementation, config)
+  return _rms_norm(*problem).y
 
 
 # --- registration -------------------------------------------------------------
@@ -351,33 +389,6 @@ def _cost(x, scale, **_) -> tuple[Cost, Cost]:
   row, gain = nbytes(x), nbytes(scale)
   return Cost(0, 2 * row + gain), Cost(0, 3 * row + 2 * gain)
 
-
-def cases(arrays: int, *problems) -> tuple[Case, ...]:
-  """Cases with `arrays` inputs of one shape and the scale."""
-  cases = []
-  for name, shape, dtype, *scale_dtype in problems:
-    tensor = jax.ShapeDtypeStruct(shape, dtype)
-    scale = jax.ShapeDtypeStruct(shape[-1:], *(scale_dtype or [jnp.float32]))
-    cases.append(Case(name, (*[tensor] * arrays, scale), {"scale_offset": 1.0}))
-  return tuple(cases)
-
-
-TESTS = (
-  ("one_tile", (256, 128), jnp.float32),
-  ("ragged_rows", (3, 100, 256), jnp.float32),
-  ("ragged_width", (40, 100), jnp.float32),
-  ("wide", (17, 2047), jnp.float32),
-  ("tiles", (2100, 384), jnp.float32),
-  ("column", (33, 1), jnp.float32),
-  ("bf16", (2, 64, 256), jnp.bfloat16),
-  ("bf16_ragged", (5, 7, 100), jnp.bfloat16, jnp.bfloat16),
-)
-BENCHES = (
-  ("gemma_2b_64k", (65536, 2048), jnp.bfloat16),
-  ("gemma_2b_8k", (8192, 2048), jnp.bfloat16),
-  ("gemma_7b_64k", (65536, 3072), jnp.bfloat16),
-  ("gemma_7b_8k", (8192, 3072), jnp.bfloat16),
-)
 
 OP = Op(
   name="rms_norm",

@@ -36,17 +36,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from ._frame import tpu
+from ._frame import switches, tpu
 from ._frame.check import (
   Implementation,
-  check_float,
+  as_floats,
+  as_integers,
+  as_scalar,
+  check_config,
   check_implementation,
-  check_integers,
   check_shape,
+  register_with_numbers,
 )
 from ._frame.kernel import Saved, kernel_op
+from ._frame.manual import varying_like
 from ._frame.op import Case, Cost, Integers, Op, nbytes
-from ._frame.sharding import Split, varying_like
+from ._frame.sharding import Split
 from ._sincos import sin_cos
 
 
@@ -56,20 +60,20 @@ class Rope:
 
   Attributes:
     positions: [B, T] integers, of queries and keys alike.
-    base_frequency: the base of the geometric series of wavelengths.
+    base_frequency: the base of the geometric series of wavelengths; a traced
+      one is carried through `jit` and `scan` as positions are.
   """
 
   positions: jax.Array
-  base_frequency: float = 10_000.0
+  base_frequency: Any = 10_000.0
 
 
-jax.tree_util.register_dataclass(
-  Rope, data_fields=["positions"], meta_fields=["base_frequency"]
-)
+register_with_numbers(Rope, ["positions"], ["base_frequency"])
 
 # --- specification ------------------------------------------------------------
 
 
+@switches.plain
 def apply_rope_reference(
   x: jax.Array, positions: jax.Array, *, base_frequency: float = 10_000.0
 ) -> jax.Array:
@@ -140,7 +144,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """Everything that is not an array."""
+  """Everything that is not an array; a traced base frequency is one."""
 
   base_frequency: float
   implementation: Implementation
@@ -151,7 +155,8 @@ class Arrays(NamedTuple):
   """What the op is given."""
 
   x: Any  # [B, T, N, H]
-  positions: Any  # [B, T] integers
+  positions: Any  # [B, T] int32
+  base: Any = None  # [] float32, if the base frequency is traced
 
 
 class Outs(NamedTuple):
@@ -161,9 +166,8 @@ class Outs(NamedTuple):
 
 
 def _reference(p: Problem, a: Arrays) -> Outs:
-  return Outs(
-    apply_rope_reference(a.x, a.positions, base_frequency=p.base_frequency)
-  )
+  base = p.base_frequency if a.base is None else a.base
+  return Outs(apply_rope_reference(a.x, a.positions, base_frequency=base))
 
 
 # --- the kernel, of both passes -----------------------------------------------
@@ -218,10 +222,10 @@ def _rotate_lanes(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   return x * cos + swapped * sin
 
 
-def _rotated(
-  p: Problem, x: jax.Array, positions: jax.Array, sign: Literal[1, -1]
+def rotated(
+  p: Problem, a: Arrays, x: jax.Array, sign: Literal[1, -1]
 ) -> jax.Array:
-  """x rotated by its positions, or back by them."""
+  """x rotated by the positions of `a`, or back by them."""
   b, t, n, h = x.shape
   config = p.config or RopeConfig.fitting(n, h, x.dtype)
   rows, heads = config.rows, min(config.heads or n, n)
@@ -240,7 +244,7 @@ def _rotated(
     out_specs=[_Outputs(tile)],
     out_shape=[_Outputs(varying_like(x, tokens.shape, x.dtype))],
     compiler_params=tpu.compiler_params(_VMEM_BYTES),
-  )(_Inputs(_in_lanes(positions), _timescale(p, h), tokens))
+  )(_Inputs(_in_lanes(a.positions), _timescale(p, a, h), tokens))
   return outs.y.reshape(x.shape)
 
 
@@ -254,53 +258,25 @@ def _in_lanes(positions: jax.Array) -> jax.Array:
   return positions.reshape(1, -1).astype(jnp.int32)
 
 
-def _timescale(p: Problem, head_size: int) -> jax.Array:
-  return rope_timescale(head_size // 2, p.base_frequency, jnp.float32)[None]
+def _timescale(p: Problem, a: Arrays, head_size: int) -> jax.Array:
+  base = p.base_frequency if a.base is None else a.base
+  return rope_timescale(head_size // 2, base, jnp.float32)[None]
 
 
 def _forward(p: Problem, a: Arrays) -> Outs:
-  return Outs(_rotated(p, a.x, a.positions, 1))
+  return Outs(rotated(p, a, a.x, 1))
 
 
 # A rotation's transpose is the rotation by the negative angle.
 
 
 def _backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
-  return Arrays(_rotated(p, d.y, saved.arrays.positions, -1), None)
+  return Arrays(rotated(p, saved.arrays, d.y, -1), None)
 
 
 def _plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
-  return Arrays(_reference(p, Arrays(d.y, -saved.arrays.positions)).y, None)
-
-
-# --- for kernels that rotate their own inputs ---------------------------------
-
-
-def phases(
-  positions: jax.Array, timescale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """sin and cos [tokens, h] of positions [1, tokens] and timescale [1, h]."""
-  column = tpu.lanes_to_column(positions)
-  column = tpu.across(column, timescale.shape[1]).astype(jnp.float32)
-  return sin_cos(column / timescale)
-
-
-def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-  """Rotates rows [tokens times heads, H] by sin and cos [tokens, h].
-
-  h is a multiple of 128, and heads 1 or a multiple of 8.
-  """
-  tokens, half = sin.shape
-  heads = x.shape[0] // tokens
-  if heads > 1:
-    sin, cos = (
-      jnp.broadcast_to(y[:, None, :], (tokens, heads, half)).reshape(-1, half)
-      for y in (sin, cos)
-    )
-  first = x[:, :half].astype(jnp.float32)
-  second = x[:, half:].astype(jnp.float32)
-  rotated = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(rotated, axis=1).astype(x.dtype)
+  back = saved.arrays._replace(x=d.y, positions=-saved.arrays.positions)
+  return Arrays(_reference(p, back).y, None)
 
 
 # --- the op -------------------------------------------------------------------
@@ -310,27 +286,33 @@ _rope = kernel_op(
   reference=_reference,
   forward=_forward,
   backward=_backward,
-  saves=("positions",),
+  saves=("positions", "base"),
   plain_backward=_plain_backward,
-  split=lambda p, a: Split(Arrays("BTNH", "BT"), Outs("BTNH"), over="BTN"),
+  split=lambda p, a: Split(
+    Arrays("BTNH", "BT", None if a.base is None else ""),
+    Outs("BTNH"),
+    over="BTN",
+    gathers="H",
+    fewer="N",
+  ),
 )
 
 
-def check_rope(op: str, head_size: int, base_frequency: float) -> None:
-  """Refuses what cannot be rotated in halves."""
+def as_base(op: str, head_size: int, base_frequency: Any) -> Any:
+  """The base, a number or traced; refuses what is not rotated in halves."""
   if head_size % 2:
     raise ValueError(f"{op}: RoPE needs an even head size H, got {head_size}")
-  if not base_frequency > 0:
-    raise ValueError(
-      f"{op}: base_frequency must be positive, got {base_frequency}"
-    )
+  base = as_scalar(op, "base_frequency", base_frequency)
+  if isinstance(base, float) and not base > 0:
+    raise ValueError(f"{op}: base_frequency must be positive, got {base}")
+  return base
 
 
 def apply_rope(
   x: jax.Array,
   positions: jax.Array,
   *,
-  base_frequency: float = 10_000.0,
+  base_frequency: float | jax.Array = 10_000.0,
   implementation: Implementation = None,
   config: RopeConfig | None = None,
 ) -> jax.Array:
@@ -340,9 +322,11 @@ def apply_rope(
   Llama and Gemma; not neighbouring pairs.
 
   Args:
-    x: [B, T, N, H] float32 or bfloat16; H is even.
-    positions: [B, T] integers, in tokens; any values, as packing needs.
-    base_frequency: the base of the geometric series of wavelengths.
+    x: [B, T, N, H] float32, bfloat16 or float16; H is even.
+    positions: [B, T] integers, in tokens; any values of 32 bits, as packing
+      needs.
+    base_frequency: the base of the geometric series of wavelengths; it may be
+      traced, but has no gradient.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes; None picks them from the shape.
@@ -351,19 +335,22 @@ def apply_rope(
     [B, T, N, H] of x's dtype.  Phases and products are float32.
 
   Raises:
-    ValueError: on a wrong shape or dtype, an odd H, a base that is not
-      positive, or an H that is split over a mesh.
+    ValueError: on a wrong shape or dtype, an odd H, or a base that is not
+      positive.
   """
   op = "apply_rope"
   check_implementation(op, implementation)
+  check_config(op, config, RopeConfig)
+  (x,) = as_floats(op, x=x)
   if x.ndim != 4:
     raise ValueError(f"{op}: x must be [B, T, N, H], got shape {x.shape}")
-  check_float(op, x=x)
+  positions = as_integers(op, "positions", positions)
   check_shape(op, "positions", positions, x.shape[:2], "[B, T] of x")
-  check_integers(op, "positions", positions)
-  check_rope(op, x.shape[-1], base_frequency)
-  problem = Problem(base_frequency, implementation, config)
-  return _rope(problem, Arrays(x, positions)).y
+  base = as_base(op, x.shape[-1], base_frequency)
+  if isinstance(base, float):
+    return _rope(Problem(base, implementation, config), Arrays(x, positions)).y
+  problem = Problem(0.0, implementation, config)
+  return _rope(problem, Arrays(x, positions, base)).y
 
 
 # --- registration -------------------------------------------------------------

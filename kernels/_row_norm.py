@@ -6,11 +6,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from ._frame.check import check_float, check_shape
+from ._frame.check import (
+  as_array,
+  as_scalar,
+  check_float,
+  check_shape,
+  register_with_numbers,
+)
+from ._frame.op import Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,30 +27,41 @@ class Norm:
   """RMSNorm that an op takes of its input where it reads it.
 
   Attributes:
-    scale: [D] float32 or bfloat16.
+    scale: [D] float32, bfloat16 or float16.
     epsilon: added to the mean square, in the units of the input squared.
     scale_offset: added to the scale: 1.0 for Gemma, 0.0 for Llama.
   """
 
   scale: jax.Array
-  epsilon: float = 1e-6
-  scale_offset: float = 0.0
+  epsilon: Any = 1e-6
+  scale_offset: Any = 0.0
 
 
-jax.tree_util.register_dataclass(
-  Norm, data_fields=["scale"], meta_fields=["epsilon", "scale_offset"]
-)
+register_with_numbers(Norm, ["scale"], ["epsilon", "scale_offset"])
 
 
-def check_norm(op: str, x: jax.Array, norm: Norm, prefix: str = "") -> None:
-  """Refuses a norm that does not fit x; `prefix` is how errors call it."""
-  check_float(op, **{f"{prefix}scale": norm.scale})
-  width = x.shape[-1:]
-  check_shape(op, f"{prefix}scale", norm.scale, width, "x's last dimension")
-  if not norm.epsilon >= 0:
+def as_norm(
+  op: str, x: jax.Array, norm: Norm, prefix: str = ""
+) -> tuple[RowNorm, jax.Array, jax.Array | None]:
+  """A norm that fits x: what is static of it, its scale, a traced epsilon.
+
+  A traced offset becomes part of the scale.  `prefix` is how errors call it.
+  """
+  name = f"{prefix}scale"
+  scale = as_array(op, name, norm.scale)
+  check_float(op, **{name: scale})
+  check_shape(op, name, scale, x.shape[-1:], "x's last dimension")
+  epsilon = as_scalar(op, f"{prefix}epsilon", norm.epsilon)
+  offset = as_scalar(op, f"{prefix}scale_offset", norm.scale_offset)
+  if isinstance(epsilon, float) and not epsilon >= 0:
     raise ValueError(
-      f"{op}: {prefix}epsilon must not be negative, got {norm.epsilon}"
+      f"{op}: {prefix}epsilon must not be negative, got {epsilon}"
     )
+  if not isinstance(offset, float):
+    scale, offset = scale.astype(jnp.float32) + offset, 0.0
+  if isinstance(epsilon, float):
+    return RowNorm(epsilon, offset), scale, None
+  return RowNorm(None, offset), scale, epsilon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +69,34 @@ class RowNorm:
   """The norm of a tile of rows, and its gradients; hashable.
 
   Attributes:
-    epsilon: as in `Norm`.
+    epsilon: as in `Norm`; None while it is an array of the op's.
     scale_offset: as in `Norm`.
   """
 
-  epsilon: float
+  epsilon: Any
   scale_offset: float
+
+  def at(self, epsilon: Any) -> RowNorm:
+    """This norm with an epsilon that is an array [1, 1]; None leaves it."""
+    if epsilon is None:
+      return self
+    return dataclasses.replace(self, epsilon=epsilon[...])
 
   def of(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     """The norm of x [rows, D] with a scale [1, D]."""
     r = jax.lax.rsqrt(self._mean_square(x))
     return x * r * self._gain(scale)
+
+  def of_split(
+    self, x: jax.Array, scale: jax.Array, axes: tuple[str, ...]
+  ) -> jax.Array:
+    """The norm of rows of which every device has a part [..., D / devices].
+
+    Plain jnp: the sum of the squares is all that the devices exchange.
+    """
+    squares = jax.lax.psum(jnp.sum(x * x, axis=-1, keepdims=True), axes)
+    width = x.shape[-1] * jax.lax.axis_size(axes)
+    return x * jax.lax.rsqrt(squares / width + self.epsilon) * self._gain(scale)
 
   def gradients(
     self, x: jax.Array, scale: jax.Array, dy: jax.Array
@@ -82,3 +119,46 @@ class RowNorm:
 
   def _gain(self, scale: jax.Array) -> jax.Array:
     return self.scale_offset + scale.astype(jnp.float32)
+
+
+def as_rows(x: Any) -> Any:
+  """[..., D] as [R, D]; None stays None."""
+  return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def epsilon_operand(epsilon: Any) -> tuple[Any, Any]:
+  """A traced epsilon as an operand [1, 1], and its block; None for None."""
+  if epsilon is None:
+    return None, None
+  return epsilon.reshape(1, 1), pl.BlockSpec((1, 1), lambda *_: (0, 0))
+
+
+# --- problems of the ops of their own -----------------------------------------
+
+
+def cases(arrays: int, *problems) -> tuple[Case, ...]:
+  """Cases with `arrays` inputs of one shape and the scale."""
+  cases = []
+  for name, shape, dtype, *scale_dtype in problems:
+    tensor = jax.ShapeDtypeStruct(shape, dtype)
+    scale = jax.ShapeDtypeStruct(shape[-1:], *(scale_dtype or [jnp.float32]))
+    cases.append(Case(name, (*[tensor] * arrays, scale), {"scale_offset": 1.0}))
+  return tuple(cases)
+
+
+TESTS = (
+  ("one_tile", (256, 128), jnp.float32),
+  ("ragged_rows", (3, 100, 256), jnp.float32),
+  ("ragged_width", (40, 100), jnp.float32),
+  ("wide", (17, 2047), jnp.float32),
+  ("tiles", (2100, 384), jnp.float32),
+  ("column", (33, 1), jnp.float32),
+  ("bf16", (2, 64, 256), jnp.bfloat16),
+  ("bf16_ragged", (5, 7, 100), jnp.bfloat16, jnp.bfloat16),
+)
+BENCHES = (
+  ("gemma_2b_64k", (65536, 2048), jnp.bfloat16),
+  ("gemma_2b_8k", (8192, 2048), jnp.bfloat16),
+  ("gemma_7b_64k", (65536, 3072), jnp.bfloat16),
+  ("gemma_7b_8k", (8192, 3072), jnp.bfloat16),
+)

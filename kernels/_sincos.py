@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._frame import tpu
+
 _TURN = Fraction("6.283185307179586476925286766559005768394338798750")
 # Units of the digits, in radians, and what the high parts are multiples of.
 _PLACES = ((1 << 20, 2**-12), (1 << 9, 2**-14), (1, 2**-14))
@@ -97,3 +99,33 @@ def _polynomial(x: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
   for coefficient in coefficients[-2::-1]:
     total = total * x + coefficient
   return total
+
+
+# --- for kernels that rotate their own inputs ---------------------------------
+
+
+def phases(
+  positions: jax.Array, timescale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """sin and cos [tokens, h] of positions [1, tokens] and timescale [1, h]."""
+  column = tpu.lanes_to_column(positions)
+  column = tpu.across(column, timescale.shape[1]).astype(jnp.float32)
+  return sin_cos(column / timescale)
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+  """Rotates rows [tokens times heads, H] by sin and cos [tokens, h].
+
+  h is a multiple of 128, and heads 1 or a multiple of 8.
+  """
+  tokens, half = sin.shape
+  heads = x.shape[0] // tokens
+  if heads > 1:
+    sin, cos = (
+      jnp.broadcast_to(y[:, None, :], (tokens, heads, half)).reshape(-1, half)
+      for y in (sin, cos)
+    )
+  first = x[:, :half].astype(jnp.float32)
+  second = x[:, half:].astype(jnp.float32)
+  rotated = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(rotated, axis=1).astype(x.dtype)

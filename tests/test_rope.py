@@ -58,9 +58,9 @@ def agrees(rope, shape=(1, 150, 2, 256), dtype=jnp.float32, top=1_000_000):
   )
 
 
-def forward_for_backward(p, x, positions, sign):
+def forward_for_backward(p, a, x, sign):
   del sign
-  return ROTATED(p, x, positions, 1)
+  return ROTATED(p, a, x, 1)
 
 
 def negative_sine(angle):
@@ -76,16 +76,16 @@ def bfloat16_positions(positions):
   return BY_TOKEN(positions).astype(jnp.bfloat16).astype(jnp.float32)
 
 
-ROTATED, SIN_COS = MODULE._rotated, MODULE.sin_cos
+ROTATED, SIN_COS = MODULE.rotated, MODULE.sin_cos
 ROTATE_LANES, BY_TOKEN = MODULE._rotate_lanes, MODULE._by_token
 MUTANTS = {
-  "backward turns forward": ("_rotated", forward_for_backward),
+  "backward turns forward": ("rotated", forward_for_backward),
   "halves' signs": ("sin_cos", negative_sine),
   "bfloat16 phases": ("_by_token", bfloat16_positions),
   "first tile's positions": ("_tile_of_tokens", lambda i, j: (0, 0)),
   "always 10,000": (
     "_timescale",
-    lambda p, h: MODULE.rope_timescale(h // 2, 1e4 + 1, jnp.float32)[None],
+    lambda p, a, h: MODULE.rope_timescale(h // 2, 1e4 + 1, jnp.float32)[None],
   ),
 }
 

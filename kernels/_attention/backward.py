@@ -33,8 +33,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
 from .._frame.kernel import Saved
-from .._frame.sharding import varying_like
-from .._rope import phases, rotate
+from .._frame.manual import varying_like
+from .._sincos import phases, rotate
 from . import blocks, spec, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call

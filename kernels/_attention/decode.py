@@ -19,19 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._frame import switches
 from .._frame.check import (
   Implementation,
+  as_array,
+  as_integers,
+  as_number,
+  as_scalar,
+  check_config,
   check_implementation,
-  check_integers,
+  check_positive,
   check_shape,
 )
 from .._frame.op import Case, Cost, Integers, Op, nbytes
-from .op import check_attention
+from .door import as_qkv, as_window
 from .spec import Window, masked_attention, visible_pairs
 
 # --- specification ------------------------------------------------------------
 
 
+@switches.plain
 def decode_attention_reference(
   q: jax.Array,
   k_cache: jax.Array,
@@ -43,7 +50,7 @@ def decode_attention_reference(
   logits_soft_cap: float | None = None,
 ) -> jax.Array:
   """Attention over the valid part of the cache.  The specification."""
-  t, s = q.shape[1], k_cache.shape[1]
+  t, s, lengths = q.shape[1], k_cache.shape[1], lengths.astype(jnp.int32)
   q_index = lengths[:, None] - t + jnp.arange(t)  # [B, T]
   mask = visible_pairs(q_index, jnp.arange(s), True, local_window_size)
   # What lies beyond a row's length may be anything, even NaN times weight 0.
@@ -100,18 +107,23 @@ def decode_attention(
   """
   op = "decode_attention"
   check_implementation(op, implementation, pallas=DECODE_ATTENTION.pallas)
-  check_attention(op, q, k_cache, v_cache, local_window_size, logits_soft_cap)
+  check_config(op, config, type(None))
+  dtype = as_array(op, "q", q).dtype
+  q, k_cache, v_cache = as_qkv(op, q, k_cache, v_cache)
+  lengths = as_integers(op, "lengths", lengths)
   check_shape(op, "lengths", lengths, q.shape[:1], "[B]")
-  check_integers(op, "lengths", lengths)
+  cap = logits_soft_cap
+  cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
+  check_positive(op, logits_soft_cap=cap)
   return decode_attention_reference(
     q,
     k_cache,
     v_cache,
     lengths,
-    scale=scale,
-    local_window_size=local_window_size,
-    logits_soft_cap=logits_soft_cap,
-  )
+    scale=None if scale is None else as_scalar(op, "scale", scale),
+    local_window_size=as_window(op, local_window_size),
+    logits_soft_cap=cap,
+  ).astype(dtype)
 
 
 # --- registration -------------------------------------------------------------

@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
-from .._frame.sharding import varying_like
-from .._rope import phases, rotate
+from .._frame.manual import varying_like
+from .._sincos import phases, rotate
 from . import blocks, spec, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call

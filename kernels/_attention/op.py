@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +14,19 @@ import numpy as np
 
 from .._frame.check import (
   Implementation,
-  check_float,
+  as_array,
+  as_number,
+  check_config,
   check_implementation,
-  check_integers,
   check_positive,
-  check_shape,
 )
 from .._frame.kernel import kernel_op
 from .._frame.op import Case, Cost, Integers, Op, nbytes
-from .._frame.sharding import Split
-from .._rope import Rope, apply_rope, check_rope
+from .._frame.sharding import Axes, Split
+from .._rope import Rope, apply_rope
 from . import tiles
 from .backward import backward
+from .door import as_qkv, as_rope, as_segments, as_window, refuse_arrays
 from .forward import forward
 from .spec import (
   Arrays,
@@ -34,10 +36,10 @@ from .spec import (
   Segments,
   Window,
   attention,
+  default_scale,
   flash_attention_reference,
   lse_from_rows,
   lse_to_rows,
-  segments_of,
 )
 from .tiles import FlashAttentionConfig
 
@@ -51,25 +53,20 @@ def _plain_forward(p: Problem, a: Arrays) -> Outs:
 
 
 def _split(p: Problem, a: Arrays) -> Split:
-  # Split over heads, the kv heads go with their query heads; one that serves
-  # them all is on every device.
-  kv = "BSNH" if a.k.shape[2] > 1 else "BS-H"
   segments = None if a.segments is None else Segments("BT", "BS")
   positions = None if a.positions is None else "BT"
   return Split(
-    Arrays("BTNH", kv, kv, segments, positions),
+    Arrays("BTNH", "BSKH", "BSKH", segments, positions),
     Outs("BTNH", "BNT" if p.return_lse else None),
     over="BN",
+    fewer="K",
+    follows=("K", "N"),
   )
 
 
 def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
   """One device's batch elements and heads."""
-  del axes
-  segments, positions = jax.tree.map(
-    lambda x: x.astype(jnp.int32), (a.segments, a.positions)
-  )
-  a = a._replace(segments=segments, positions=positions)
+  a = _with_own_kv_heads(a, axes)
   p = dataclasses.replace(p, config=tiles.choose(p, a))
   if not p.scale > 0:  # the kernels take a maximum before they scale
     sign = np.sign(p.scale).astype(a.q.dtype)
@@ -81,6 +78,30 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
   if not p.return_lse:
     return outs._replace(lse=None)
   return outs._replace(lse=lse_from_rows(outs.lse, a.q.shape) * p.unit)
+
+
+def _with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
+  """Of the kv heads that a device has, those of its query heads.
+
+  They are more where kv heads are fewer than the devices that share the query
+  heads.  One for every g query heads, the most that never have two.
+  """
+  q_axes, kv_axes = axes.get("N", ()), axes.get("K", ())
+  if q_axes == kv_axes:
+    return a
+  n, kv_heads = a.q.shape[2], a.k.shape[2]
+  all_heads = n * jax.lax.axis_size(q_axes)
+  group = all_heads // (kv_heads * _size(kv_axes))
+  g = math.gcd(n, group)
+  first = jax.lax.axis_index(q_axes) * n
+  first_kv = jax.lax.axis_index(kv_axes) * kv_heads if kv_axes else 0
+  heads = (first + g * jnp.arange(n // g)) // group - first_kv
+  k, v = (jnp.take(x, heads, axis=2, mode="clip") for x in (a.k, a.v))
+  return a._replace(k=k, v=v)
+
+
+def _size(axes: Axes) -> int:
+  return jax.lax.axis_size(axes) if axes else 1
 
 
 def _rotated_before(p: Problem, a: Arrays) -> Arrays:
@@ -112,55 +133,6 @@ _flash = kernel_op(
 # --- public -------------------------------------------------------------------
 
 
-def check_attention(op: str, q, k, v, window: Window, soft_cap) -> None:
-  """What training and decoding attention ask of their common arguments."""
-  for name, array in dict(q=q, k=k, v=v).items():
-    if array.ndim != 4:
-      letters = "[B, T, N, H]" if name == "q" else "[B, S, K, H]"
-      raise ValueError(
-        f"{op}: {name} must be {letters}, got shape {array.shape}"
-      )
-  check_float(op, q=q, k=k, v=v)
-  if not q.dtype == k.dtype == v.dtype:
-    raise ValueError(
-      f"{op}: q, k and v must have one dtype, "
-      f"got {q.dtype}, {k.dtype}, {v.dtype}"
-    )
-  check_shape(op, "v", v, k.shape, "the shape of k")
-  batch, _, n, h = q.shape
-  if (k.shape[0], k.shape[3]) != (batch, h):
-    raise ValueError(
-      f"{op}: k must be [B, S, K, H] with q's B = {batch} and H = {h}, "
-      f"got {k.shape}"
-    )
-  if k.shape[2] == 0 or n % k.shape[2]:
-    raise ValueError(
-      f"{op}: query heads N must be a multiple of kv heads K, "
-      f"got N = {n}, K = {k.shape[2]}"
-    )
-  if window is not None and (len(window) != 2 or min(window) < 0):
-    raise ValueError(
-      f"{op}: local_window_size must be (left, right), both >= 0, got {window}"
-    )
-  check_positive(op, logits_soft_cap=soft_cap)
-
-
-def _check_segments(op: str, q, k, segment_ids: SegmentIds) -> None:
-  if segment_ids is None:
-    return
-  if isinstance(segment_ids, tuple) and len(segment_ids) != 2:
-    raise ValueError(
-      f"{op}: segment_ids must be one array or a pair, got {len(segment_ids)}"
-    )
-  segments = segments_of(segment_ids)
-  assert segments is not None
-  for name, ids, array in (("query", segments.q, q), ("key", segments.k, k)):
-    check_shape(
-      op, f"{name} segment_ids", ids, array.shape[:2], f"[B, length] of {name}s"
-    )
-    check_integers(op, f"{name} segment_ids", ids)
-
-
 def flash_attention(
   q: jax.Array,
   k: jax.Array,
@@ -173,6 +145,8 @@ def flash_attention(
   logits_soft_cap: float | None = None,
   rope: Rope | None = None,
   return_lse: bool = False,
+  mask: None = None,
+  bias: None = None,
   implementation: Implementation = None,
   config: FlashAttentionConfig | None = None,
 ) -> Any:
@@ -211,28 +185,26 @@ def flash_attention(
   """
   op = "flash_attention"
   check_implementation(op, implementation)
-  check_attention(op, q, k, v, local_window_size, logits_soft_cap)
-  _check_segments(op, q, k, segment_ids)
-  if rope is not None:
-    if q.shape[1] != k.shape[1]:
-      raise ValueError(
-        f"{op}: rope needs as many keys as queries, "
-        f"got T = {q.shape[1]}, S = {k.shape[1]}"
-      )
-    check_shape(op, "rope.positions", rope.positions, q.shape[:2], "[B, T]")
-    check_integers(op, "rope.positions", rope.positions)
-    check_rope(op, q.shape[3], rope.base_frequency)
+  check_config(op, config, FlashAttentionConfig)
+  refuse_arrays(op, mask=mask, bias=bias)
+  dtype = as_array(op, "q", q).dtype
+  q, k, v = as_qkv(op, q, k, v)
+  rope = as_rope(op, rope, q, k)
+  cap = logits_soft_cap
   problem = Problem(
-    scale=q.shape[3] ** -0.5 if scale is None else float(scale),
-    is_causal=is_causal,
-    window=local_window_size,
-    soft_cap=logits_soft_cap,
+    scale=default_scale(q) if scale is None else as_number(op, "scale", scale),
+    is_causal=bool(is_causal),
+    window=as_window(op, local_window_size),
+    soft_cap=None if cap is None else as_number(op, "logits_soft_cap", cap),
     base_frequency=rope.base_frequency if rope else 0.0,
-    return_lse=return_lse,
+    return_lse=bool(return_lse),
     implementation=implementation,
     config=config,
   )
-  outs = _flash(problem, Arrays.of(q, k, v, segment_ids, rope))
+  check_positive(op, logits_soft_cap=problem.soft_cap)
+  segments = as_segments(op, segment_ids, q, k)
+  outs = _flash(problem, Arrays.of(q, k, v, segments, rope))
+  outs = outs._replace(out=outs.out.astype(dtype))
   return tuple(outs) if return_lse else outs.out
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._frame import switches
 from .._frame.check import Implementation
 from .._rope import Rope, apply_rope_reference
 
@@ -57,7 +58,7 @@ def segments_of(segment_ids: SegmentIds) -> Segments | None:
   """One array is that of queries and keys alike."""
   if segment_ids is None:
     return None
-  if isinstance(segment_ids, tuple):
+  if isinstance(segment_ids, tuple | list):
     return Segments(*segment_ids)
   return Segments(segment_ids, segment_ids)
 
@@ -144,12 +145,17 @@ def visible_pairs(
   return mask
 
 
+def default_scale(q: jax.Array) -> float:
+  """1 / sqrt(H); of no values, 1."""
+  return max(q.shape[3], 1) ** -0.5
+
+
 def masked_attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
   mask: jax.Array,
-  scale: float | None,
+  scale: Any,
   logits_soft_cap: float | None,
 ) -> Outs:
   """Attention under mask [B, T, S]: out [B, T, N, H] and lse [B, N, T]."""
@@ -160,7 +166,7 @@ def masked_attention(
   logits = jnp.einsum(
     "btkgh,bskh->bkgts", grouped, k, preferred_element_type=at_least_float32
   )
-  logits *= h**-0.5 if scale is None else scale
+  logits *= default_scale(q) if scale is None else scale
   if logits_soft_cap is not None:
     logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
   logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
@@ -196,6 +202,7 @@ def attention(p: Problem, a: Arrays) -> Outs:
   return outs if p.return_lse else outs._replace(lse=None)
 
 
+@switches.plain
 def flash_attention_reference(
   q: jax.Array,
   k: jax.Array,
@@ -211,7 +218,7 @@ def flash_attention_reference(
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
   problem = Problem(
-    scale=q.shape[3] ** -0.5 if scale is None else scale,
+    scale=default_scale(q) if scale is None else scale,
     is_causal=is_causal,
     window=local_window_size,
     soft_cap=logits_soft_cap,

@@ -37,7 +37,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
 from .._frame.kernel import Saved
-from .._frame.sharding import varying_like
+from .._frame.manual import varying_like
 from .forward import Static, words_of_block
 from .spec import (
   Exponentials,

@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
-from .._frame.sharding import varying_like
+from .._frame.manual import varying_like
 from .spec import (
   LOWEST_LOGIT,
   Exponentials,

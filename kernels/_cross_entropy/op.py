@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
 from .._frame.check import (
   Implementation,
-  check_float,
+  as_floats,
+  as_integers,
+  as_number,
+  as_whole_number,
+  check_config,
   check_implementation,
-  check_integers,
   check_positive,
   check_shape,
 )
@@ -32,6 +35,7 @@ from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split, leading_dims
 from .backward import backward
 from .forward import exponentials_types, forward
+from .labels import labels_checked
 from .spec import (
   Arrays,
   Exponentials,
@@ -126,13 +130,15 @@ def _plain_forward(
 
 
 def _split(p: Problem, a: Arrays) -> Split:
+  # A table may be stored split over D too, but a logit needs a whole row.
   del p
   tokens = leading_dims(a.labels.ndim)
   weights = None if a.weights is None else tokens
   return Split(
-    Arrays(tokens + "D", "VD", tokens, weights),
+    Arrays(tokens + "D", "Vd", tokens, weights),
     Outs(tokens),
     over="BTV",
+    gathers="Dd",
     alone="V",
   )
 
@@ -154,46 +160,38 @@ _linear_cross_entropy = kernel_op(
 # --- public -------------------------------------------------------------------
 
 
-def _check(a: Arrays, p: Problem, valid_vocab_size: int | None) -> None:
-  op, x = "linear_cross_entropy", a.x
-  check_implementation(op, p.implementation)
+def _checked(
+  x: Any,
+  embedding: Any,
+  labels: Any,
+  weights: Any,
+  valid_vocab_size: Any,
+) -> tuple[Arrays, int]:
+  """The arrays, and how many rows of the table are vocabulary."""
+  op = "linear_cross_entropy"
+  x, embedding = as_floats(op, x=x, embedding=embedding)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-  check_float(op, x=x, embedding=a.embedding)
-  if a.embedding.ndim != 2 or a.embedding.shape[1] != x.shape[-1]:
+  if embedding.ndim != 2 or embedding.shape[1] != x.shape[-1]:
     raise ValueError(
       f"{op}: embedding must be [V, D] with D = {x.shape[-1]}, the last "
-      f"dimension of x, got {a.embedding.shape}"
+      f"dimension of x, got {embedding.shape}"
     )
-  check_shape(
-    op, "labels", a.labels, x.shape[:-1], "x without its last dimension"
-  )
-  check_integers(op, "labels", a.labels)
-  if a.weights is not None:
-    check_shape(op, "weights", a.weights, a.labels.shape, "the shape of labels")
-    check_float(op, weights=a.weights)
-  vocab = a.embedding.shape[0]
-  if valid_vocab_size is not None and not 0 < valid_vocab_size <= vocab:
+  labels = as_integers(op, "labels", labels)
+  shape = x.shape[:-1]
+  check_shape(op, "labels", labels, shape, "x without its last dimension")
+  if weights is not None:
+    (weights,) = as_floats(op, weights=weights)
+    check_shape(op, "weights", weights, shape, "the shape of labels")
+  vocab = embedding.shape[0]
+  if valid_vocab_size is None:
+    return Arrays(x, embedding, labels, weights), vocab
+  valid = as_whole_number(op, "valid_vocab_size", valid_vocab_size)
+  if not 0 < valid <= vocab:
     raise ValueError(
-      f"{op}: valid_vocab_size must be from 1 to V = {vocab}, "
-      f"got {valid_vocab_size}"
+      f"{op}: valid_vocab_size must be from 1 to V = {vocab}, got {valid}"
     )
-  check_positive(op, logits_soft_cap=p.logits_soft_cap)
-
-
-def _check_labels(a: Arrays, vocab: int) -> None:
-  """An error for `checkify` to find; nothing without it."""
-  labels = a.labels
-  label_exists = (labels >= 0) & (labels < vocab)
-  allowed = (
-    label_exists if a.weights is None else label_exists | (a.weights == 0)
-  )
-  checkify.debug_check(
-    jnp.all(allowed),
-    "linear_cross_entropy: labels must be from 0 to {last}, got {found}",
-    last=jnp.int32(vocab - 1),
-    found=jnp.max(jnp.where(allowed, jnp.iinfo(labels.dtype).min, labels)),
-  )
+  return Arrays(x, embedding, labels, weights), valid
 
 
 def linear_cross_entropy(
@@ -219,8 +217,9 @@ def linear_cross_entropy(
   each before these are added up: give x more leading dimensions instead.
 
   Args:
-    x: [..., D] float32 or bfloat16.  Products of bfloat16 take one pass of the
-      matrix units, those of float32 the six that make them exact to float32.
+    x: [..., D] float32, bfloat16 or float16.  Products of bfloat16 take one
+      pass of the matrix units, those of the others the six that make them exact
+      to float32.
     embedding: [V, D] float32 or bfloat16, a tied table as it is stored;
       computed with in x's dtype.
     labels: [...] integers from 0 to valid_vocab_size - 1.  Another label on a
@@ -246,12 +245,16 @@ def linear_cross_entropy(
     ValueError: on wrong shapes, dtypes or values, or a mesh axis that splits
       both tokens and vocabulary.
   """
-  arrays = Arrays(x, embedding, labels, weights)
-  vocab = valid_vocab_size or (embedding.shape[0] if embedding.ndim else 0)
-  problem = Problem(logits_soft_cap, z_loss, vocab, implementation, config)
-  _check(arrays, problem, valid_vocab_size)
-  _check_labels(arrays, problem.valid_vocab_size)
-  return _linear_cross_entropy(problem, arrays).loss
+  op, cap = "linear_cross_entropy", logits_soft_cap
+  check_implementation(op, implementation)
+  check_config(op, config, LinearCrossEntropyConfig)
+  arrays, vocab = _checked(x, embedding, labels, weights, valid_vocab_size)
+  cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
+  check_positive(op, logits_soft_cap=cap)
+  z_loss = as_number(op, "z_loss", z_loss)
+  problem = Problem(cap, z_loss, vocab, implementation, config)
+  loss = _linear_cross_entropy(problem, arrays).loss
+  return labels_checked(loss, arrays.labels, arrays.weights, vocab)
 
 
 # --- registration -------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._frame import switches
 from .._frame.check import Implementation
 from .tiles import LinearCrossEntropyConfig
 
@@ -64,6 +65,7 @@ class Problem:
     return self.config is not None and self.config.mode == "chunked"
 
 
+@switches.plain
 def linear_cross_entropy_reference(
   x: jax.Array,
   embedding: jax.Array,

@@ -1,14 +1,23 @@
-"""Refusals at the public door: the op, what was wanted, what came."""
+"""The public door: what comes becomes what an op takes, or is refused.
+
+A refusal is a `ValueError` that says the op, what was wanted, and what came.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 Implementation = Literal["pallas", "xla"] | None
+
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+_INT32 = np.iinfo(np.int32)
 
 
 def check_implementation(
@@ -26,6 +35,99 @@ def check_implementation(
     )
 
 
+def check_config(op: str, config: Any, wanted: type) -> None:
+  """Refuses a config that is not of the op's own class."""
+  if config is not None and not isinstance(config, wanted):
+    raise ValueError(
+      f"{op}: config must be a {wanted.__name__} or None, got {config!r}"
+    )
+
+
+# --- arrays -------------------------------------------------------------------
+
+
+def as_array(op: str, name: str, value: Any) -> jax.Array:
+  """What jnp takes for an array: NumPy's, a model's parameter, a list."""
+  # NumPy's 64-bit numbers would wrap around, and JAX warn of it.
+  if isinstance(value, np.ndarray) and value.dtype == np.float64:
+    value = value.astype(np.float32)
+  try:
+    return jnp.asarray(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"{op}: {name} must be an array, got {type(value).__name__}"
+    ) from error
+
+
+def as_floats(op: str, **values: Any) -> tuple[jax.Array, ...]:
+  """Arrays of float32, bfloat16 or float16."""
+  arrays = tuple(as_array(op, name, value) for name, value in values.items())
+  check_float(op, **dict(zip(values, arrays, strict=True)))
+  return arrays
+
+
+def as_integers(op: str, name: str, value: Any) -> jax.Array:
+  """int32 from integers of any width; what is out of its range ends at it."""
+  if isinstance(value, np.ndarray | np.integer) and value.dtype.kind in "iu":
+    value = np.clip(value, _INT32.min, _INT32.max).astype(np.int32)
+  array = as_array(op, name, value)
+  check_integers(op, name, array)
+  return _saturated(array)
+
+
+def as_segment_ids(op: str, q: Any, k: Any) -> tuple[jax.Array, jax.Array]:
+  """int32 [B, T] and [B, S], equal where q and k are and 0 where they are.
+
+  Ids may be of any width, as hashes of documents are, and booleans.
+  """
+  if _is_wide(q) and isinstance(q, np.ndarray):
+    q, k = _ranks(np, q, q if k is q else np.asarray(k))
+  q_ids = as_array(op, "query segment_ids", q)
+  k_ids = q_ids if k is q else as_array(op, "key segment_ids", k)
+  for name, ids in (("query", q_ids), ("key", k_ids)):
+    if ids.dtype != bool:
+      check_integers(op, f"{name} segment_ids", ids)
+  if _is_wide(q_ids) or _is_wide(k_ids):
+    return _ranks(jnp, q_ids, k_ids)
+  return _narrow_ids(q_ids), _narrow_ids(k_ids)
+
+
+def _is_wide(ids: Any) -> bool:
+  return getattr(getattr(ids, "dtype", None), "itemsize", 0) == 8
+
+
+def _narrow_ids(ids: jax.Array) -> jax.Array:
+  if ids.dtype == jnp.uint32:  # the same bits: a clamp would make ids equal
+    return jax.lax.bitcast_convert_type(ids, jnp.int32)
+  return ids.astype(jnp.int32)
+
+
+def _ranks(numpy: Any, q: Any, k: Any) -> tuple[Any, Any]:
+  """Of each id its place among all of them, from 1 on; 0 stays 0.
+
+  With `numpy` or `jnp`, which outside of x64 would cut NumPy's ids to 32 bits.
+  """
+  known = q.ravel() if k is q else numpy.concatenate([q.ravel(), k.ravel()])
+  known = numpy.sort(known)
+
+  def ranks(ids: Any) -> Any:
+    place = numpy.searchsorted(known, ids).astype(numpy.int32)
+    return numpy.where(ids == 0, 0, place + 1)
+
+  q_ranks = ranks(q)
+  return q_ranks, q_ranks if k is q else ranks(k)
+
+
+def _saturated(array: jax.Array) -> jax.Array:
+  """int32; a label or a position beyond it stays beyond every length."""
+  limits = jnp.iinfo(array.dtype)
+  if limits.min >= _INT32.min and limits.max <= _INT32.max:
+    return array.astype(jnp.int32)
+  low = jnp.asarray(max(limits.min, _INT32.min), array.dtype)
+  high = jnp.asarray(min(limits.max, _INT32.max), array.dtype)
+  return jax.lax.clamp(low, array, high).astype(jnp.int32)
+
+
 def check_integers(op: str, name: str, array: jax.Array) -> None:
   """Refuses arrays that are not integers."""
   if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -33,22 +135,91 @@ def check_integers(op: str, name: str, array: jax.Array) -> None:
 
 
 def check_float(op: str, **arrays: jax.Array) -> None:
-  """Refuses arrays that are neither float32 nor bfloat16."""
+  """Refuses arrays that are not float32, bfloat16 or float16."""
   for name, array in arrays.items():
-    if array.dtype not in (jnp.float32, jnp.bfloat16):
+    if array.dtype not in _FLOATS:
       raise ValueError(
-        f"{op}: {name} must be float32 or bfloat16, got {array.dtype}"
+        f"{op}: {name} must be float32, bfloat16 or float16, got {array.dtype}"
       )
 
 
 def check_shape(
-  op: str, name: str, array: jax.Array, shape: Sequence[int], why: str
+  op: str, name: str, array: jax.Array, shape: Sequence[Any], why: str
 ) -> None:
   """Refuses an array whose shape is not `shape`; `why` explains the latter."""
   if array.shape != tuple(shape):
     raise ValueError(
       f"{op}: {name} must be {tuple(shape)} ({why}), got {array.shape}"
     )
+
+
+# --- numbers ------------------------------------------------------------------
+
+
+def is_traced(value: Any) -> bool:
+  """Whether a number is known only when the program runs."""
+  return isinstance(value, jax.core.Tracer)
+
+
+def as_number(op: str, name: str, value: Any) -> float:
+  """A number that is part of the program."""
+  if is_traced(value):
+    raise ValueError(
+      f"{op}: {name} must be known when the program is traced, got a traced "
+      f"value ({value.aval.str_short()})"
+    )
+  try:
+    number = float(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{op}: {name} must be a number, got {value!r}") from error
+  if math.isnan(number):
+    raise ValueError(f"{op}: {name} must be a number, got {value!r}")
+  return number
+
+
+def as_scalar(op: str, name: str, value: Any) -> Any:
+  """A number of the program, or a traced one as a float32 array []."""
+  if not is_traced(value):
+    return as_number(op, name, value)
+  if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
+    raise ValueError(
+      f"{op}: {name} must be a single number, got {value.aval.str_short()}"
+    )
+  return value.astype(jnp.float32)
+
+
+def register_with_numbers(
+  cls: type, arrays: Sequence[str], numbers: Sequence[str]
+) -> None:
+  """Makes a dataclass a pytree, of whose numbers the arrays alone are leaves.
+
+  So a number is part of the program, as a keyword would be, and a traced one
+  can be carried through `jit` and `scan`.
+  """
+
+  def flatten(x: Any) -> tuple[list[Any], Any]:
+    traced = tuple(n for n in numbers if hasattr(getattr(x, n), "dtype"))
+    static = tuple((n, getattr(x, n)) for n in numbers if n not in traced)
+    return [getattr(x, n) for n in (*arrays, *traced)], (traced, static)
+
+  def unflatten(aux: Any, children: Sequence[Any]) -> Any:
+    traced, static = aux
+    x: Any = object.__new__(cls)
+    fields = dict(zip((*arrays, *traced), children, strict=True))
+    for name, value in (*fields.items(), *static):
+      object.__setattr__(x, name, value)
+    return x
+
+  jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+
+
+def as_whole_number(op: str, name: str, value: Any) -> int:
+  """An integer that is part of the program; not a boolean."""
+  if is_traced(value):
+    return int(as_number(op, name, value))  # which refuses it
+  if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+    raise ValueError(f"{op}: {name} must be an integer, got {value!r}")
+  return value.__index__()
 
 
 def check_positive(op: str, **values: float | None) -> None:

@@ -14,7 +14,7 @@ and `f = kernel_op(...)` is called as `f(problem, arrays) -> outs`.  On the way
 from there to `forward` stand, from the outside in:
 
     the mesh         each device runs the op on its own block of the arrays
-    the VJP          what `backward` reads is saved, under names for `remat`
+    the derivative   what `backward` reads is saved, under names for `remat`
     the platform     the kernel where the computation is lowered for TPU,
                      the reference elsewhere, by the caller's choice or by JAX's
     vmap             of the kernels; the reference is jnp
@@ -25,19 +25,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_batching import custom_vmap, sequential_vmap
-from jax.custom_derivatives import SymbolicZero
 
-from .sharding import Split, per_device, vary_alike
-
-# A kernel under vmap: one more axis of its grid, as Pallas does it; a larger
-# first dimension of all its arrays; or one example after the other.
-Vmap = Literal["grid", "batch", "loop"]
+from . import switches
+from .derivative import differentiable, refused, without_derivatives
+from .manual import vary_alike
+from .mapped import Vmap, mapped_kernel
+from .sharding import Split, per_device
 
 
 class Saved(NamedTuple):
@@ -98,9 +96,60 @@ class kernel_op:  # lower case, as jax.custom_vjp
 
   def __call__(self, problem: Any, arrays: Any) -> Any:
     """The op on arrays of any sharding; its door has checked them."""
-    empty = any(array.size == 0 for array in jax.tree.leaves(arrays))
-    if problem.implementation == "xla" or empty:
-      return self.reference(problem, arrays)
+    leaves = jax.tree.leaves(arrays)
+    is_empty = any(0 in array.shape for array in leaves)
+    if problem.implementation == "xla" or is_empty:
+      return switches.plain(self.reference)(problem, arrays)
+    if any(array.dtype == jnp.float16 for array in leaves):
+      return self._in_float32(problem, arrays)
+    if not all(isinstance(n, int) for array in leaves for n in array.shape):
+      return self._of_symbolic_batch(problem, arrays)
+    return self._by_device(problem, arrays)
+
+  @switches.plain
+  def _of_symbolic_batch(self, problem: Any, arrays: Any) -> Any:
+    """Where `jax.export` leaves the batch open, one example after the other.
+
+    Tiles are chosen by sizes that are known.
+    """
+    leaves, tree = jax.tree.flatten(arrays)
+    letters = jax.tree.leaves(self.split(problem, arrays).arrays)
+    is_mapped = [dims.startswith("B") for dims in letters]
+    for array, mapped in zip(leaves, is_mapped, strict=True):
+      if not all(isinstance(n, int) for n in array.shape[mapped:]):
+        raise ValueError(
+          f"{self.name}: only the batch, the first dimension, may be symbolic, "
+          f"got {array.shape}"
+        )
+
+    def one(examples: Any) -> Any:
+      supply = iter(examples)
+      filled = [
+        next(supply) if mapped else array
+        for array, mapped in zip(leaves, is_mapped, strict=True)
+      ]
+      return self(problem, jax.tree.unflatten(tree, filled))
+
+    # Examples keep a batch of one.
+    examples = [
+      jnp.expand_dims(x, 1)
+      for x, mapped in zip(leaves, is_mapped, strict=True)
+      if mapped
+    ]
+    outs = jax.lax.map(one, examples)
+    return jax.tree.map(lambda x: jnp.squeeze(x, 1), outs)
+
+  @switches.plain
+  def _in_float32(self, problem: Any, arrays: Any) -> Any:
+    """float16, which a TPU does not compute with, by way of float32."""
+    reference = functools.partial(self.reference, problem)
+    outs = jax.eval_shape(reference, arrays)
+    wide = self._by_device(problem, jax.tree.map(_without_float16, arrays))
+    return jax.tree.map(lambda x, out: x.astype(out.dtype), wide, outs)
+
+  @switches.plain
+  def _by_device(self, problem: Any, arrays: Any) -> Any:
+    """The op on each device's block of the arrays."""
 
     def on_device(block: Any, axes: Any) -> Any:
       if self.around is None:
@@ -111,7 +160,7 @@ class kernel_op:  # lower case, as jax.custom_vjp
 
   def on_device(self, problem: Any, arrays: Any) -> Any:
     """The differentiable op on one device's arrays."""
-    return _differentiable(self, problem, vary_alike(arrays))
+    return differentiable(self, problem, vary_alike(arrays))
 
   def run(self, problem: Any, arrays: Any, keep: bool) -> tuple[Any, Any]:
     """(outs, kept) by whichever implementation it is to be."""
@@ -121,9 +170,9 @@ class kernel_op:  # lower case, as jax.custom_vjp
         return function(problem, arrays, keep=keep)
       return function(problem, arrays), None
 
-    return _dispatch(
+    return self._dispatch(
       problem.implementation,
-      _mapped(self.vmap[0], functools.partial(either, self.forward)),
+      mapped_kernel(self.vmap[0], functools.partial(either, self.forward)),
       functools.partial(either, self.plain_forward or self.reference),
       arrays,
     )
@@ -133,17 +182,40 @@ class kernel_op:  # lower case, as jax.custom_vjp
     wanted = saved.wanted
 
     def either(function: Callable[..., Any], saved: Saved, d_outs: Any) -> Any:
-      grads = function(problem, saved._replace(wanted=wanted), d_outs)
-      pairs = zip(wanted, grads, strict=True)
-      return type(grads)(*(g if want is True else None for want, g in pairs))
+      saved = saved._replace(wanted=wanted)
+      return self._only_wanted(problem, function, saved, d_outs)
 
-    return _dispatch(
+    return self._dispatch(
       problem.implementation,
-      _mapped(self.vmap[1], functools.partial(either, self.backward)),
+      mapped_kernel(self.vmap[1], functools.partial(either, self.backward)),
       functools.partial(either, self.plain_backward or self.reference_vjp),
       saved._replace(wanted=None),
       d_outs,
     )
+
+  def _only_wanted(
+    self, problem: Any, function: Any, saved: Saved, d_outs: Any
+  ) -> Any:
+    """What `function` gives, and None for what is not wanted of it."""
+    grads = function(problem, saved, d_outs)
+    given = {}
+    for field, want in saved.wanted._asdict().items():
+      given[field] = getattr(grads, field) if want is True else None
+      if want is True and given[field] is None:  # not to be taken for zero
+        array, leaves = getattr(saved.arrays, field), jax.tree.leaves(d_outs)
+        message = (
+          f"{self.name}: the kernel has no gradient of {field}; pass "
+          f"implementation='xla'"
+        )
+        if problem.implementation == "pallas" or array is None:
+          raise NotImplementedError(message)
+        (given[field],) = refused(message, leaves, [array])
+    return type(grads)(**given)
+
+  def plain_gradients(self, problem: Any, saved: Saved, d_outs: Any) -> Any:
+    """What `run_backward` gives off TPU."""
+    plain = switches.plain(self.plain_backward or self.reference_vjp)
+    return self._only_wanted(problem, plain, saved, d_outs)
 
   def reference_vjp(self, problem: Any, saved: Saved, d_outs: Any) -> Any:
     """The gradients of what stands for the kernel off TPU, by JAX."""
@@ -165,6 +237,21 @@ class kernel_op:  # lower case, as jax.custom_vjp
 
     return jax.vjp(of_floats, floats)[1](d_outs)[0]
 
+  def _dispatch(
+    self, implementation: Any, kernel: Any, reference: Any, *args: Any
+  ) -> Any:
+    """The kernel by the caller's choice, else where it is lowered for TPU.
+
+    The platform is the one that the computation is lowered for, not the one
+    that traces it: ahead-of-time compilation for TPU on a CPU host gets the
+    kernel.
+    """
+    kernel = without_derivatives(self.name, implementation, kernel)
+    if implementation == "pallas":
+      return kernel(*args)
+    reference = switches.plain(reference)
+    return jax.lax.platform_dependent(*args, tpu=kernel, default=reference)
+
   def named(self, record: Any) -> Any:
     """The record, whose fields remat policies can tell by name."""
     if record is None:
@@ -177,98 +264,15 @@ class kernel_op:  # lower case, as jax.custom_vjp
       }
     )
 
-  def saved(self, record: Any) -> Any:
-    """The record with None for what the backward pass does not read."""
-    return record._replace(
-      **{field: None for field in record._fields if field not in self.saves}
-    )
+  def saved(self, arrays: Any, outs: Any, kept: Any) -> Saved:
+    """What the backward pass reads, and None for the rest."""
+
+    def read(record: Any) -> Any:
+      others = [f for f in record._fields if f not in self.saves]
+      return record._replace(**dict.fromkeys(others))
+
+    return Saved(read(arrays), read(outs), kept, wanted=None)
 
 
-# --- the platform -------------------------------------------------------------
-
-
-def _dispatch(implementation: Any, kernel: Any, plain: Any, *args: Any) -> Any:
-  """The kernel by the caller's choice, else where it is lowered for TPU.
-
-  The platform is the one that the computation is lowered for, not the one that
-  traces it: ahead-of-time compilation for TPU on a CPU host gets the kernel.
-  """
-  if implementation == "pallas":
-    return kernel(*args)
-  return jax.lax.platform_dependent(*args, tpu=kernel, default=plain)
-
-
-# --- the VJP ------------------------------------------------------------------
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-  """A value known when a program is traced, among what a VJP saves."""
-
-  value: Any
-
-
-def _primal(op: kernel_op, problem: Any, arrays: Any) -> Any:
-  return op.run(problem, arrays, keep=False)[0]
-
-
-def _forward(op: kernel_op, problem: Any, primals: Any) -> tuple[Any, Any]:
-  arrays = jax.tree.map(lambda p: p.value, primals)
-  wanted = jax.tree.map(
-    lambda p: p.perturbed and jnp.issubdtype(p.value.dtype, jnp.floating),
-    primals,
-  )
-  outs, kept = op.run(problem, arrays, keep=True)
-  outs, kept = op.named(outs), op.named(kept)
-  saved = op.saved(arrays), op.saved(outs)
-  return outs, Saved(*saved, kept=kept, wanted=_Static(wanted))
-
-
-def _backward(op: kernel_op, problem: Any, saved: Saved, d_outs: Any) -> Any:
-  wanted = saved.wanted.value
-  d_outs = jax.tree.map(
-    lambda d: jnp.zeros(d.shape, d.dtype) if _is_zero(d) else d, d_outs
-  )
-  saved, d_outs = vary_alike((saved._replace(wanted=None), d_outs))
-  saved = saved._replace(wanted=wanted)
-  return (op.run_backward(problem, saved, d_outs),)
-
-
-def _is_zero(cotangent: Any) -> bool:
-  return isinstance(cotangent, SymbolicZero)
-
-
-_differentiable = jax.custom_vjp(_primal, nondiff_argnums=(0, 1))
-_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-# --- vmap ---------------------------------------------------------------------
-
-
-def _mapped(vmap: Vmap, kernel: Callable[..., Any]) -> Callable[..., Any]:
-  match vmap:
-    case "grid":
-      return kernel
-    case "loop":
-      return sequential_vmap(kernel)
-    case "batch":
-      return _as_batch(kernel)
-
-
-def _as_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
-  """`kernel` of arrays [B, ...] that vmap maps by a larger B."""
-  mapped = custom_vmap(kernel)
-
-  @mapped.def_vmap
-  def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:
-    def merged(x: jax.Array, batched: bool) -> jax.Array:
-      if not batched:
-        x = jnp.broadcast_to(x, (axis_size, *x.shape))
-      return x.reshape(-1, *x.shape[2:])
-
-    outs = mapped(*jax.tree.map(merged, args, tuple(in_batched)))
-    outs = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), outs)
-    return outs, jax.tree.map(lambda _: True, outs)
-
-  return mapped
+def _without_float16(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.float32) if x.dtype == jnp.float16 else x

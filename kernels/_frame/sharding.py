@@ -15,19 +15,24 @@ independent, or which it can sum over afterwards.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-Axes = tuple[str, ...]
-_Rules = tuple[Any, Mapping[str, Axes]]
-_RULES: contextvars.ContextVar[_Rules | None] = contextvars.ContextVar(
-  "pallas_gemma_sharding", default=None
-)
+from .manual import Axes, nested
+
+# --- what the user says -------------------------------------------------------
+
+# (mesh, rules), as jit's caches see it: who traces under other rules, or none,
+# gets another program.
+_RULES = jax.make_user_context(None)
+
+# The letters of the package's legend that a rule may name.
+_LETTERS = "BTSNKHDFV"
 
 
 def _as_axes(entry: Any) -> Axes:
@@ -42,29 +47,49 @@ def sharding(
 ) -> Iterator[None]:
   """Says how the kernels traced inside are split over a mesh of Auto axes.
 
+  Inside a `jax.shard_map` that is manual over some axes of the mesh, it says so
+  of the others.  Arrays whose types say how they are split, on a mesh of
+  Explicit axes, need no rules and go by their types.
+
   Args:
     mesh: the mesh of the surrounding `jit`.
     rules: mesh axis or axes for each letter that is split, for example
       `{"B": "data", "N": "model", "F": "model"}`.  Letters: B batch (the first
-      dimension of an activation), T query length (the second), N query heads,
-      K key/value heads, F feed-forward, V vocabulary.
+      dimension of an activation), T query length (the second), S key length,
+      N query heads, K key/value heads (by default split as N is, as far as
+      there are enough of them), H head size, D width, F feed-forward, V
+      vocabulary.  A length must be a multiple of the devices it is split over.
 
   Raises:
-    ValueError: if a rule names an axis that the mesh does not have.
+    ValueError: if a rule has another letter, or names an axis that the mesh
+      does not have, or one axis twice.
   """
-  clean = {letter: _as_axes(axes) for letter, axes in rules.items()}
+  if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+    raise ValueError(
+      f"sharding: mesh must be a jax.sharding.Mesh, got {mesh!r}"
+    )
+  clean = {letter: _as_axes(axes) for letter, axes in dict(rules).items()}
   for letter, axes in clean.items():
+    if letter not in tuple(_LETTERS):
+      raise ValueError(
+        f"sharding: a rule's letter must be one of {', '.join(_LETTERS)}, "
+        f"got {letter!r}"
+      )
     for axis in axes:
       if axis not in mesh.axis_names:
         raise ValueError(
           f"sharding: rule {letter!r} wants a mesh axis among "
           f"{mesh.axis_names}, got {axis!r}"
         )
-  token = _RULES.set((mesh, clean))
-  try:
+    if len(set(axes)) < len(axes):
+      raise ValueError(
+        f"sharding: rule {letter!r} must name each axis once, got {axes}"
+      )
+  with _RULES((mesh, tuple(sorted(clean.items())))):
     yield
-  finally:
-    _RULES.reset(token)
+
+
+# --- what an op says ----------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +105,11 @@ class Split:
     outs: the same of the results, as each device has them.
     over: the letters over which the op may be split.
     gathers: the letters over which arrays may come split, as weights that are
-      stored so, but which the op needs whole.
+      stored so, but which the op needs whole.  A result is split as they were.
     alone: letters that must not share a mesh axis with another.
+    fewer: letters that are split over as many of their axes as divide them, as
+      heads that are fewer than the devices.
+    follows: a letter of these, and the one whose axes it takes.
   """
 
   arrays: Any
@@ -89,6 +117,8 @@ class Split:
   over: str
   gathers: str = ""
   alone: str = ""
+  fewer: str = ""
+  follows: tuple[str, str] | None = None
 
 
 # Letters of the leading dimensions of an activation.
@@ -98,6 +128,9 @@ _LEADING = "BT23456789"
 def leading_dims(ndim: int) -> str:
   """Letters for the leading dimensions of an activation: B, T, then others."""
   return _LEADING[:ndim].ljust(ndim, "-")
+
+
+# --- one device's part --------------------------------------------------------
 
 
 def per_device(
@@ -117,82 +150,165 @@ def per_device(
     split: how it may be split.
 
   Raises:
-    ValueError: if a letter is split that must not be.
+    ValueError: if a letter is split that must not be, or does not divide.
   """
   leaves, letters = jax.tree.leaves(arrays), jax.tree.leaves(split.arrays)
-  mesh, found = _split_axes(op, leaves, letters)
-  if mesh is None:
+  where = _Where.of(op, leaves, letters)
+  if where is None:
     return function(arrays, {})
-  axes = _allowed(op, found, split)
+  axes = _allowed(op, where, split)
+  gathered = {
+    letter: where.found[letter]
+    for letter in split.gathers
+    if where.found.get(letter)
+  }
 
-  def spec(letters: str) -> PartitionSpec:
+  def spec(letters: str, axes: Mapping[str, Axes] = axes) -> PartitionSpec:
     return PartitionSpec(*(axes.get(letter) or None for letter in letters))
 
+  def on_block(block: Any) -> Any:
+    outs = function(block, axes)
+    return jax.tree.map(
+      lambda letters, out: _own_part(out, letters, gathered), split.outs, outs
+    )
+
   in_specs = jax.tree.map(spec, split.arrays)
-  if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-    arrays = jax.tree.map(jax.sharding.reshard, arrays, in_specs)
+  out_specs = jax.tree.map(
+    lambda letters: spec(letters, {**gathered, **axes}), split.outs
+  )
+  arrays = where.resharded(arrays, in_specs)
+  if where.mesh is None:
+    names = where.axis_names
+    kinds = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), arrays)
+    return nested(on_block, kinds, in_specs, out_specs, names)(arrays)
   return jax.shard_map(
-    lambda blocks: function(blocks, axes),
-    mesh=mesh,
-    in_specs=(in_specs,),
-    out_specs=jax.tree.map(spec, split.outs),
+    on_block, mesh=where.mesh, in_specs=(in_specs,), out_specs=out_specs
   )(arrays)
 
 
-def _split_axes(
-  op: str, arrays: Sequence[jax.Array], dims: Sequence[str]
-) -> tuple[Any, dict[str, Axes]]:
-  """The mesh and, for each letter, the mesh axes that split it.
+def _own_part(x: jax.Array, letters: str, gathered: Mapping[str, Axes]) -> Any:
+  """Of a result over a gathered letter, the part that the device had of it."""
+  for dim, letter in enumerate(letters):
+    if letter in gathered:
+      axes = gathered[letter]
+      size = x.shape[dim] // jax.lax.axis_size(axes)
+      start = jax.lax.axis_index(axes) * size
+      x = jax.lax.dynamic_slice_in_dim(x, start, size, dim)
+  return x
 
-  Returns:
-    (None, {}) where nothing is split, as inside a shard_map.
 
-  Raises:
-    ValueError: if two arguments split the same letter differently.
+@dataclasses.dataclass(frozen=True)
+class _Where:
+  """The mesh over which an op's arrays may be split.
+
+  Attributes:
+    mesh: the mesh; None for that of the context.
+    sizes: of all its axes.
+    axis_names: of it, those that no surrounding `shard_map` has taken.
+    found: for each letter the mesh axes that split it.
+    lengths: of each letter's dimension.
+    is_explicit: whether arrays must be brought to how they are to be split.
   """
-  found: dict[str, Axes] = {}
-  mesh = None
-  for array, letters in zip(arrays, dims, strict=True):
-    here = jax.typeof(array).sharding
-    explicit = {
-      name
+
+  mesh: Any
+  sizes: Mapping[str, int]
+  axis_names: Axes
+  found: Mapping[str, Axes]
+  lengths: Mapping[str, int]
+  is_explicit: bool
+
+  @classmethod
+  def of(
+    cls, op: str, arrays: Sequence[jax.Array], dims: Sequence[str]
+  ) -> _Where | None:
+    """None where nothing is to be split, as in a shard_map over all axes.
+
+    Raises:
+      ValueError: if two arguments split the same letter differently.
+    """
+    types = [jax.typeof(array) for array in arrays]
+    kinds = {
+      name: (kind, t.sharding.mesh)
+      for t in types
       for name, kind in zip(
-        here.mesh.axis_names, here.mesh.axis_types, strict=True
+        t.sharding.mesh.axis_names, t.sharding.mesh.axis_types, strict=True
       )
-      if kind == AxisType.Explicit
     }
-    for letter, entry in zip(letters, here.spec, strict=True):
+    lengths = {
+      letter: size
+      for t, letters in zip(types, dims, strict=True)
+      for letter, size in zip(letters, t.shape, strict=True)
+    }
+    free = tuple(n for n, (kind, _) in kinds.items() if kind != AxisType.Manual)
+    explicit = {
+      n for n, (kind, _) in kinds.items() if kind == AxisType.Explicit
+    }
+    is_inside = len(free) < len(kinds)
+    rules = _RULES.value
+    if explicit:
+      found = _found_in_types(op, types, dims, explicit)
+      mesh = next(kinds[name][1] for name in explicit)
+    elif rules is None or (is_inside and not free):
+      return None
+    else:
+      mesh, by_letter = rules
+      found = {
+        letter: tuple(a for a in axes if not is_inside or a in free)
+        for letter, axes in by_letter
+        if letter in lengths
+      }
+      if is_inside:
+        mesh = next(mesh for _, mesh in kinds.values())
+    names = free if is_inside else tuple(mesh.axis_names)
+    sizes = dict(mesh.shape)
+    where = None if is_inside else mesh
+    is_explicit = AxisType.Explicit in mesh.axis_types
+    return cls(where, sizes, names, found, lengths, is_explicit)
+
+  def resharded(self, arrays: Any, specs: Any) -> Any:
+    """The arrays, split as `specs` say; on Auto axes that is XLA's to do."""
+    if not self.is_explicit:
+      return arrays
+
+    def one(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+      has_mesh = jax.typeof(x).sharding.mesh.axis_names != ()
+      where = spec if has_mesh else NamedSharding(self.mesh, spec)
+      return jax.sharding.reshard(x, where)
+
+    return jax.tree.map(one, arrays, specs)
+
+  def devices(self, axes: Axes) -> int:
+    """How many share a dimension that is split over `axes`."""
+    return math.prod(self.sizes[axis] for axis in axes)
+
+
+def _found_in_types(
+  op: str, types: Sequence[Any], dims: Sequence[str], explicit: set[str]
+) -> dict[str, Axes]:
+  """For each letter, the Explicit axes that split it."""
+  found: dict[str, Axes] = {}
+  for t, letters in zip(types, dims, strict=True):
+    for letter, entry in zip(letters, t.sharding.spec, strict=True):
       axes = tuple(axis for axis in _as_axes(entry) if axis in explicit)
       if axes and found.setdefault(letter, axes) != axes:
         raise ValueError(
           f"{op}: dimension {letter} is split over {found[letter]} in one "
           f"argument and over {axes} in another; use jax.sharding.reshard"
         )
-    if explicit:
-      mesh = here.mesh
-  rules = _RULES.get()
-  if mesh is None and rules is not None and not _inside_shard_map(arrays):
-    mesh, by_letter = rules
-    known = {letter for letters in dims for letter in letters}
-    found = {k: v for k, v in by_letter.items() if v and k in known}
-  return (mesh, found) if found else (None, {})
+  return found
 
 
-def _inside_shard_map(arrays: Sequence[jax.Array]) -> bool:
-  return any(
-    kind == AxisType.Manual
-    for a in arrays
-    for kind in jax.typeof(a).sharding.mesh.axis_types
-  )
-
-
-def _allowed(
-  op: str, found: Mapping[str, Axes], split: Split
-) -> dict[str, Axes]:
+def _allowed(op: str, where: _Where, split: Split) -> dict[str, Axes]:
   """The mesh axes of each letter that stays split, if the op can do it."""
   axes: dict[str, Axes] = {}
+  found = dict(where.found)
+  follower, leader = split.follows or ("", "")
+  own = found.pop(follower, ())
+  if own:
+    found.setdefault(leader, own)
   for letter, names in found.items():
     if letter in split.gathers:
+      _check_divides(op, where, letter, names)
       continue
     for other, used in axes.items():
       both = sorted(set(names) & set(used))
@@ -203,6 +319,8 @@ def _allowed(
         )
     taken = {axis for used in axes.values() for axis in used}
     axes[letter] = tuple(axis for axis in names if axis not in taken)
+    if letter in split.fewer:
+      axes[letter] = _that_divide(where, letter, axes[letter])
     # The dimensions of an activation after the first are all lengths.
     known = "T" if letter in _LEADING[1:] else letter
     if axes[letter] and known not in split.over:
@@ -210,32 +328,25 @@ def _allowed(
         f"{op}: can be split over {', '.join(split.over)} only, but dimension "
         f"{letter} is split over {axes[letter]}; use jax.sharding.reshard"
       )
+    _check_divides(op, where, letter, axes[letter])
+  if follower:
+    lead = axes.get(leader, ())
+    has_own = own and own == lead[: len(own)]
+    axes[follower] = _that_divide(where, follower, own if has_own else lead)
   return axes
 
 
-def vary_alike(tree: Any) -> Any:
-  """Inside a shard_map, makes all arrays vary over the same mesh axes.
-
-  A kernel reads them together, and a custom VJP must return each cotangent
-  with its argument's type; the cast's own transpose sums over the axes.
-  """
-
-  def varying(x: Any) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
-
-  union = frozenset().union(*map(varying, jax.tree.leaves(tree)))
-
-  def cast(x: Any) -> Any:
-    missing = tuple(sorted(union - varying(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-  return jax.tree.map(cast, tree)
+def _check_divides(op: str, where: _Where, letter: str, axes: Axes) -> None:
+  devices = where.devices(axes)
+  if where.lengths[letter] % devices:
+    raise ValueError(
+      f"{op}: dimension {letter} must be a multiple of the {devices} devices "
+      f"it is split over, along {axes}, got {where.lengths[letter]}"
+    )
 
 
-def varying_like(array: Any, shape: Sequence[int], dtype: Any) -> Any:
-  """The type of a kernel's result that varies over the axes `array` does."""
-  return jax.ShapeDtypeStruct(
-    tuple(shape),
-    dtype,
-    manual_axis_type=jax.typeof(array).manual_axis_type,
-  )
+def _that_divide(where: _Where, letter: str, axes: Axes) -> Axes:
+  """The first of the axes, as many as divide the dimension."""
+  while where.lengths[letter] % where.devices(axes):
+    axes = axes[:-1]
+  return axes

@@ -43,7 +43,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
 from .._frame.kernel import Saved
-from .._frame.sharding import varying_like
+from .._frame.manual import varying_like
+from .._row_norm import epsilon_operand
 from .activation import activate_and_derive
 from .spec import Arrays, Kept, Outs, Problem
 from .tiles import VMEM_BYTES, Plan, Sizes, backward_tiles, where_present
@@ -63,6 +64,7 @@ class Inputs(NamedTuple):
   up: Any  # [rows, cols], None if it is computed again
   normed: Any  # [rows, D], None without a norm
   scale: Any  # [1, D], None without a norm
+  epsilon: Any  # [1, 1] of the norm, None if it is static
 
 
 class Outputs(NamedTuple):
@@ -236,7 +238,8 @@ def _through_the_norm(
   if plan.problem.norm is None:
     return dx
   x = i.x[...].astype(jnp.float32)
-  dx, dscale = plan.problem.norm.gradients(x, i.scale[...], dx)
+  norm = plan.problem.norm.at(i.epsilon)
+  dx, dscale = norm.gradients(x, i.scale[...], dx)
   _add_dscale(o, dscale, plan)
   return dx
 
@@ -271,11 +274,12 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   plan = Plan(p, sizes, backward_tiles(sizes, p.config))
   arrays = _inputs(p, a, saved.kept, d)
   specs, shapes = _specs(plan), _out_shapes(plan, a)
+  _, one = epsilon_operand(a.epsilon)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, plan=plan),
     name=f"{sizes.op}_bwd",
     grid=(plan.f_tiles, plan.row_tiles),
-    in_specs=[where_present(arrays, specs[0])],
+    in_specs=[where_present(arrays, specs[0]._replace(epsilon=one))],
     out_specs=[where_present(shapes, specs[1])],
     out_shape=[shapes],
     scratch_shapes=[_scratch(plan, a)],
@@ -292,7 +296,7 @@ def _inputs(p: Problem, a: Arrays, kept: Kept | None, d: Outs) -> Inputs:
   if kept is None:
     # One pass of XLA's is cheaper than a norm of every tile of x for every F
     # tile.
-    normed = None if scale is None else p.norm_of(a.x, scale)
+    normed = None if scale is None else p.norm_of(a.x, scale, a.epsilon)
     kept = Kept(gate=None, up=None, normed=normed)
   return Inputs(
     x=a.x,
@@ -305,6 +309,7 @@ def _inputs(p: Problem, a: Arrays, kept: Kept | None, d: Outs) -> Inputs:
     up=kept.up,
     normed=kept.normed,
     scale=None if scale is None else scale[None, :],
+    epsilon=epsilon_operand(a.epsilon)[0],
   )
 
 
@@ -332,6 +337,7 @@ def _specs(plan: Plan) -> tuple[Inputs, Outputs]:
     up=both,
     normed=by_row,
     scale=gain,
+    epsilon=None,
   )
   outputs = Outputs(
     dx=at_last,

@@ -26,7 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
-from .._frame.sharding import varying_like
+from .._frame.manual import varying_like
+from .._row_norm import epsilon_operand
 from .activation import activate
 from .spec import Arrays, Kept, Outs, Problem
 from .tiles import VMEM_BYTES, Plan, Sizes, forward_tiles, where_present
@@ -40,6 +41,7 @@ class Inputs(NamedTuple):
   w_up: Any  # [D, cols]
   w_down: Any  # [cols, D], None for geglu
   scale: Any  # [1, D], None without a norm
+  epsilon: Any  # [1, 1] of the norm, None if it is static
 
 
 class Outputs(NamedTuple):
@@ -85,7 +87,8 @@ def _normalise(i: Inputs, o: Outputs, s: Scratch, plan: Plan) -> jax.Array:
   @pl.when(pl.program_id(1) == 0)
   def _():
     x = i.x[...].astype(jnp.float32)
-    normed[...] = norm.of(x, i.scale[...]).astype(normed.dtype)
+    y = norm.at(i.epsilon).of(x, i.scale[...])
+    normed[...] = y.astype(normed.dtype)
 
   return normed[...]
 
@@ -152,14 +155,15 @@ def forward(p: Problem, a: Arrays, *, keep: bool) -> tuple[Outs, Kept | None]:
   sizes = Sizes.of(a, kept=kept)
   plan = Plan(p, sizes, forward_tiles(sizes, p.config))
   scale = None if a.scale is None else a.scale[None, :]
-  arrays = Inputs(a.x, a.w_gate, a.w_up, a.w_down, scale)
+  epsilon, one = epsilon_operand(a.epsilon)
+  arrays = Inputs(a.x, a.w_gate, a.w_up, a.w_down, scale, epsilon)
   specs, shapes = _specs(plan), _out_shapes(plan, a.x)
   grid = plan.row_tiles, plan.f_tiles
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, plan=plan),
     name=f"{sizes.op}_fwd",
     grid=grid if _f_inside(plan) else grid[::-1],
-    in_specs=[where_present(arrays, specs[0])],
+    in_specs=[where_present(arrays, specs[0]._replace(epsilon=one))],
     out_specs=[where_present(shapes, specs[1])],
     out_shape=[shapes],
     scratch_shapes=[_scratch(plan)],
@@ -192,7 +196,7 @@ def _specs(plan: Plan) -> tuple[Inputs, Outputs]:
   gain = block((1, d), lambda i, j: (0, 0))
   y = by_row if plan.sizes.down else both
   return (
-    Inputs(x=by_row, w_gate=up, w_up=up, w_down=down, scale=gain),
+    Inputs(by_row, w_gate=up, w_up=up, w_down=down, scale=gain, epsilon=None),
     Outputs(y=y, gate=both, up=both, normed=by_row),
   )
 

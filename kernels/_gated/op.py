@@ -14,14 +14,15 @@ import jax.numpy as jnp
 
 from .._frame.check import (
   Implementation,
-  check_float,
+  as_floats,
+  check_config,
   check_implementation,
   check_shape,
 )
 from .._frame.kernel import kernel_op
 from .._frame.op import Case, Cost, Op, nbytes
 from .._frame.sharding import Axes, Split, leading_dims
-from .._row_norm import Norm, RowNorm, check_norm
+from .._row_norm import Norm, as_norm
 from .activation import ACTIVATIONS, Activation
 from .backward import backward
 from .forward import forward
@@ -41,9 +42,11 @@ from .tiles import FeedForwardConfig
 
 
 def _split(p: Problem, a: Arrays) -> Split:
-  """Rows and F may be split; d is D where weights may be stored split over it.
+  """Rows and F may be split.
 
-  Each device of a split F has the part of y that its own columns give.
+  D is whole for the products: x may come split over it, and d is D where
+  weights may be stored split over it.  Each device of a split F has the part of
+  y that its own columns give.
   """
   del p
   rows = leading_dims(a.x.ndim - 1)
@@ -55,10 +58,11 @@ def _split(p: Problem, a: Arrays) -> Split:
       w_up="dF",
       w_down="Fd" if down else None,
       scale=None if a.scale is None else "d",
+      epsilon=None if a.epsilon is None else "",
     ),
     Outs(rows + ("D" if down else "F")),
     over="BTF",
-    gathers="d",
+    gathers="Dd",
   )
 
 
@@ -122,9 +126,9 @@ def geglu(
   approximation of GELU.
 
   Args:
-    x: [..., D] float32 or bfloat16, the dtype of the products.  The kernel
-      multiplies float32 as float32, in six passes of the matrix unit, and
-      bfloat16 in one: bfloat16 is the fast dtype.
+    x: [..., D] float32, bfloat16 or float16, the dtype of the products.  The
+      kernel multiplies float32 as float32, in six passes of the matrix unit,
+      and bfloat16 in one: bfloat16 is the fast dtype.
     w_gate: [D, F] float32 or bfloat16, the activated branch; computed with in
       x's dtype, to which the kernel casts its tiles.
     w_up: [D, F], the linear branch.
@@ -144,10 +148,9 @@ def geglu(
     ValueError: on a wrong shape or dtype, an unknown activation, or an x whose
       last dimension is split over a mesh.
   """
-  _check("geglu", x, w_gate, w_up, activation, norm, implementation)
-  problem = _problem(activation, norm, False, implementation, config)
-  scale = None if norm is None else norm.scale
-  return _geglu(problem, Arrays(x, w_gate, w_up, None, scale)).y
+  weights = dict(w_gate=w_gate, w_up=w_up)
+  problem = _problem(activation, False, implementation, config)
+  return _geglu(*_checked("geglu", x, weights, norm, problem)).y
 
 
 def feed_forward(
@@ -165,8 +168,8 @@ def feed_forward(
   """The gated feed-forward block, geglu(x, w_gate, w_up) w_down.
 
   Args:
-    x: [..., D] float32 or bfloat16, the dtype of the products.  As in `geglu`,
-      float32 takes six passes of the matrix unit and bfloat16 one.
+    x: [..., D] float32, bfloat16 or float16, the dtype of the products.  As in
+      `geglu`, float32 takes six passes of the matrix unit and bfloat16 one.
     w_gate: [D, F], as in `geglu`.
     w_up: [D, F], as in `geglu`.
     w_down: [F, D] float32 or bfloat16.
@@ -186,58 +189,58 @@ def feed_forward(
   Raises:
     ValueError: as `geglu`, and on a w_down of another shape than [F, D].
   """
-  op = "feed_forward"
-  _check(op, x, w_gate, w_up, activation, norm, implementation)
-  check_float(op, w_down=w_down)
-  check_shape(op, "w_down", w_down, w_gate.shape[::-1], "[F, D]")
-  problem = _problem(activation, norm, residual, implementation, config)
-  scale = None if norm is None else norm.scale
-  return _feed_forward(problem, Arrays(x, w_gate, w_up, w_down, scale)).y
+  weights = dict(w_gate=w_gate, w_up=w_up, w_down=w_down)
+  problem = _problem(activation, bool(residual), implementation, config)
+  return _feed_forward(*_checked("feed_forward", x, weights, norm, problem)).y
 
 
-def _check(
-  op: str,
-  x: jax.Array,
-  w_gate: jax.Array,
-  w_up: jax.Array,
+def _problem(
   activation: Activation,
-  norm: Norm | None,
+  residual: bool,
   implementation: Implementation,
-) -> None:
-  """Refuses what neither op takes."""
-  check_implementation(op, implementation)
+  config: FeedForwardConfig | None,
+) -> Problem:
+  config = FeedForwardConfig() if config is None else config
+  return Problem(activation, None, residual, implementation, config)
+
+
+def _checked(
+  op: str,
+  x: Any,
+  weights: Mapping[str, Any],
+  norm: Norm | None,
+  p: Problem,
+) -> tuple[Problem, Arrays]:
+  """What either op is given, checked; the problem without a norm as yet."""
+  check_implementation(op, p.implementation)
+  check_config(op, p.config, FeedForwardConfig)
+  if p.activation not in ACTIVATIONS:
+    raise ValueError(
+      f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, "
+      f"got {p.activation!r}"
+    )
+  x, w_gate, w_up, *down = as_floats(op, x=x, **weights)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-  check_float(op, x=x, w_gate=w_gate, w_up=w_up)
   if w_gate.ndim != 2 or w_gate.shape[0] != x.shape[-1]:
     raise ValueError(
       f"{op}: w_gate must be [D, F] with D = {x.shape[-1]}, the last dimension "
       f"of x, got {w_gate.shape}"
     )
   check_shape(op, "w_up", w_up, w_gate.shape, "the shape of w_gate")
-  if activation not in ACTIVATIONS:
+  w_down = down[0] if down else None
+  if w_down is not None:
+    check_shape(op, "w_down", w_down, w_gate.shape[::-1], "[F, D]")
+  if norm is None:
+    return p, Arrays(x, w_gate, w_up, w_down, None)
+  if not isinstance(norm, Norm):
     raise ValueError(
-      f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, "
-      f"got {activation!r}"
+      f"{op}: norm must be a pallas_gemma.kernels.Norm(scale) or None, "
+      f"got {type(norm).__name__}"
     )
-  if norm is not None:
-    check_norm(op, x, norm, "norm.")
-
-
-def _problem(
-  activation: Activation,
-  norm: Norm | None,
-  residual: bool,
-  implementation: Implementation,
-  config: FeedForwardConfig | None,
-) -> Problem:
-  return Problem(
-    activation=activation,
-    norm=None if norm is None else RowNorm(norm.epsilon, norm.scale_offset),
-    residual=residual,
-    implementation=implementation,
-    config=config or FeedForwardConfig(),
-  )
+  row_norm, scale, epsilon = as_norm(op, x, norm, "norm.")
+  p = dataclasses.replace(p, norm=row_norm)
+  return p, Arrays(x, w_gate, w_up, w_down, scale, epsilon)
 
 
 # --- registration -------------------------------------------------------------

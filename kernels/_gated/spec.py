@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._frame import switches
 from .._frame.check import Implementation
 from .._frame.kernel import Saved
 from .._rms_norm import rms_norm_reference
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # the next page
 # --- specification ------------------------------------------------------------
 
 
+@switches.plain
 def geglu_reference(
   x: jax.Array,
   w_gate: jax.Array,
@@ -37,6 +39,7 @@ def geglu_reference(
   return _gated(gate, up, activation, x.dtype)
 
 
+@switches.plain
 def feed_forward_reference(
   x: jax.Array,
   w_gate: jax.Array,
@@ -113,11 +116,14 @@ class Problem:
     """Whether `Kept` goes from the forward to the backward pass."""
     return self.config.residuals == "gate_up"
 
-  def norm_of(self, x: jax.Array, scale: jax.Array | None) -> jax.Array:
+  def norm_of(
+    self, x: jax.Array, scale: jax.Array | None, epsilon: jax.Array | None
+  ) -> jax.Array:
     """The specification's norm of x; x itself if there is none."""
     if self.norm is None or scale is None:
       return x
-    return _norm(x, Norm(scale, self.norm.epsilon, self.norm.scale_offset))
+    epsilon = self.norm.epsilon if epsilon is None else epsilon
+    return _norm(x, Norm(scale, epsilon, self.norm.scale_offset))
 
 
 class Arrays(NamedTuple):
@@ -128,6 +134,7 @@ class Arrays(NamedTuple):
   w_up: Any  # [D, F]
   w_down: Any  # [F, D], None for geglu
   scale: Any  # [D], None without a norm
+  epsilon: Any = None  # [] float32 of the norm, if it is traced
 
 
 class Outs(NamedTuple):
@@ -156,7 +163,7 @@ def plain_forward(
   p: Problem, a: Arrays, *, keep: bool
 ) -> tuple[Outs, Kept | None]:
   """The specification, and what it keeps of its way."""
-  x = p.norm_of(a.x, a.scale)
+  x = p.norm_of(a.x, a.scale, a.epsilon)
   gate, up = _gate_and_up(x, a.w_gate, a.w_up)
   y = _finish(p, a.x.dtype, gate, up, a.w_down)
   outs = Outs(a.x + y if p.residual else y)
@@ -176,19 +183,19 @@ def plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   a: Arrays = saved.arrays
   kept: Kept | None = saved.kept
 
-  def products(x, w_gate, w_up, scale):
-    return _gate_and_up(p.norm_of(x, scale), w_gate, w_up)
+  def products(x, w_gate, w_up, scale, epsilon):
+    return _gate_and_up(p.norm_of(x, scale, epsilon), w_gate, w_up)
 
   (gate, up), through_products = jax.vjp(
-    products, a.x, a.w_gate, a.w_up, a.scale
+    products, a.x, a.w_gate, a.w_up, a.scale, a.epsilon
   )
   if kept is not None and kept.gate.dtype == gate.dtype:
     gate, up = kept.gate, kept.up
   finish = functools.partial(_finish, p, a.x.dtype)
   dgate, dup, dw_down = jax.vjp(finish, gate, up, a.w_down)[1](d.y)
-  dx, dw_gate, dw_up, dscale = through_products((dgate, dup))
+  dx, dw_gate, dw_up, dscale, depsilon = through_products((dgate, dup))
   dx = dx + d.y if p.residual else dx
-  return Arrays(dx, dw_gate, dw_up, dw_down, dscale)
+  return Arrays(dx, dw_gate, dw_up, dw_down, dscale, depsilon)
 
 
 def _finish(

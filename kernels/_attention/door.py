@@ -1,0 +1,135 @@
+"""What the public functions are given, as the kernels take it, or refused.
+
+Read it when an error message brings you here: nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._frame.check import (
+  as_array,
+  as_floats,
+  as_integers,
+  as_segment_ids,
+  as_whole_number,
+  check_shape,
+  is_traced,
+)
+from .._rope import Rope, as_base
+from .spec import Segments
+
+
+def as_qkv(op: str, q: Any, k: Any, v: Any) -> tuple[jax.Array, ...]:
+  """Arrays that fit, of one dtype: the widest of the three."""
+  q, k, v = as_floats(op, q=q, k=k, v=v)
+  for name, array in dict(q=q, k=k, v=v).items():
+    if array.ndim != 4:
+      letters = "[B, T, N, H]" if name == "q" else "[B, S, K, H]"
+      raise ValueError(
+        f"{op}: {name} must be {letters}, got shape {array.shape}"
+      )
+  check_shape(op, "v", v, k.shape, "the shape of k")
+  batch, _, n, h = q.shape
+  kv_heads = k.shape[2]
+  if (k.shape[0], k.shape[3]) != (batch, h):
+    raise ValueError(
+      f"{op}: k must be [B, S, K, H] with q's B = {batch} and H = {h}, "
+      f"got {k.shape}"
+    )
+  if n % kv_heads if kv_heads else n:
+    raise ValueError(
+      f"{op}: query heads N must be a multiple of kv heads K, "
+      f"got N = {n}, K = {kv_heads}"
+    )
+  dtype = jnp.promote_types(q.dtype, jnp.promote_types(k.dtype, v.dtype))
+  return q.astype(dtype), k.astype(dtype), v.astype(dtype)
+
+
+def as_window(op: str, window: Any) -> tuple[Any, Any] | None:
+  """(left, right), each an integer, traced, or None for no limit.
+
+  One integer is that of both sides, as `jax.nn.dot_product_attention` has it.
+  """
+  if window is None:
+    return None
+  sides = window
+  if not isinstance(window, Sequence) or isinstance(window, str):
+    sides = (window, window)
+  if len(sides) != 2:
+    raise ValueError(
+      f"{op}: local_window_size must be one integer or (left, right), got "
+      f"{window!r}"
+    )
+  sides = tuple(_as_side(op, window, side) for side in sides)
+  return None if sides == (None, None) else sides
+
+
+def _as_side(op: str, window: Any, side: Any) -> Any:
+  if side is None:
+    return None
+  if is_traced(side):
+    side = as_integers(op, "local_window_size", side)
+    check_shape(op, "local_window_size", side, (), "a single number")
+    return side
+  side = as_whole_number(op, "local_window_size", side)
+  if side < 0:
+    raise ValueError(
+      f"{op}: local_window_size must be (left, right), both >= 0, got {window}"
+    )
+  return side
+
+
+def as_segments(op: str, segment_ids: Any, q: Any, k: Any) -> Segments | None:
+  """From one array, or a pair: int32 ids of queries and of keys."""
+  if segment_ids is None:
+    return None
+  pair = segment_ids
+  if not isinstance(segment_ids, tuple | list):
+    pair = (segment_ids, segment_ids)
+  if len(pair) != 2:
+    raise ValueError(
+      f"{op}: segment_ids must be one array or a pair, got {len(pair)}"
+    )
+  segments = Segments(*as_segment_ids(op, *pair))
+  for name, ids, array in (("query", segments.q, q), ("key", segments.k, k)):
+    check_shape(
+      op, f"{name} segment_ids", ids, array.shape[:2], f"[B, length] of {name}s"
+    )
+  return segments
+
+
+def as_rope(op: str, rope: Any, q: Any, k: Any) -> Rope | None:
+  """From a Rope, or positions alone: int32 positions, a number or traced."""
+  if rope is None:
+    return None
+  if not isinstance(rope, Rope):
+    rope = Rope(as_array(op, "rope", rope))
+  if q.shape[1] != k.shape[1]:
+    raise ValueError(
+      f"{op}: rope needs as many keys as queries, "
+      f"got T = {q.shape[1]}, S = {k.shape[1]}"
+    )
+  positions = as_integers(op, "rope.positions", rope.positions)
+  check_shape(op, "rope.positions", positions, q.shape[:2], "[B, T]")
+  return Rope(positions, as_base(op, q.shape[3], rope.base_frequency))
+
+
+def refuse_arrays(op: str, **arrays: Any) -> None:
+  """Refuses a mask or a bias, which would else be dropped in silence.
+
+  flax's attention modules pass both to an `attention_fn` that names them, and
+  leave them out for one that does not.
+  """
+  for name, array in arrays.items():
+    if array is not None:
+      raise ValueError(
+        f"{op}: {name} must be None, got an array of shape "
+        f"{jnp.shape(array)}: what a query sees is said by is_causal, "
+        f"segment_ids and local_window_size; with another {name}, use "
+        f"jax.nn.dot_product_attention"
+      )

@@ -1,0 +1,143 @@
+"""What JAX asks of code inside a `shard_map`.
+
+There a value is the same on all devices of a mesh axis, or varies over it, and
+its type says which.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+Axes = tuple[str, ...]
+
+# --- what varies --------------------------------------------------------------
+
+
+def vary_alike(tree: Any) -> Any:
+  """Inside a shard_map, makes all arrays vary over the same mesh axes.
+
+  A kernel reads them together, and a custom VJP must return each cotangent
+  with its argument's type; the cast's own transpose sums over the axes.
+  """
+
+  def varying(x: Any) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+  union = frozenset().union(*map(varying, jax.tree.leaves(tree)))
+
+  def cast(x: Any) -> Any:
+    missing = tuple(sorted(union - varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(cast, tree)
+
+
+def varying_like(array: Any, shape: Sequence[int], dtype: Any) -> Any:
+  """The type of a kernel's result that varies over the axes `array` does."""
+  return jax.ShapeDtypeStruct(
+    tuple(shape),
+    dtype,
+    manual_axis_type=jax.typeof(array).manual_axis_type,
+  )
+
+
+# --- one inside another ------------------------------------------------------
+
+
+def nested(
+  function: Callable[[Any], Any],
+  kinds: Any,
+  in_specs: Any,
+  out_specs: Any,
+  names: Axes,
+) -> Callable[[Any], Any]:
+  """A shard_map over the axes that a surrounding one has left.
+
+  JAX cannot lower the gradient of one: it takes what is saved to be split over
+  the outer axes once more.  So what is saved leaves the inner one as a result,
+  every device's under an index of its own.
+  """
+  mapped = functools.partial(jax.shard_map, axis_names=set(names))
+  own, whole = PartitionSpec(names), PartitionSpec()
+
+  def is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+  def floats_of(tree: Any, arrays: Any) -> Any:
+    return jax.tree.map(lambda x, a: x if is_float(a) else None, tree, arrays)
+
+  @jax.custom_vjp
+  def run(arrays: Any) -> Any:
+    return mapped(function, in_specs=(in_specs,), out_specs=out_specs)(arrays)
+
+  def forward(arrays: Any) -> Any:
+    def on_block(block: Any) -> Any:
+      def of_floats(floats: Any) -> Any:
+        return function(
+          jax.tree.map(
+            lambda x, new: x if new is None else new,
+            block,
+            floats,
+            is_leaf=lambda x: x is None,
+          )
+        )
+
+      outs, back = jax.vjp(of_floats, floats_of(block, block))
+      leaves, tree = jax.tree.flatten(back)
+      apart = [x for x in leaves if _varies_over(x, names)]
+      layout.append((tree, [_varies_over(x, names) for x in leaves]))
+      same = [x for x in leaves if not _varies_over(x, names)]
+      return outs, [_varying_over(x, names)[None] for x in apart], same
+
+    layout: list[Any] = []
+    outs, apart, same = mapped(
+      on_block, in_specs=(in_specs,), out_specs=(out_specs, own, whole)
+    )(arrays)
+    tree, is_apart = layout[-1]
+    apart, same = map(_Apart, apart), iter(same)
+    leaves = [next(apart) if is_one else next(same) for is_one in is_apart]
+    return outs, jax.tree.unflatten(tree, leaves)
+
+  def backward(back: Any, d_outs: Any) -> Any:
+    specs = _map_saved(lambda _: own, lambda _: whole, back)
+
+    def on_block(back: Any, d_outs: Any) -> Any:
+      back = _map_saved(lambda x: x.array[0], lambda x: x, back)
+      return back(d_outs)[0]
+
+    d_arrays = floats_of(in_specs, kinds)
+    run_back = mapped(on_block, in_specs=(specs, out_specs), out_specs=d_arrays)
+    return (run_back(back, d_outs),)
+
+  run.defvjp(forward, backward)
+  return run
+
+
+class _Apart(NamedTuple):
+  """Of what is saved, an array that every device has its own of: [1, ...]."""
+
+  array: Any
+
+
+def _map_saved(apart: Any, same: Any, tree: Any) -> Any:
+  return jax.tree.map(
+    lambda x: apart(x) if isinstance(x, _Apart) else same(x),
+    tree,
+    is_leaf=lambda x: isinstance(x, _Apart),
+  )
+
+
+def _varies_over(x: jax.Array, axes: Axes) -> bool:
+  return not jax.typeof(x).manual_axis_type.varying.isdisjoint(axes)
+
+
+def _varying_over(x: jax.Array, axes: Axes) -> jax.Array:
+  varying = jax.typeof(x).manual_axis_type.varying
+  missing = tuple(axis for axis in axes if axis not in varying)
+  return jax.lax.pcast(x, missing, to="varying") if missing else x
