@@ -8,6 +8,7 @@ Everything public is named here; every module behind it starts with `_`.
     _attention      flash attention and decode attention, a page at a time
     _gated          geglu and feed_forward
     _cross_entropy  linear_cross_entropy
+    _remat          what jax.checkpoint may keep of them
     _frame          what makes functions an op, the same for all: read it last
 
 Array letters, everywhere: B batch, T query and S key length, N query and
@@ -51,6 +52,8 @@ from ._gated import feed_forward as feed_forward
 from ._gated import feed_forward_reference as feed_forward_reference
 from ._gated import geglu as geglu
 from ._gated import geglu_reference as geglu_reference
+from ._remat import names_of as _names_of
+from ._remat import products_or as _products_or
 from ._rms_norm import OP as _RMS_NORM
 from ._rms_norm import RMSNormConfig as RMSNormConfig
 from ._rms_norm import rms_norm as rms_norm
@@ -73,6 +76,15 @@ OPS: tuple[Op, ...] = (
   _DECODE_ATTENTION,
   _LINEAR_CROSS_ENTROPY,
 )
+
+saveable_names: tuple[str, ...] = _names_of(OPS)
+"""What the kernels keep for their backward passes, as policies of
+`jax.checkpoint` name it: a policy that saves (or offloads) these has no forward
+kernel run again."""
+
+save_products: _typing.Callable[..., _typing.Any] = _products_or(saveable_names)
+"""For `jax.checkpoint(f, policy=save_products)`: JAX's `dots_saveable`, which
+saves the results of XLA's products, and the `saveable_names` of the kernels."""
 
 # Names of the release before, for one release.
 if _typing.TYPE_CHECKING:

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import sys
 import textwrap
+from importlib import metadata
 from typing import Any
 
 import hypothesis
@@ -63,8 +64,25 @@ def test_parses_an_instruction():
 
 @pytest.mark.parametrize("text", ["", "bundle 0: sadd r1, r2", "{}"])
 def test_another_format_is_one_clear_error(text):
-  with pytest.raises(bench.ListingError, match="prints a format"):
+  with pytest.raises(bench.ListingError, match="prints a format") as error:
     bench.parse_listing(text, "fusion.1")
+  installed = [d.version for d in metadata.distributions(name="libtpu")]
+  found = installed[0] if installed else "none"
+  assert f"found libtpu {found}; its listings are known" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "libtpu, total", [("0.0.50.1", 4894), ("0.0.52", 4887)]
+)
+def test_each_libtpus_listing_is_read(libtpu, total):
+  """exp(x @ w) for x [128, 128] in 8 blocks: the same but for the schedule."""
+  path = pathlib.Path(__file__).parent / "listings" / f"libtpu_{libtpu}.txt"
+  got = bench.count_cycles(bench.parse_listing(path.read_text()))
+  assert got.total == total and not got.notes
+  assert got.copied == {
+    "hbm_to_vmem": 2 * 128 * 128 * 2,
+    "vmem_to_hbm": 128 * 128 * 4,
+  }
 
 
 def test_a_malformed_slot_is_an_error():

@@ -15,10 +15,28 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
+from importlib import metadata
+
+# The oldest and the newest compiler whose listings are known to be read.  From
+# one to the other opcodes got other names (`smov`, then `smov.u32`), and loops
+# another schedule.
+KNOWN_LIBTPU = ("0.0.42.1", "0.0.52")
 
 
 class ListingError(ValueError):
   """A listing that does not look as this module expects."""
+
+  def __str__(self) -> str:
+    """The problem, and the compiler that it may be a problem of."""
+    try:
+      found = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+      found = "none"
+    oldest, newest = KNOWN_LIBTPU
+    return (
+      f"{super().__str__()} (found libtpu {found}; its listings are known from "
+      f"{oldest} to {newest})"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
