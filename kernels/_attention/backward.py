@@ -1,4 +1,4 @@
-"""Page 5: the backward kernel, dq, dk and dv in one.
+"""Page 6: the backward kernel, dq, dk and dv in one.
 
 It works on transposed scores, keys in sublanes and rows in lanes:
 
@@ -35,7 +35,7 @@ from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.sharding import varying_like
 from .._rope import phases, rotate
-from . import blocks, spec, tiles
+from . import blocks, rotation, spec, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -336,7 +336,8 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     saved: its arrays, and its results.
     d: the cotangents of these.
   """
-  a, outs = saved.arrays, saved.outs
+  positions = saved.arrays.positions
+  a, outs = rotation.before(p, saved.arrays), saved.outs
   sizes, kv_heads = tiles.Sizes.of(a.q, a.k), a.k.shape[2]
   whole = tiles.backward_call(p, sizes)
   keys = tiles.backward_keys(whole, sizes, rotated=a.positions is not None)
@@ -349,11 +350,13 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     grads = _run(whole, rows, outs, d, a.q.dtype)
   else:
     grads = _run_and_add(calls, rows, outs, d)
-  return Arrays(
+  grads = Arrays(
     q=spec.from_rows(grads.q, a.q.shape),
     k=spec.from_keys(grads.k, a.k.shape),
     v=spec.from_keys(grads.v, a.v.shape),
   )
+  was_before = positions is not None and a.positions is None
+  return rotation.back(p, grads, positions) if was_before else grads
 
 
 def _run_and_add(calls: list[Call], a: Arrays, outs: Outs, d: Outs) -> Arrays:

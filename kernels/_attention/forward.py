@@ -1,4 +1,4 @@
-"""Page 4: the forward kernel.
+"""Page 5: the forward kernel.
 
 One grid step is a block of queries, with all G heads of its kv head, against
 every key that it sees:
@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.sharding import varying_like
 from .._rope import phases, rotate
-from . import blocks, spec, tiles
+from . import blocks, rotation, spec, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -297,11 +297,12 @@ def forward(p: Problem, a: Arrays) -> Outs:
 
   Args:
     p: the problem, with a config and a positive scale.
-    a: the arrays; positions only if the kernel is to rotate.
+    a: the arrays; positions if q and k are still to be rotated.
 
   Returns:
     out [B, T, N, H], and lse [B K, 1, T G] in units of `Problem.unit`.
   """
+  a = rotation.before(p, a)
   sizes = tiles.Sizes.of(a.q, a.k)
   whole = tiles.forward_call(p, sizes)
   keys = tiles.forward_keys(whole, sizes, rotated=a.positions is not None)

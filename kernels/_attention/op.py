@@ -1,4 +1,4 @@
-"""Page 6: the op, its public function, its problems."""
+"""Page 7: the op, its public function, its problems."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .._frame.kernel import kernel_op
 from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Split
 from .._rope import Rope, apply_rope, check_rope
-from . import tiles
+from . import rotation, tiles
 from .backward import backward
 from .forward import forward
 from .spec import (
@@ -75,7 +75,7 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
     sign = np.sign(p.scale).astype(a.q.dtype)
     a = a._replace(q=a.q * sign)
     p = dataclasses.replace(p, scale=abs(p.scale) or 1.0)
-  if a.positions is not None and not tiles.rotates_inside(p, a):
+  if a.positions is not None and not rotation.is_inside(p, a):
     a = _rotated_before(p, a)
   outs = op(p, a)
   if not p.return_lse:

@@ -338,26 +338,6 @@ def spans(whole: Call, keys: int) -> list[Call]:
   return calls
 
 
-def rotates_inside(p: Problem, a: Arrays) -> bool:
-  """Whether the attention kernels do the rotation, not `apply_rope` before.
-
-  They rotate a key with the query of its position: on a diagonal, with all the
-  keys in one call, and halves and heads that are whole registers.
-  """
-  x = Sizes.of(a.q, a.k)
-  whole_halves = x.head_size // 2 % tpu.LANES == 0
-  whole_groups = x.group == 1 or x.group % tpu.SUBLANES == 0
-  forward, backward = forward_call(p, x), backward_call(p, x)
-  if not (whole_halves and whole_groups):
-    return False
-  if not (forward.has_diagonal and backward.has_diagonal):
-    return False
-  return x.s <= min(
-    forward_keys(forward, x, rotated=True),
-    backward_keys(backward, x, rotated=True),
-  )
-
-
 # --- blocks of the operands ---------------------------------------------------
 
 
@@ -386,6 +366,7 @@ def padded(keys: jax.Array, call: Call) -> jax.Array:
 
 def part_of(arrays: Arrays, call: Call) -> Arrays:
   """A call's part of q [B K, T G, H], k and v [B K, S, H], and segments."""
+  assert arrays.positions is None, "only one call rotates its own inputs"
   segments = arrays.segments
   if segments is not None:
     segments = Segments(segments.q[:, call.queries], segments.k[:, call.keys])
