@@ -29,7 +29,7 @@ def page(name):
 
 
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
-ROTATION = page("rotation")
+MEMORY, ROTATION = page("memory"), page("rotation")
 FORWARD, BACKWARD = page("forward"), page("backward")
 TPU = FORWARD.tpu
 SMALL = FlashAttentionConfig(
@@ -394,7 +394,7 @@ def test_empty_arrays(b, t, s):
 )
 def test_spans_of_keys(h, kwargs, monkeypatch):
   """Where VMEM holds 128 keys, three calls give what one gives."""
-  monkeypatch.setattr(TILES, "_keys_that_fit", lambda *_: 128)
+  monkeypatch.setattr(MEMORY, "keys_that_fit", lambda *_: 128)
   agrees(draw(1, 300, 300, 1, 1, h), **kwargs)
 
 
@@ -424,7 +424,7 @@ def test_vmem_is_reported():
   config = FlashAttentionConfig.fitting(8, 256)
   forward, backward = config.vmem_bytes(q, k)
   assert 8 << 20 < forward < backward
-  assert 32 << 20 < backward < TILES.VMEM_BYTES
+  assert 32 << 20 < backward < MEMORY.VMEM_BYTES
 
 
 # --- segments -----------------------------------------------------------------
@@ -466,18 +466,21 @@ def test_vmap_of_more_than_rotates_inside(kv_axis, monkeypatch):
   k, v = (x[:1] if kv_axis is None else x[:, None] for x in (k, v))
   kwargs = {"is_causal": True, "rope": Rope(positions_of(1, 300))}
   problem = SPEC.Problem(scale=1.0, is_causal=True, config=SMALL)
-  one = SPEC.Arrays(q[0], k.reshape(-1, *q.shape[2:])[:1], None)
-  two = SPEC.Arrays(*(jnp.concatenate([x, x]) for x in one[:2]), None)
+  positions = kwargs["rope"].positions
+  one = SPEC.Arrays(
+    q[0], k.reshape(-1, *q.shape[2:])[:1], None, None, positions
+  )
+  two = jax.tree.map(lambda x: jnp.concatenate([x, x]), one)
 
   def is_enough(vmem):
-    monkeypatch.setattr(TILES, "VMEM_BYTES", vmem)
+    monkeypatch.setattr(MEMORY, "VMEM_BYTES", vmem)
     try:
       return ROTATION.is_inside(problem, one)
     except ValueError:  # not even one block of keys fits
       return False
 
   assert is_enough(
-    bisect.bisect_left(range(TILES.VMEM_BYTES), True, key=is_enough)
+    bisect.bisect_left(range(MEMORY.VMEM_BYTES), True, key=is_enough)
   )
   assert not ROTATION.is_inside(problem, two)
   mapped = [

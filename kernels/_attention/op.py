@@ -1,4 +1,4 @@
-"""Page 7: the op, its public function, its problems."""
+"""Page 8: the op, its public function, its problems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page 3: where q and k are rotated, if RoPE is part of a problem.
+"""Page 4: where q and k are rotated, if RoPE is part of a problem.
 
 Inside the kernels it costs no traffic.  Where they cannot, the op rotates q and
 k before, by `apply_rope`, and saves them rotated.  Whether they can depends on
@@ -14,7 +14,7 @@ import jax
 
 from .. import _rope
 from .._frame import tpu
-from . import tiles
+from . import memory, tiles
 from .spec import Arrays, Problem
 
 
@@ -24,7 +24,7 @@ def is_inside(p: Problem, a: Arrays) -> bool:
   They rotate a key with the query of its position: on a diagonal, with all the
   keys in one call, and halves and heads that are whole registers.
   """
-  x = tiles.Sizes.of(a.q, a.k)
+  x = memory.Sizes.of_problem(p, a)
   whole_halves = x.head_size // 2 % tpu.LANES == 0
   whole_groups = x.group == 1 or x.group % tpu.SUBLANES == 0
   forward, backward = tiles.forward_call(p, x), tiles.backward_call(p, x)
@@ -33,8 +33,7 @@ def is_inside(p: Problem, a: Arrays) -> bool:
   if not (forward.has_diagonal and backward.has_diagonal):
     return False
   return x.s <= min(
-    tiles.forward_keys(forward, x, rotated=True),
-    tiles.backward_keys(backward, x, rotated=True),
+    tiles.forward_keys(forward, x), tiles.backward_keys(backward, x)
   )
 
 
