@@ -1,5 +1,6 @@
 """What is particular to flash attention."""
 
+import bisect
 import dataclasses
 import functools
 import importlib
@@ -28,6 +29,7 @@ def page(name):
 
 
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
+MEMORY, ROTATION = page("memory"), page("rotation")
 FORWARD, BACKWARD = page("forward"), page("backward")
 TPU = FORWARD.tpu
 SMALL = FlashAttentionConfig(
@@ -392,7 +394,7 @@ def test_empty_arrays(b, t, s):
 )
 def test_spans_of_keys(h, kwargs, monkeypatch):
   """Where VMEM holds 128 keys, three calls give what one gives."""
-  monkeypatch.setattr(TILES, "_keys_that_fit", lambda *_: 128)
+  monkeypatch.setattr(MEMORY, "keys_that_fit", lambda *_: 128)
   agrees(draw(1, 300, 300, 1, 1, h), **kwargs)
 
 
@@ -422,7 +424,7 @@ def test_vmem_is_reported():
   config = FlashAttentionConfig.fitting(8, 256)
   forward, backward = config.vmem_bytes(q, k)
   assert 8 << 20 < forward < backward
-  assert 32 << 20 < backward < TILES.VMEM_BYTES
+  assert 32 << 20 < backward < MEMORY.VMEM_BYTES
 
 
 # --- segments -----------------------------------------------------------------
@@ -454,6 +456,79 @@ def test_vmap(kv_axis):
     for f in (KERNEL, flash_attention_reference)
   ]
   numerics.assert_agrees(*mapped, [q, k, v], softmax=True)
+
+
+@pytest.mark.parametrize("kv_axis", [None, 0])
+def test_vmap_of_more_than_rotates_inside(kv_axis, monkeypatch):
+  """VMEM just holds what one example needs, and another's keys beside: not."""
+  q, k, v = draw(2, 300, 300, 1, 1, 256)
+  q = q[:, None]
+  k, v = (x[:1] if kv_axis is None else x[:, None] for x in (k, v))
+  kwargs = {"is_causal": True, "rope": Rope(positions_of(1, 300))}
+  problem = SPEC.Problem(scale=1.0, is_causal=True, config=SMALL)
+  positions = kwargs["rope"].positions
+  one = SPEC.Arrays(
+    q[0], k.reshape(-1, *q.shape[2:])[:1], None, None, positions
+  )
+  two = jax.tree.map(lambda x: jnp.concatenate([x, x]), one)
+
+  def is_enough(vmem):
+    monkeypatch.setattr(MEMORY, "VMEM_BYTES", vmem)
+    try:
+      return ROTATION.is_inside(problem, one)
+    except ValueError:  # not even one block of keys fits
+      return False
+
+  assert is_enough(
+    bisect.bisect_left(range(MEMORY.VMEM_BYTES), True, key=is_enough)
+  )
+  assert not ROTATION.is_inside(problem, two)
+  mapped = [
+    jax.vmap(functools.partial(f, **kwargs), (0, kv_axis, kv_axis))
+    for f in (KERNEL, flash_attention_reference)
+  ]
+  numerics.assert_agrees(*mapped, [q, k, v], softmax=True)
+
+
+def rope_gradient(q, k, v, positions):
+  return loss_gradient(rope=Rope(positions))(q, k, v)
+
+
+def gemma_2b(*lead, t):
+  """Shapes of q, k, v and positions, under leading dimensions to be mapped."""
+  q = jax.ShapeDtypeStruct((*lead, 1, t, 8, 256), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((*lead, 1, t, 1, 256), jnp.bfloat16)
+  return q, k, k, jax.ShapeDtypeStruct((*lead, 1, t), jnp.int32)
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+def test_vmap_of_rope_compiles_at_real_sizes():
+  """Two examples whose backward needs 140 MiB with the rotation inside."""
+  specs = gemma_2b(2, t=16384)
+  program = v5e.compile(jax.vmap(rope_gradient), *specs).as_text()
+  assert "apply_rope_bwd" in (program or "")
+
+
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize(
+  "lead, mapped",
+  [
+    ((2, 2), jax.vmap(jax.vmap(rope_gradient))),
+    (
+      (4,),
+      lambda *arrays: jax.lax.map(
+        lambda x: rope_gradient(*x), arrays, batch_size=2
+      ),
+    ),
+  ],
+  ids=["nested", "lax.map"],
+)
+def test_other_maps_of_rope_lower(lead, mapped):
+  exported = jax.export.export(jax.jit(mapped), platforms=["tpu"])
+  assert (
+    "flash_attention_bwd" in exported(*gemma_2b(*lead, t=8192)).mlir_module()
+  )
 
 
 @pytest.mark.no_interpreter

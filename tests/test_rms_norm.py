@@ -322,7 +322,9 @@ def test_bad_input_is_refused(x, scale, kwargs, message):
 
 
 def test_other_dtypes_are_refused():
-  with pytest.raises(ValueError, match="x must be float32, bfloat16 or float16"):
+  with pytest.raises(
+    ValueError, match="x must be float32, bfloat16 or float16"
+  ):
     rms_norm(jnp.zeros((8, 128), jnp.int8), jnp.zeros(128))
   with pytest.raises(ValueError, match="scale must be float32, bfloat16 or fl"):
     rms_norm(jnp.zeros((8, 128)), jnp.zeros(128, jnp.int32))

@@ -1,4 +1,4 @@
-"""Page 5: the backward kernel, dq, dk and dv in one.
+"""Page 7: the backward kernel, dq, dk and dv in one.
 
 It works on transposed scores, keys in sublanes and rows in lanes:
 
@@ -35,7 +35,7 @@ from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, spec, tiles
+from . import blocks, memory, rotation, spec, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -297,7 +297,7 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
         varying_like(q, v.shape, v.dtype),
       )
     ],
-    compiler_params=tpu.compiler_params(tiles.VMEM_BYTES),
+    compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
   )(bounds, inputs)
   dq, dk, dv = gradients
   return Arrays(dq, dk[:, : call.s], dv[:, : call.s])
@@ -336,10 +336,11 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     saved: its arrays, and its results.
     d: the cotangents of these.
   """
-  a, outs = saved.arrays, saved.outs
-  sizes, kv_heads = tiles.Sizes.of(a.q, a.k), a.k.shape[2]
+  positions = saved.arrays.positions
+  a, outs = rotation.before(p, saved.arrays), saved.outs
+  sizes, kv_heads = memory.Sizes.of_problem(p, a), a.k.shape[2]
   whole = tiles.backward_call(p, sizes)
-  keys = tiles.backward_keys(whole, sizes, rotated=a.positions is not None)
+  keys = tiles.backward_keys(whole, sizes)
   rows = a._replace(
     q=spec.to_rows(a.q, kv_heads), k=spec.to_keys(a.k), v=spec.to_keys(a.v)
   )
@@ -349,11 +350,13 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     grads = _run(whole, rows, outs, d, a.q.dtype)
   else:
     grads = _run_and_add(calls, rows, outs, d)
-  return Arrays(
+  grads = Arrays(
     q=spec.from_rows(grads.q, a.q.shape),
     k=spec.from_keys(grads.k, a.k.shape),
     v=spec.from_keys(grads.v, a.v.shape),
   )
+  was_before = positions is not None and a.positions is None
+  return rotation.back(p, grads, positions) if was_before else grads
 
 
 def _run_and_add(calls: list[Call], a: Arrays, outs: Outs, d: Outs) -> Arrays:

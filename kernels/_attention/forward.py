@@ -1,4 +1,4 @@
-"""Page 4: the forward kernel.
+"""Page 6: the forward kernel.
 
 One grid step is a block of queries, with all G heads of its kv head, against
 every key that it sees:
@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, spec, tiles
+from . import blocks, memory, rotation, spec, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -269,7 +269,7 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
         varying_like(q, (bk, 1, tg), jnp.float32),
       )
     ],
-    compiler_params=tpu.compiler_params(tiles.VMEM_BYTES),
+    compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
   )(bounds, Inputs(q, k, v, ids, rope))
   return Outs(*outs)
 
@@ -297,14 +297,15 @@ def forward(p: Problem, a: Arrays) -> Outs:
 
   Args:
     p: the problem, with a config and a positive scale.
-    a: the arrays; positions only if the kernel is to rotate.
+    a: the arrays; positions if q and k are still to be rotated.
 
   Returns:
     out [B, T, N, H], and lse [B K, 1, T G] in units of `Problem.unit`.
   """
-  sizes = tiles.Sizes.of(a.q, a.k)
+  a = rotation.before(p, a)
+  sizes = memory.Sizes.of_problem(p, a)
   whole = tiles.forward_call(p, sizes)
-  keys = tiles.forward_keys(whole, sizes, rotated=a.positions is not None)
+  keys = tiles.forward_keys(whole, sizes)
   rows = a._replace(
     q=spec.to_rows(a.q, a.k.shape[2]), k=spec.to_keys(a.k), v=spec.to_keys(a.v)
   )

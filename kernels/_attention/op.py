@@ -1,4 +1,4 @@
-"""Page 6: the op, its public function, its problems."""
+"""Page 8: the op, its public function, its problems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .._frame.kernel import kernel_op
 from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope
-from . import tiles
+from . import rotation, tiles
 from .backward import backward
 from .door import as_qkv, as_rope, as_segments, as_window, refuse_arrays
 from .forward import forward
@@ -72,7 +72,7 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
     sign = np.sign(p.scale).astype(a.q.dtype)
     a = a._replace(q=a.q * sign)
     p = dataclasses.replace(p, scale=abs(p.scale) or 1.0)
-  if a.positions is not None and not tiles.rotates_inside(p, a):
+  if a.positions is not None and not rotation.is_inside(p, a):
     a = _rotated_before(p, a)
   outs = op(p, a)
   if not p.return_lse:

@@ -1,4 +1,4 @@
-"""Page 2: tile sizes, what of a problem fits VMEM, and the kernel's calls."""
+"""Page 3: tile sizes, and the kernels' calls."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from jax.experimental import pallas as pl
 
 from .._frame import tpu
 from .._frame.tuned import power_of_two, tuned_config
+from . import memory
+from .memory import Sizes
 from .spec import Arrays, Problem, Segments
-
-# Of it the model below plans with all; what the compiler adds is not in it.
-VMEM_BYTES = 120 << 20
 
 # --- configuration ------------------------------------------------------------
 
@@ -90,9 +89,12 @@ class FlashAttentionConfig:
     """
     sizes = Sizes.of(q, k)
     config = self.clipped(sizes.t, sizes.s, sizes.group)
-    of_passes = forward_bytes(config, sizes), backward_bytes(config, sizes)
+    of_passes = (
+      memory.forward_bytes(config, sizes),
+      memory.backward_bytes(config, sizes),
+    )
     forward, backward = (
-      fixed + min(sizes.s * per_key, VMEM_BYTES - fixed)
+      fixed + min(sizes.s * per_key, memory.VMEM_BYTES - fixed)
       for fixed, per_key in of_passes
     )
     return forward, backward
@@ -134,72 +136,6 @@ def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
     config = FlashAttentionConfig(**found) if found else None
   config = config or FlashAttentionConfig.fitting(group, h, a.q.dtype)
   return config.clipped(t, s, group)
-
-
-# --- what fits VMEM -----------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """Of a problem, as the model of VMEM needs them."""
-
-  t: int
-  s: int
-  batch: int
-  kv_heads: int
-  group: int  # query heads per kv head
-  head_size: int
-  itemsize: int
-
-  @classmethod
-  def of(cls, q: Any, k: Any) -> Sizes:
-    """From q [B, T, N, H] and k [B, S, K, H], or their shapes and dtypes."""
-    b, t, n, h = q.shape
-    s, kv_heads = k.shape[1:3]
-    group = n // kv_heads
-    return cls(t, s, b, kv_heads, group, h, q.dtype.itemsize)
-
-  @property
-  def row_values(self) -> int:
-    """Of a head, with its padding to whole lanes."""
-    return tpu.lanes(self.head_size)
-
-  @property
-  def key_buffers(self) -> int:
-    """While one kv head is at work the next is loaded, if there is one."""
-    return 1 if self.batch * self.kv_heads == 1 else 2
-
-
-def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
-  """VMEM of the forward: in all but its keys, and per key."""
-  rows = config.block_q * x.group
-  q_and_out = 2 * 2 * rows * x.row_values * x.itemsize  # two buffers of each
-  state = rows * (2 * tpu.LANES + x.row_values) * 4
-  logits_and_weights = 2 * rows * config.block_kv * 4
-  k_and_v = 2 * x.key_buffers * x.row_values * x.itemsize
-  return q_and_out + state + logits_and_weights, k_and_v
-
-
-def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
-  """VMEM of the backward: in all but its keys, and per key."""
-  rows = config.block_q_bwd * x.group
-  # q, o, do and dq in two buffers each, and q and do without undefined rows.
-  tiles = 10 * rows * x.row_values * x.itemsize
-  state = 2 * rows * x.row_values * 4
-  logits = 4 * rows * config.block_kv_bwd * 4
-  # k, v, dk and dv, and the sums of the latter two in float32.
-  per_key = (4 * x.key_buffers * x.itemsize + 2 * 4) * x.row_values
-  return tiles + state + logits, per_key
-
-
-def _keys_that_fit(name: str, fixed: int, per_key: int, unit: int) -> int:
-  keys = (VMEM_BYTES - fixed) // per_key // unit * unit
-  if keys <= 0:
-    raise ValueError(
-      f"flash_attention: the {name}'s tiles must fit {VMEM_BYTES} bytes of "
-      f"VMEM, got {fixed + unit * per_key} with {unit} keys; use smaller blocks"
-    )
-  return keys
 
 
 # --- calls --------------------------------------------------------------------
@@ -298,20 +234,16 @@ def backward_call(p: Problem, x: Sizes) -> Call:
   return Call(p, x.kv_heads, x.group, *tiles, 0, x.t, 0, x.s)
 
 
-def forward_keys(call: Call, x: Sizes, *, rotated: bool) -> int:
+def forward_keys(call: Call, x: Sizes) -> int:
   """How many keys one call of the forward holds."""
-  fixed, per_key = forward_bytes(call.problem.tiles, x)
-  if rotated:  # k rotated
-    per_key += x.row_values * x.itemsize
-  return _keys_that_fit("forward", fixed, per_key, call.key_unit)
+  sums = memory.forward_bytes(call.problem.tiles, x)
+  return memory.keys_that_fit("forward", *sums, call.key_unit)
 
 
-def backward_keys(call: Call, x: Sizes, *, rotated: bool) -> int:
+def backward_keys(call: Call, x: Sizes) -> int:
   """How many keys one call of the backward holds."""
-  fixed, per_key = backward_bytes(call.problem.tiles, x)
-  if rotated:  # k rotated, and the sine and cosine
-    per_key += x.row_values * (x.itemsize + 4)
-  return _keys_that_fit("backward", fixed, per_key, call.key_unit)
+  sums = memory.backward_bytes(call.problem.tiles, x)
+  return memory.keys_that_fit("backward", *sums, call.key_unit)
 
 
 def spans(whole: Call, keys: int) -> list[Call]:
@@ -336,26 +268,6 @@ def spans(whole: Call, keys: int) -> list[Call]:
         )
       )
   return calls
-
-
-def rotates_inside(p: Problem, a: Arrays) -> bool:
-  """Whether the attention kernels do the rotation, not `apply_rope` before.
-
-  They rotate a key with the query of its position: on a diagonal, with all the
-  keys in one call, and halves and heads that are whole registers.
-  """
-  x = Sizes.of(a.q, a.k)
-  whole_halves = x.head_size // 2 % tpu.LANES == 0
-  whole_groups = x.group == 1 or x.group % tpu.SUBLANES == 0
-  forward, backward = forward_call(p, x), backward_call(p, x)
-  if not (whole_halves and whole_groups):
-    return False
-  if not (forward.has_diagonal and backward.has_diagonal):
-    return False
-  return x.s <= min(
-    forward_keys(forward, x, rotated=True),
-    backward_keys(backward, x, rotated=True),
-  )
 
 
 # --- blocks of the operands ---------------------------------------------------
@@ -386,6 +298,7 @@ def padded(keys: jax.Array, call: Call) -> jax.Array:
 
 def part_of(arrays: Arrays, call: Call) -> Arrays:
   """A call's part of q [B K, T G, H], k and v [B K, S, H], and segments."""
+  assert arrays.positions is None, "only one call rotates its own inputs"
   segments = arrays.segments
   if segments is not None:
     segments = Segments(segments.q[:, call.queries], segments.k[:, call.keys])

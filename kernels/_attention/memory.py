@@ -1,0 +1,148 @@
+"""Page 2: what of a problem fits VMEM.
+
+A call of either kernel holds all its keys in VMEM, and what it needs for one
+block of queries.  Whether the whole problem is one call, and whether RoPE is
+inside, rests on the sums below.  They count
+
+    windows   blocks of operands and results, in two buffers where the next one
+              is loaded while this one is at work
+    scratch   the kernel's `State`
+    spills    intermediate tiles that the compiler finds no registers for
+
+of which the first two are exact but for single rows, [1, R], which are small.
+The last is the compiler's own, and here an upper bound of what was seen in
+programs for v5e; `tests/test_flash_attention_memory.py` compiles next to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from .._frame import tpu
+from .spec import Arrays, Problem
+
+if TYPE_CHECKING:
+  from .tiles import FlashAttentionConfig
+
+# What the kernels ask of the compiler, and the model plans with.
+VMEM_BYTES = 120 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Of a problem, as the model of VMEM needs them.
+
+  Attributes:
+    t: queries, T.
+    s: keys, S.
+    batch: B.
+    kv_heads: K.
+    group: query heads per kv head.
+    head_size: H.
+    itemsize: bytes of an element of q, k and v.
+    has_segments: whether there are segment ids.
+    has_window: whether there is a local window.
+    is_rotated: whether the kernel rotates q and k.
+  """
+
+  t: int
+  s: int
+  batch: int
+  kv_heads: int
+  group: int
+  head_size: int
+  itemsize: int
+  has_segments: bool = False
+  has_window: bool = False
+  is_rotated: bool = False
+
+  @classmethod
+  def of(cls, q: Any, k: Any) -> Sizes:
+    """From q [B, T, N, H] and k [B, S, K, H], or their shapes and dtypes."""
+    b, t, n, h = q.shape
+    s, kv_heads = k.shape[1:3]
+    group = n // kv_heads
+    return cls(t, s, b, kv_heads, group, h, q.dtype.itemsize)
+
+  @classmethod
+  def of_problem(cls, p: Problem, a: Arrays) -> Sizes:
+    """With all that the problem has beside q and k."""
+    return dataclasses.replace(
+      cls.of(a.q, a.k),
+      has_segments=a.segments is not None,
+      has_window=p.window is not None,
+      is_rotated=a.positions is not None,
+    )
+
+  @property
+  def row_values(self) -> int:
+    """Of a head, with its padding to whole lanes."""
+    return tpu.lanes(self.head_size)
+
+  @property
+  def key_buffers(self) -> int:
+    """While one kv head is at work the next is loaded, if there is one."""
+    return 1 if self.batch * self.kv_heads == 1 else 2
+
+  @property
+  def is_masked(self) -> bool:
+    """Whether there are masks beside the diagonal's."""
+    return self.has_segments or self.has_window
+
+  @property
+  def is_float32(self) -> bool:
+    """Products of float32 take its factors apart, in many more tiles."""
+    return self.itemsize == 4
+
+
+def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
+  """VMEM of the forward: in all but its keys, and per key."""
+  rows, h = config.block_q * x.group, x.row_values
+  q, out = rows * h * x.itemsize, rows * h * 4  # out of spans is float32
+  state = rows * (2 * tpu.LANES + h) * 4
+  fixed, per_key = 2 * (q + out) + state, 2 * x.key_buffers * h * x.itemsize
+  if x.has_segments:  # by row, and those of keys in two buffers
+    fixed, per_key = fixed + rows * tpu.LANES * 4, per_key + 2 * 4
+  if x.is_rotated:  # q and k, rotated
+    fixed, per_key = fixed + q, per_key + h * x.itemsize
+  spilled_tiles = 6 if x.is_float32 else 3
+  return fixed + spilled_tiles * rows * config.block_kv * 4, per_key
+
+
+def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
+  """VMEM of the backward: in all but its keys, and per key."""
+  rows, h = config.block_q_bwd * x.group, x.row_values
+  of_rows, wide = rows * h * x.itemsize, rows * h * 4
+  fixed = 2 * 3 * of_rows + 2 * wide  # q, o, do; dq, which of spans is float32
+  fixed += wide  # dq, transposed
+  # k, v, dk and dv, and the sums of the latter two in float32.
+  per_key = (4 * x.key_buffers * x.itemsize + 2 * 4) * h
+  # A span of a window may end anywhere.
+  is_ragged = x.t % config.block_q_bwd != 0 or x.has_window
+  if x.has_segments:
+    per_key += 2 * 4
+  if x.is_rotated:  # k rotated, and the sine and cosine
+    per_key += h * (x.itemsize + 4)
+  fixed += (is_ragged or x.is_rotated) * of_rows + is_ragged * of_rows  # q, do
+  tiles_of_logits = 2 + 2 * x.is_masked
+  spilled = tiles_of_logits * rows * config.block_kv_bwd * 4
+  spilled += (3 + is_ragged + x.is_rotated) * wide
+  if x.is_float32:
+    spilled = 4 * (spilled + wide)
+  return fixed + spilled, per_key
+
+
+def keys_that_fit(name: str, fixed: int, per_key: int, unit: int) -> int:
+  """How many keys one call holds, a multiple of `unit`.
+
+  Raises:
+    ValueError: if not even `unit` of them fit.
+  """
+  keys = (VMEM_BYTES - fixed) // per_key // unit * unit
+  if keys <= 0:
+    raise ValueError(
+      f"flash_attention: the {name}'s tiles must fit {VMEM_BYTES} bytes of "
+      f"VMEM, got {fixed + unit * per_key} with {unit} keys; use smaller blocks"
+    )
+  return keys

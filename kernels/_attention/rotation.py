@@ -1,0 +1,61 @@
+"""Page 4: where q and k are rotated, if RoPE is part of a problem.
+
+Inside the kernels it costs no traffic.  Where they cannot, the op rotates q and
+k before, by `apply_rope`, and saves them rotated.  Whether they can depends on
+the batch, through VMEM; and vmap makes the batch larger after the op has
+decided.  So each pass looks again, at the arrays that it is given.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from .. import _rope
+from .._frame import tpu
+from . import memory, tiles
+from .spec import Arrays, Problem
+
+
+def is_inside(p: Problem, a: Arrays) -> bool:
+  """Whether the attention kernels do the rotation.
+
+  They rotate a key with the query of its position: on a diagonal, with all the
+  keys in one call, and halves and heads that are whole registers.
+  """
+  x = memory.Sizes.of_problem(p, a)
+  whole_halves = x.head_size // 2 % tpu.LANES == 0
+  whole_groups = x.group == 1 or x.group % tpu.SUBLANES == 0
+  forward, backward = tiles.forward_call(p, x), tiles.backward_call(p, x)
+  if not (whole_halves and whole_groups):
+    return False
+  if not (forward.has_diagonal and backward.has_diagonal):
+    return False
+  return x.s <= min(
+    tiles.forward_keys(forward, x), tiles.backward_keys(backward, x)
+  )
+
+
+def before(p: Problem, a: Arrays) -> Arrays:
+  """For a pass: q and k rotated by a kernel of their own, unless it is inside.
+
+  What is returned has positions if they are still to be rotated.
+  """
+  if a.positions is None or is_inside(p, a):
+    return a
+  q, k = (_rotated(p, x, a.positions) for x in (a.q, a.k))
+  return a._replace(q=q, k=k, positions=None)
+
+
+def back(p: Problem, grads: Arrays, positions: jax.Array) -> Arrays:
+  """The gradients of q and k, from those of what `before` made of them."""
+  q, k = (_rotated(p, x, positions, -1) for x in (grads.q, grads.k))
+  return grads._replace(q=q, k=k)
+
+
+def _rotated(
+  p: Problem, x: jax.Array, positions: jax.Array, sign: Literal[1, -1] = 1
+) -> jax.Array:
+  of_rope = _rope.Problem(p.base_frequency, p.implementation, None)
+  return _rope.rotated(of_rope, _rope.Arrays(x, positions), x, sign)
