@@ -48,8 +48,8 @@ def add_rms_norm_reference(
   residual: jax.Array,
   scale: jax.Array,
   *,
-  epsilon: float = 1e-6,
-  scale_offset: float = 0.0,
+  epsilon: float | jax.Array = 1e-6,
+  scale_offset: float | jax.Array = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
   """The residual addition, then the norm of the sum.  The specification."""
   h = x + residual

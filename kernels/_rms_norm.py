@@ -73,8 +73,8 @@ def rms_norm_reference(
   x: jax.Array,
   scale: jax.Array,
   *,
-  epsilon: float = 1e-6,
-  scale_offset: float = 0.0,
+  epsilon: float | jax.Array = 1e-6,
+  scale_offset: float | jax.Array = 0.0,
 ) -> jax.Array:
   """The maths of the module docstring in plain jnp.  The specification."""
   wide = jnp.promote_types(x.dtype, jnp.float32)

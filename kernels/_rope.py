@@ -75,7 +75,10 @@ register_with_numbers(Rope, ["positions"], ["base_frequency"])
 
 @switches.plain
 def apply_rope_reference(
-  x: jax.Array, positions: jax.Array, *, base_frequency: float = 10_000.0
+  x: jax.Array,
+  positions: jax.Array,
+  *,
+  base_frequency: float | jax.Array = 10_000.0,
 ) -> jax.Array:
   """The maths of the module docstring in plain jnp.  The specification."""
   wide = jnp.promote_types(x.dtype, jnp.float32)

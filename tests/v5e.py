@@ -1,6 +1,8 @@
 """Compiles for TPU v5e chips that are described, not attached."""
 
 import importlib.util
+import math
+import re
 
 import jax
 import pytest
@@ -31,3 +33,17 @@ def compile(function, *specs):
   ]
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     return jax.jit(function).lower(*placed).compile()
+
+
+_COLLECTIVES = r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all)"
+_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
+
+
+def collective_bytes(text):
+  """Bytes of the results of all collectives in a compiled program's text."""
+  total = 0
+  for result in re.findall(_COLLECTIVES + r"(?:-start)?\(", text):
+    for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", result):
+      sizes = [int(n) for n in dims.split(",")] if dims else []
+      total += _BYTES[dtype] * math.prod(sizes)
+  return total

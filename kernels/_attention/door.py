@@ -117,19 +117,3 @@ def as_rope(op: str, rope: Any, q: Any, k: Any) -> Rope | None:
   positions = as_integers(op, "rope.positions", rope.positions)
   check_shape(op, "rope.positions", positions, q.shape[:2], "[B, T]")
   return Rope(positions, as_base(op, q.shape[3], rope.base_frequency))
-
-
-def refuse_arrays(op: str, **arrays: Any) -> None:
-  """Refuses a mask or a bias, which would else be dropped in silence.
-
-  flax's attention modules pass both to an `attention_fn` that names them, and
-  leave them out for one that does not.
-  """
-  for name, array in arrays.items():
-    if array is not None:
-      raise ValueError(
-        f"{op}: {name} must be None, got an array of shape "
-        f"{jnp.shape(array)}: what a query sees is said by is_causal, "
-        f"segment_ids and local_window_size; with another {name}, use "
-        f"jax.nn.dot_product_attention"
-      )

@@ -26,7 +26,7 @@ from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope
 from . import rotation, tiles
 from .backward import backward
-from .door import as_qkv, as_rope, as_segments, as_window, refuse_arrays
+from .door import as_qkv, as_rope, as_segments, as_window
 from .forward import forward
 from .spec import (
   Arrays,
@@ -40,6 +40,7 @@ from .spec import (
   flash_attention_reference,
   lse_from_rows,
   lse_to_rows,
+  refuse_arrays,
 )
 from .tiles import FlashAttentionConfig
 
@@ -164,14 +165,19 @@ def flash_attention(
     scale: multiplies the logits; None is 1 / sqrt(H).
     is_causal: query i sees keys 0 to i: the first query is aligned with the
       first key, also where T and S differ.
-    segment_ids: [B, T] integers, or a pair ([B, T], [B, S]) for queries and
-      keys.  A query sees keys of its own segment alone; 0 is padding, which
-      neither sees nor is seen.
+    segment_ids: [B, T] integers of any width or booleans, or a pair ([B, T],
+      [B, S]) for queries and keys.  A query sees keys of its own segment alone;
+      0 is padding, which neither sees nor is seen: with one mask of real tokens
+      the padding's queries give 0.  To hide padding from all queries and let
+      its own see the real keys, as a mask [B, S] of keys does in most models,
+      pass `(jnp.ones_like(mask), mask)`.
     local_window_size: (left, right), both inclusive: query i sees keys from
       i - left to i + right.
     logits_soft_cap: cap in cap * tanh(logits / cap), after the scale.
     rope: rotates q and k by their positions first; needs T = S.
     return_lse: also return the log of the sum of exponentials.
+    mask: None; an array is refused, as flax's attention modules pass one.
+    bias: None, likewise.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes; None picks them from the shape.

@@ -162,7 +162,7 @@ def masked_attention(
   batch, t, n, h = q.shape
   kv_heads = k.shape[2]
   at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
-  grouped = q.reshape(batch, t, kv_heads, n // kv_heads, h)
+  grouped = q.reshape(batch, t, kv_heads, n // max(kv_heads, 1), h)
   logits = jnp.einsum(
     "btkgh,bskh->bkgts", grouped, k, preferred_element_type=at_least_float32
   )
@@ -202,6 +202,22 @@ def attention(p: Problem, a: Arrays) -> Outs:
   return outs if p.return_lse else outs._replace(lse=None)
 
 
+def refuse_arrays(op: str, **arrays: Any) -> None:
+  """Refuses a mask or a bias, which would else be dropped in silence.
+
+  flax's attention modules pass both to an `attention_fn` that names them, and
+  leave them out for one that does not.
+  """
+  for name, array in arrays.items():
+    if array is not None:
+      raise ValueError(
+        f"{op}: {name} must be None, got an array of shape "
+        f"{jnp.shape(array)}: what a query sees is said by is_causal, "
+        f"segment_ids and local_window_size; with another {name}, use "
+        f"jax.nn.dot_product_attention"
+      )
+
+
 @switches.plain
 def flash_attention_reference(
   q: jax.Array,
@@ -215,8 +231,11 @@ def flash_attention_reference(
   logits_soft_cap: float | None = None,
   rope: Rope | None = None,
   return_lse: bool = False,
+  mask: None = None,
+  bias: None = None,
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
+  refuse_arrays("flash_attention", mask=mask, bias=bias)
   problem = Problem(
     scale=default_scale(q) if scale is None else scale,
     is_causal=is_causal,

@@ -31,6 +31,7 @@ from .._frame.check import (
   check_shape,
 )
 from .._frame.kernel import kernel_op
+from .._frame.manual import vary_alike
 from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split, leading_dims
 from .backward import backward
@@ -60,7 +61,10 @@ def _losses(
 ) -> Outs:
   """The losses of one device's tokens, from its part of the table."""
   n, v = a.labels.size, a.embedding.shape[0]
-  x, labels = a.x.reshape(n, -1), a.labels.reshape(n).astype(jnp.int32)
+  x, labels = a.x.reshape(n, -1), a.labels.reshape(n)
+  # Its gradient is summed over the parts of the vocabulary: here, before rows
+  # are added to it that would be summed too.
+  x, _ = vary_alike((x, a.embedding))
   label_exists = (labels >= 0) & (labels < p.valid_vocab_size)
   if a.weights is not None:
     # An ignored row may hold anything: it must not reach a gradient as 0 * NaN.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import jax.core
@@ -198,7 +198,9 @@ def register_with_numbers(
   """
 
   def flatten(x: Any) -> tuple[list[Any], Any]:
-    traced = tuple(n for n in numbers if hasattr(getattr(x, n), "dtype"))
+    traced = tuple(
+      n for n in numbers if getattr(getattr(x, n), "dtype", None) is not None
+    )
     static = tuple((n, getattr(x, n)) for n in numbers if n not in traced)
     return [getattr(x, n) for n in (*arrays, *traced)], (traced, static)
 
@@ -217,7 +219,7 @@ def as_whole_number(op: str, name: str, value: Any) -> int:
   """An integer that is part of the program; not a boolean."""
   if is_traced(value):
     return int(as_number(op, name, value))  # which refuses it
-  if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+  if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
     raise ValueError(f"{op}: {name} must be an integer, got {value!r}")
   return value.__index__()
 
