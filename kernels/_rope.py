@@ -47,25 +47,8 @@ from ._frame.check import (
 from ._frame.kernel import Saved, kernel_op
 from ._frame.op import Case, Cost, Integers, Op, nbytes
 from ._frame.sharding import Split, varying_like
+from ._rope_argument import Rope as Rope
 from ._sincos import sin_cos
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-  """Rotary position embedding that an op applies where it reads its inputs.
-
-  Attributes:
-    positions: [B, T] integers, of queries and keys alike.
-    base_frequency: the base of the geometric series of wavelengths.
-  """
-
-  positions: jax.Array
-  base_frequency: float = 10_000.0
-
-
-jax.tree_util.register_dataclass(
-  Rope, data_fields=["positions"], meta_fields=["base_frequency"]
-)
 
 # --- specification ------------------------------------------------------------
 

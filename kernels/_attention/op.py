@@ -35,9 +35,12 @@ from .spec import (
   Window,
   attention,
   flash_attention_reference,
+  is_traced,
   lse_from_rows,
   lse_to_rows,
+  problem_of,
   segments_of,
+  sides,
 )
 from .tiles import FlashAttentionConfig
 
@@ -57,7 +60,16 @@ def _split(p: Problem, a: Arrays) -> Split:
   segments = None if a.segments is None else Segments("BT", "BS")
   positions = None if a.positions is None else "BT"
   return Split(
-    Arrays("BTNH", kv, kv, segments, positions),
+    Arrays(
+      "BTNH",
+      kv,
+      kv,
+      segments,
+      positions,
+      scale=None if a.scale is None else "B",
+      window=None if a.window is None else "B-",
+      base=None if a.base is None else "B",
+    ),
     Outs("BTNH", "BNT" if p.return_lse else None),
     over="BN",
   )
@@ -75,8 +87,9 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
     sign = np.sign(p.scale).astype(a.q.dtype)
     a = a._replace(q=a.q * sign)
     p = dataclasses.replace(p, scale=abs(p.scale) or 1.0)
-  if a.positions is not None and not rotation.is_inside(p, a):
-    a = _rotated_before(p, a)
+  known_base = a.positions is not None and a.base is None
+  if known_base and not rotation.is_inside(p, a):
+    a = _rotated_before(p, a)  # else the passes do it
   outs = op(p, a)
   if not p.return_lse:
     return outs._replace(lse=None)
@@ -101,7 +114,7 @@ _flash = kernel_op(
   reference=attention,
   forward=forward,
   backward=backward,
-  saves=("q", "k", "v", "segments", "positions", "out", "lse"),
+  saves=(*Arrays._fields, *Outs._fields),
   names=("out", "lse"),
   vmap=("batch", "batch"),
   split=_split,
@@ -138,11 +151,37 @@ def check_attention(op: str, q, k, v, window: Window, soft_cap) -> None:
       f"{op}: query heads N must be a multiple of kv heads K, "
       f"got N = {n}, K = {k.shape[2]}"
     )
-  if window is not None and (len(window) != 2 or min(window) < 0):
+  _check_window(op, window)
+  if is_traced(soft_cap):
+    raise ValueError(
+      f"{op}: logits_soft_cap must be known when the program is traced, got a "
+      "traced value"
+    )
+  check_positive(op, logits_soft_cap=soft_cap)
+
+
+def _check_window(op: str, window: Window) -> None:
+  both = sides(window)
+  if both is None:
+    return
+  good = len(both) == 2
+  for side in both:
+    if is_traced(side):
+      check_shape(op, "local_window_size", side, (), "a scalar")
+      check_integers(op, "local_window_size", side)
+    else:
+      good = good and side >= 0
+  if not good:
     raise ValueError(
       f"{op}: local_window_size must be (left, right), both >= 0, got {window}"
     )
-  check_positive(op, logits_soft_cap=soft_cap)
+
+
+def _check_traced_float(op: str, name: str, value: Any) -> None:
+  if is_traced(value):
+    check_shape(op, name, value, (), "a scalar")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      raise ValueError(f"{op}: {name} must be a float, got {value.dtype}")
 
 
 def _check_segments(op: str, q, k, segment_ids: SegmentIds) -> None:
@@ -187,16 +226,20 @@ def flash_attention(
     k: [B, S, K, H] of q's dtype; N is a multiple of K, and query head n reads
       kv head n // (N / K).  K = 1 is multi-query, K = N multi-head.
     v: [B, S, K, H].
-    scale: multiplies the logits; None is 1 / sqrt(H).
+    scale: multiplies the logits; None is 1 / sqrt(H).  A traced scalar too,
+      which has a gradient: a learned temperature.
     is_causal: query i sees keys 0 to i: the first query is aligned with the
       first key, also where T and S differ.
     segment_ids: [B, T] integers, or a pair ([B, T], [B, S]) for queries and
       keys.  A query sees keys of its own segment alone; 0 is padding, which
       neither sees nor is seen.
     local_window_size: (left, right), both inclusive: query i sees keys from
-      i - left to i + right.
-    logits_soft_cap: cap in cap * tanh(logits / cap), after the scale.
-    rope: rotates q and k by their positions first; needs T = S.
+      i - left to i + right; one number is both.  Traced scalars too, as in a
+      `lax.scan` over layers of which some are local: blocks that nobody sees
+      are skipped all the same.
+    logits_soft_cap: cap in cap * tanh(logits / cap), after the scale; a number.
+    rope: rotates q and k by their positions first; needs T = S.  Its base may
+      be a traced scalar, which has a gradient in the reference alone.
     return_lse: also return the log of the sum of exponentials.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
@@ -221,18 +264,25 @@ def flash_attention(
       )
     check_shape(op, "rope.positions", rope.positions, q.shape[:2], "[B, T]")
     check_integers(op, "rope.positions", rope.positions)
-    check_rope(op, q.shape[3], rope.base_frequency)
-  problem = Problem(
-    scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+    base = rope.base_frequency
+    _check_traced_float(op, "rope.base_frequency", base)
+    check_rope(op, q.shape[3], 1.0 if is_traced(base) else float(base))
+  _check_traced_float(op, "scale", scale)
+  problem, arrays = problem_of(
+    q,
+    k,
+    v,
+    scale=scale,
     is_causal=is_causal,
-    window=local_window_size,
+    segment_ids=segment_ids,
+    local_window_size=local_window_size,
     soft_cap=logits_soft_cap,
-    base_frequency=rope.base_frequency if rope else 0.0,
+    rope=rope,
     return_lse=return_lse,
     implementation=implementation,
     config=config,
   )
-  outs = _flash(problem, Arrays.of(q, k, v, segment_ids, rope))
+  outs = _flash(problem, arrays)
   return tuple(outs) if return_lse else outs.out
 
 
@@ -247,11 +297,10 @@ def _visible(t: int, s: int, is_causal: bool, window: Window) -> int:
   low, high = np.zeros(t, int), np.full(t, s)
   if is_causal:
     high = np.minimum(high, i + 1)
-  if window is not None:
-    low, high = (
-      np.maximum(low, i - window[0]),
-      np.minimum(high, i + window[1] + 1),
-    )
+  both = sides(window)
+  if both is not None:
+    low = np.maximum(low, i - both[0])
+    high = np.minimum(high, i + both[1] + 1)
   return int(np.maximum(high - low, 0).sum())
 
 
