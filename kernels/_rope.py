@@ -93,7 +93,7 @@ def apply_rope_reference(
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def rope_timescale(half: int, base_frequency: float, dtype) -> jax.Array:
+def rope_timescale(half: int, base_frequency: Any, dtype) -> jax.Array:
   """Tokens per radian of each of the `half` frequencies."""
   exponent = jnp.arange(half, dtype=dtype) / half
   return jnp.asarray(base_frequency, dtype) ** exponent

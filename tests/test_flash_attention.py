@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import importlib
+import sys
 
 import hypothesis
 import jax
@@ -425,6 +426,44 @@ def test_vmem_is_reported():
   forward, backward = config.vmem_bytes(q, k)
   assert 8 << 20 < forward < backward
   assert 32 << 20 < backward < MEMORY.VMEM_BYTES
+
+
+# --- windows ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [2**28, 2**30, 2**31 - 1, sys.maxsize])
+def test_a_window_without_a_limit(side):
+  """Is none on that side, and nothing overflows."""
+  q, k, v = draw(1, 40, 40, 8, 1, 64)
+  for window in (side, (side, side), (side, 0)):
+    left_only = isinstance(window, tuple) and window[1] == 0
+    want = flash_attention_reference(q, k, v, is_causal=left_only)
+    got = flash_attention_reference(q, k, v, local_window_size=window)
+    np.testing.assert_array_equal(got, want)
+  if side == sys.maxsize:
+    agrees([q, k, v], local_window_size=(side, 0))
+
+
+def test_a_window_that_hides_nothing_is_no_window():
+  """Local layers on sequences shorter than their window cost no masks."""
+  q = jax.ShapeDtypeStruct((1, 512, 1, 64), jnp.float32)
+
+  def window(left, right, is_causal):
+    problem, _ = SPEC.problem_of(
+      q,
+      q,
+      q,
+      scale=None,
+      segment_ids=None,
+      local_window_size=(left, right),
+      rope=None,
+      is_causal=is_causal,
+    )
+    return problem.window
+
+  assert window(1024, 0, True) is None and window(511, 511, False) is None
+  assert window(510, 0, True) == (510, 0)
+  assert window(1024, 0, False) == (512, 0)
 
 
 # --- segments -----------------------------------------------------------------

@@ -80,8 +80,10 @@ class State(NamedTuple):
 # --- the kernel ---------------------------------------------------------------
 
 
-def _kernel(bounds: Any, i: Inputs, o: Outputs, s: State, *, call: Call):
-  block = blocks.Block.of_step(call, bounds)
+def _kernel(
+  scalars: blocks.Scalars, i: Inputs, o: Outputs, s: State, *, call: Call
+):
+  block = blocks.Block.of_step(call, scalars)
   if not _diagonal_starts_dk(call):
     pl.when(pl.program_id(1) == 0)(functools.partial(_clear, s))
   _take_statistics(call, i, s)
@@ -103,7 +105,7 @@ def _kernel(bounds: Any, i: Inputs, o: Outputs, s: State, *, call: Call):
   block.for_other_keys(on_others)
   _finish_dq(block, i, o, s)
   last = pl.program_id(1) == pl.num_programs(1) - 1
-  pl.when(last)(functools.partial(_finish_dk_and_dv, call, o, s))
+  pl.when(last)(functools.partial(_finish_dk_and_dv, block, o, s))
 
 
 def _diagonal_starts_dk(call: Call) -> bool:
@@ -197,7 +199,7 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   k, v = (i.k if s.k is None else s.k)[keys, :], i.v[keys, :]
   q = (i.q if s.q is None else s.q)[here, :]
   dout = (i.dout if s.dout is None else s.dout)[here, :]
-  logits = p.logits(tpu.dot(k, q, tpu.NT))
+  logits = block.logits(tpu.dot(k, q, tpu.NT))
   weights = jnp.exp2((logits - s.lse[:, here]) * p.to_base_2)
   if tile.masked:
     mask = _mask(block, i, tile, logits.shape)
@@ -242,6 +244,7 @@ def _add(ref: Any, at: Any, new: jax.Array, *, starts: bool) -> None:
 
 
 def _finish_dq(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
+  # `backward` scales it by a traced scale, whose gradient it needs it for.
   dq = _scaled(block.call.problem, s.dq_transposed[...])
   if i.rope is None:
     o.dq[...] = dq.astype(o.dq.dtype).T
@@ -251,8 +254,10 @@ def _finish_dq(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
     o.dq[...] = dq.astype(o.dq.dtype)
 
 
-def _finish_dk_and_dv(call: Call, o: Outputs, s: State) -> None:
-  dk = _scaled(call.problem, s.dk[...])
+def _finish_dk_and_dv(block: blocks.Block, o: Outputs, s: State) -> None:
+  dk = _scaled(block.call.problem, s.dk[...])
+  if block.scale is not None:
+    dk *= block.scale
   if s.sin is not None:
     dk = _rotate_back(dk, s.sin[...], s.cos[...])
   o.dk[...] = dk.astype(o.dk.dtype)
@@ -273,10 +278,10 @@ def _rotate_back(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
   """dq, dk and dv, of q [B K, T G, H], k and v [B K, S, H]."""
   q, k, v = a.q, tiles.padded(a.k, call), tiles.padded(a.v, call)
-  bk, tg, h = q.shape
+  bk, tg, _ = q.shape
   row, whole, lane = tiles.block_specs(call, q, k)
   bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
-  rope, rope_specs = blocks.rope_operands(call, a.positions, h // 2)
+  rope, rope_specs = blocks.rope_operands(call, a)
   inputs = Inputs(q, k, v, outs.out, d.out, outs.lse, d.lse, ids, rope)
   (gradients,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
@@ -298,7 +303,7 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
-  )(bounds, inputs)
+  )(blocks.Scalars.of(bounds, a), inputs)
   dq, dk, dv = gradients
   return Arrays(dq, dk[:, : call.s], dv[:, : call.s])
 
@@ -335,7 +340,15 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     p: as `forward` had it.
     saved: its arrays, and its results.
     d: the cotangents of these.
+
+  Raises:
+    ValueError: if the gradient of the rotation's base is asked for.
   """
+  if saved.wanted.base:
+    raise ValueError(
+      "flash_attention: rope.base_frequency must not be differentiated, which "
+      "the kernel cannot; use jax.lax.stop_gradient, or implementation='xla'"
+    )
   positions = saved.arrays.positions
   a, outs = rotation.before(p, saved.arrays), saved.outs
   sizes, kv_heads = memory.Sizes.of_problem(p, a), a.k.shape[2]
@@ -347,16 +360,22 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   outs, d = (x._replace(out=spec.to_rows(x.out, kv_heads)) for x in (outs, d))
   calls = tiles.spans(whole, keys)
   if calls == [whole]:
-    grads = _run(whole, rows, outs, d, a.q.dtype)
+    dq_dtype = a.q.dtype if a.scale is None else jnp.float32
+    grads = _run(whole, rows, outs, d, dq_dtype)
   else:
     grads = _run_and_add(calls, rows, outs, d)
+  dq, d_scale = spec.from_rows(grads.q, a.q.shape), None
+  if a.scale is not None:
+    d_scale = (a.q.astype(jnp.float32) * dq).sum(axis=(1, 2, 3))
+    dq = dq * a.scale[:, None, None, None]
   grads = Arrays(
-    q=spec.from_rows(grads.q, a.q.shape),
+    q=dq.astype(a.q.dtype),
     k=spec.from_keys(grads.k, a.k.shape),
     v=spec.from_keys(grads.v, a.v.shape),
+    scale=d_scale,
   )
   was_before = positions is not None and a.positions is None
-  return rotation.back(p, grads, positions) if was_before else grads
+  return rotation.back(p, grads, saved.arrays) if was_before else grads
 
 
 def _run_and_add(calls: list[Call], a: Arrays, outs: Outs, d: Outs) -> Arrays:
@@ -373,4 +392,4 @@ def _run_and_add(calls: list[Call], a: Arrays, outs: Outs, d: Outs) -> Arrays:
     dq = dq.at[:, rows].add(new.q)
     dk = dk.at[:, keys].set(new.k)
     dv = dv.at[:, keys].set(new.v)
-  return Arrays(dq.astype(a.q.dtype), dk, dv)
+  return Arrays(dq, dk, dv)

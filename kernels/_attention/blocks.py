@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 
 from .._frame import tpu
 from .._rope import rope_timescale
-from .spec import Segments
+from .spec import Arrays, Segments
 from .tiles import Call
 
 # --- by position --------------------------------------------------------------
@@ -53,15 +53,15 @@ class Bounds(NamedTuple):
   last: Any
 
 
-def bounds_of(call: Call, q0: Any) -> Bounds:
+def bounds_of(call: Call, q0: Any, window: Any) -> Bounds:
   """Which blocks of keys the queries from q0 on need, by position."""
   p, block_kv = call.problem, call.block_kv
   low, high, full_low, full_high = 0, call.s, 0, call.s
   first_q, last_q = q0 - call.shift, q0 - call.shift + call.block_q - 1
   if p.is_causal:
     high, full_high = _min(high, last_q + 1), _min(full_high, first_q + 1)
-  if p.window is not None:
-    left, right = p.window
+  if window is not None:
+    left, right = window
     low, full_low = _max(low, first_q - left), _max(full_low, last_q - left)
     high = _min(high, last_q + right + 1)
     full_high = _min(full_high, first_q + right + 1)
@@ -70,6 +70,27 @@ def bounds_of(call: Call, q0: Any) -> Bounds:
   full_first = _min((full_low + block_kv - 1) >> _log2(block_kv), last)
   full_last = _max(_min(full_high >> _log2(block_kv), last), full_first)
   return Bounds(first, full_first, full_last, last)
+
+
+# --- scalars ---------------------------------------------------------------
+
+
+class Scalars(NamedTuple):
+  """Refs in SMEM: what steers a kernel; None for what is static or absent."""
+
+  segment_bounds: Any  # [2 B n_q], see `segment_bounds`
+  scale: Any  # [B] float32
+  window: Any  # [2 B]: left and right of each batch element
+
+  @classmethod
+  def of(cls, segment_bounds: Any, a: Arrays) -> Scalars:
+    """The operands."""
+    scale, window = a.scale, a.window
+    return cls(
+      segment_bounds,
+      scale if scale is None else scale.astype(jnp.float32),
+      window if window is None else window.reshape(-1),
+    )
 
 
 # --- the walk -----------------------------------------------------------------
@@ -82,18 +103,33 @@ class Block:
   Attributes:
     call: the kernel's.
     q0: the first query, counted from the call's first.
-    segment_bounds: [2 B n_q] in SMEM, of every batch element and q block the
-      first and the end of the kv blocks that can share a segment; or None.
+    window: (left, right), numbers or scalars; or None.
+    scale: multiplies the logits beside the problem's; or None.
+    kv_blocks: the first and the end of the kv blocks that can share a segment;
+      or None.
   """
 
   call: Call
   q0: Any
-  segment_bounds: Any
+  window: tuple[Any, Any] | None
+  scale: Any
+  kv_blocks: tuple[Any, Any] | None
 
   @classmethod
-  def of_step(cls, call: Call, segment_bounds: Any) -> Block:
+  def of_step(cls, call: Call, scalars: Scalars) -> Block:
     """That of the running grid step."""
-    return cls(call, pl.program_id(1) * call.block_q, segment_bounds)
+    window, scale, kv_blocks = call.problem.window, None, None
+    if any(x is not None for x in scalars):
+      batch = jax.lax.div(pl.program_id(0), call.kv_heads)
+      if scalars.window is not None:
+        window = _pair(scalars.window, batch)
+      if scalars.scale is not None:
+        scale = scalars.scale[batch]
+      if scalars.segment_bounds is not None:
+        place = batch * pl.num_programs(1) + pl.program_id(1)
+        kv_blocks = _pair(scalars.segment_bounds, place)
+    q0 = pl.program_id(1) * call.block_q
+    return cls(call, q0, window, scale, kv_blocks)
 
   @property
   def own_keys(self) -> Any:
@@ -116,8 +152,7 @@ class Block:
 
   def for_other_keys(self, attend: Callable[..., None]) -> None:
     """Calls attend(first key, masked=...) for every block off the diagonal."""
-    call, p = self.call, self.call.problem
-    block_kv = call.block_kv
+    call, block_kv = self.call, self.call.block_kv
 
     def one(block: Any, masked: bool) -> None:
       attend(pl.multiple_of(block * block_kv, block_kv), masked=masked)
@@ -125,7 +160,7 @@ class Block:
     def loop(low: Any, high: Any, masked: bool) -> None:
       jax.lax.fori_loop(low, high, lambda i, _: one(i, masked), None)
 
-    first, full_first, full_last, last = bounds_of(call, self.q0)
+    first, full_first, full_last, last = bounds_of(call, self.q0, self.window)
     has_masked_end = True
     if call.has_diagonal:
       last = _min(self.q0 >> _log2(block_kv), -(-call.s // block_kv))
@@ -133,20 +168,23 @@ class Block:
       has_masked_end = call.t > call.s
       full_last = _min(last, call.s // block_kv) if has_masked_end else last
       full_first = _min(full_first, full_last)
-    if self.segment_bounds is not None:
-      low, high = self._segment_bounds()
+    if self.kv_blocks is not None:
+      low, high = self.kv_blocks
       loop(_max(first, low), _min(last, high), True)
       return
-    if p.window is not None:
+    if self.window is not None:
       loop(first, full_first, True)
     _loop_in_pairs(full_first, full_last, lambda i: one(i, False))
     if has_masked_end:
       loop(full_last, last, True)
 
-  def _segment_bounds(self) -> tuple[Any, Any]:
-    batch = jax.lax.div(pl.program_id(0), self.call.kv_heads)
-    place = 2 * (batch * pl.num_programs(1) + pl.program_id(1))
-    return self.segment_bounds[place], self.segment_bounds[place + 1]
+  def logits(self, products: jax.Array) -> jax.Array:
+    """`Problem.logits` of the products q . k."""
+    return self.call.problem.logits(products, self.scale)
+
+
+def _pair(ref: Any, place: Any) -> tuple[Any, Any]:
+  return ref[2 * place], ref[2 * place + 1]
 
 
 def _loop_in_pairs(low: Any, high: Any, body: Callable[[Any], None]) -> None:
@@ -202,8 +240,8 @@ def visible(
   mask = _exists(key, call)
   if p.is_causal:
     mask &= _not_after(ahead, row, call.group)
-  if p.window is not None:
-    left, right = p.window
+  if block.window is not None:
+    left, right = block.window
     mask &= _before(row, ahead + (left + 1), call.group)
     mask &= _not_after(ahead - right, row, call.group)
   if ids is not None:
@@ -315,24 +353,29 @@ class RopeRefs(NamedTuple):
 
 
 def rope_operands(
-  call: Call, positions: jax.Array | None, half: int
+  call: Call, a: Arrays
 ) -> tuple[RopeRefs | None, RopeRefs | None]:
-  """Operands and block specs; None without positions [B, T].
-
-  Args:
-    call: the kernel's.
-    positions: of queries and keys.
-    half: H / 2, the number of frequencies.
-  """
-  if positions is None:
+  """Operands and block specs; None without positions [B, T]."""
+  if a.positions is None:
     return None, None
-  base, kv_heads = call.problem.base_frequency, call.kv_heads
-  timescale = rope_timescale(half, base, jnp.float32)
-  specs = RopeRefs(
-    pl.BlockSpec(
-      (None, 1, call.block_q),
-      lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, i),
-    ),
-    pl.BlockSpec((1, half), lambda b, i, *_: (0, 0)),
+  base, kv_heads, half = call.problem.base_frequency, call.kv_heads, _half(a)
+  of_positions = pl.BlockSpec(
+    (None, 1, call.block_q),
+    lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, i),
   )
-  return RopeRefs(positions[:, None, :], timescale[None, :]), specs
+  positions = a.positions[:, None, :]
+  if a.base is None:
+    timescale = rope_timescale(half, base, jnp.float32)[None, :]
+    of_timescale = pl.BlockSpec((1, half), lambda b, i, *_: (0, 0))
+  else:  # one for each element of the batch
+    timescale = rope_timescale(half, a.base[:, None, None], jnp.float32)
+    of_timescale = pl.BlockSpec(
+      (None, 1, half), lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, 0)
+    )
+  specs = RopeRefs(of_positions, of_timescale)
+  return RopeRefs(positions, timescale), specs
+
+
+def _half(a: Arrays) -> int:
+  """The number of frequencies, H / 2."""
+  return a.q.shape[-1] // 2

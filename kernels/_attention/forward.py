@@ -67,8 +67,10 @@ class State(NamedTuple):
 # --- the kernel ---------------------------------------------------------------
 
 
-def _kernel(bounds: Any, i: Inputs, o: Outputs, s: State, *, call: Call):
-  block = blocks.Block.of_step(call, bounds)
+def _kernel(
+  scalars: blocks.Scalars, i: Inputs, o: Outputs, s: State, *, call: Call
+):
+  block = blocks.Block.of_step(call, scalars)
   _take(block, i, s)
 
   def on_diagonal() -> None:
@@ -152,7 +154,7 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
   for g, product in zip(groups, products, strict=True):
     width = product.shape[1]
     v = i.v[pl.ds(keys.key0, width), :]
-    logits = p.logits(product)
+    logits = block.logits(product)
     if keys.masked:
       mask = _mask(block, i, s, g, keys.key0, logits.shape)
       logits = jnp.where(mask, logits, MASKED)
@@ -249,10 +251,10 @@ def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
 def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   """Of q [B K, T G, H], k and v [B K, S, H]; lse is [B K, 1, T G]."""
   q, k, v = arrays.q, tiles.padded(arrays.k, call), tiles.padded(arrays.v, call)
-  bk, tg, h = q.shape
+  bk, tg, _ = q.shape
   row, whole, lane = tiles.block_specs(call, q, k)
   bounds, ids, id_specs = blocks.segment_operands(call, arrays.segments)
-  rope, rope_specs = blocks.rope_operands(call, arrays.positions, h // 2)
+  rope, rope_specs = blocks.rope_operands(call, arrays)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_fwd",
@@ -270,7 +272,7 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
-  )(bounds, Inputs(q, k, v, ids, rope))
+  )(blocks.Scalars.of(bounds, arrays), Inputs(q, k, v, ids, rope))
   return Outs(*outs)
 
 

@@ -20,7 +20,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from .._frame import tpu
-from .spec import Arrays, Problem
+from .spec import Arrays, Problem, has_window
 
 if TYPE_CHECKING:
   from .tiles import FlashAttentionConfig
@@ -71,7 +71,7 @@ class Sizes:
     return dataclasses.replace(
       cls.of(a.q, a.k),
       has_segments=a.segments is not None,
-      has_window=p.window is not None,
+      has_window=has_window(p, a),
       is_rotated=a.positions is not None,
     )
 

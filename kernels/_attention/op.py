@@ -16,6 +16,7 @@ from .._frame.check import (
   Implementation,
   as_array,
   as_number,
+  as_scalar,
   check_config,
   check_implementation,
   check_positive,
@@ -36,11 +37,12 @@ from .spec import (
   Segments,
   Window,
   attention,
-  default_scale,
   flash_attention_reference,
   lse_from_rows,
   lse_to_rows,
+  problem_of,
   refuse_arrays,
+  sides,
 )
 from .tiles import FlashAttentionConfig
 
@@ -57,7 +59,16 @@ def _split(p: Problem, a: Arrays) -> Split:
   segments = None if a.segments is None else Segments("BT", "BS")
   positions = None if a.positions is None else "BT"
   return Split(
-    Arrays("BTNH", "BSKH", "BSKH", segments, positions),
+    Arrays(
+      "BTNH",
+      "BSKH",
+      "BSKH",
+      segments,
+      positions,
+      scale=None if a.scale is None else "B",
+      window=None if a.window is None else "B-",
+      base=None if a.base is None else "B",
+    ),
     Outs("BTNH", "BNT" if p.return_lse else None),
     over="BN",
     fewer="K",
@@ -73,8 +84,9 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
     sign = np.sign(p.scale).astype(a.q.dtype)
     a = a._replace(q=a.q * sign)
     p = dataclasses.replace(p, scale=abs(p.scale) or 1.0)
-  if a.positions is not None and not rotation.is_inside(p, a):
-    a = _rotated_before(p, a)
+  known_base = a.positions is not None and a.base is None
+  if known_base and not rotation.is_inside(p, a):
+    a = _rotated_before(p, a)  # else the passes do it
   outs = op(p, a)
   if not p.return_lse:
     return outs._replace(lse=None)
@@ -123,7 +135,7 @@ _flash = kernel_op(
   reference=attention,
   forward=forward,
   backward=backward,
-  saves=("q", "k", "v", "segments", "positions", "out", "lse"),
+  saves=(*Arrays._fields, *Outs._fields),
   names=("out", "lse"),
   vmap=("batch", "batch"),
   split=_split,
@@ -162,7 +174,8 @@ def flash_attention(
     k: [B, S, K, H] of q's dtype; N is a multiple of K, and query head n reads
       kv head n // (N / K).  K = 1 is multi-query, K = N multi-head.
     v: [B, S, K, H].
-    scale: multiplies the logits; None is 1 / sqrt(H).
+    scale: multiplies the logits; None is 1 / sqrt(H).  A traced scalar too,
+      which has a gradient: a learned temperature.
     is_causal: query i sees keys 0 to i: the first query is aligned with the
       first key, also where T and S differ.
     segment_ids: [B, T] integers of any width or booleans, or a pair ([B, T],
@@ -172,9 +185,12 @@ def flash_attention(
       its own see the real keys, as a mask [B, S] of keys does in most models,
       pass `(jnp.ones_like(mask), mask)`.
     local_window_size: (left, right), both inclusive: query i sees keys from
-      i - left to i + right.
-    logits_soft_cap: cap in cap * tanh(logits / cap), after the scale.
-    rope: rotates q and k by their positions first; needs T = S.
+      i - left to i + right; one number is both.  Traced scalars too, as in a
+      `lax.scan` over layers of which some are local: blocks that nobody sees
+      are skipped all the same.
+    logits_soft_cap: cap in cap * tanh(logits / cap), after the scale; a number.
+    rope: rotates q and k by their positions first; needs T = S.  Its base may
+      be a traced scalar, which has a gradient in the reference alone.
     return_lse: also return the log of the sum of exponentials.
     mask: None; an array is refused, as flax's attention modules pass one.
     bias: None, likewise.
@@ -195,21 +211,24 @@ def flash_attention(
   refuse_arrays(op, mask=mask, bias=bias)
   dtype = as_array(op, "q", q).dtype
   q, k, v = as_qkv(op, q, k, v)
-  rope = as_rope(op, rope, q, k)
   cap = logits_soft_cap
-  problem = Problem(
-    scale=default_scale(q) if scale is None else as_number(op, "scale", scale),
+  cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
+  check_positive(op, logits_soft_cap=cap)
+  problem, arrays = problem_of(
+    q,
+    k,
+    v,
+    scale=None if scale is None else as_scalar(op, "scale", scale),
     is_causal=bool(is_causal),
-    window=as_window(op, local_window_size),
-    soft_cap=None if cap is None else as_number(op, "logits_soft_cap", cap),
-    base_frequency=rope.base_frequency if rope else 0.0,
+    segment_ids=as_segments(op, segment_ids, q, k),
+    local_window_size=as_window(op, local_window_size),
+    soft_cap=cap,
+    rope=as_rope(op, rope, q, k),
     return_lse=bool(return_lse),
     implementation=implementation,
     config=config,
   )
-  check_positive(op, logits_soft_cap=problem.soft_cap)
-  segments = as_segments(op, segment_ids, q, k)
-  outs = _flash(problem, Arrays.of(q, k, v, segments, rope))
+  outs = _flash(problem, arrays)
   outs = outs._replace(out=outs.out.astype(dtype))
   return tuple(outs) if return_lse else outs.out
 
@@ -225,11 +244,10 @@ def _visible(t: int, s: int, is_causal: bool, window: Window) -> int:
   low, high = np.zeros(t, int), np.full(t, s)
   if is_causal:
     high = np.minimum(high, i + 1)
-  if window is not None:
-    low, high = (
-      np.maximum(low, i - window[0]),
-      np.minimum(high, i + window[1] + 1),
-    )
+  both = sides(window)
+  if both is not None:
+    low = np.maximum(low, i - both[0])
+    high = np.minimum(high, i + both[1] + 1)
   return int(np.maximum(high - low, 0).sum())
 
 

@@ -8,7 +8,7 @@ decided.  So each pass looks again, at the arrays that it is given.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -44,18 +44,24 @@ def before(p: Problem, a: Arrays) -> Arrays:
   """
   if a.positions is None or is_inside(p, a):
     return a
-  q, k = (_rotated(p, x, a.positions) for x in (a.q, a.k))
+  q, k = (_rotated(p, a, x) for x in (a.q, a.k))
   return a._replace(q=q, k=k, positions=None)
 
 
-def back(p: Problem, grads: Arrays, positions: jax.Array) -> Arrays:
+def back(p: Problem, grads: Arrays, a: Arrays) -> Arrays:
   """The gradients of q and k, from those of what `before` made of them."""
-  q, k = (_rotated(p, x, positions, -1) for x in (grads.q, grads.k))
+  q, k = (_rotated(p, a, x, -1) for x in (grads.q, grads.k))
   return grads._replace(q=q, k=k)
 
 
 def _rotated(
-  p: Problem, x: jax.Array, positions: jax.Array, sign: Literal[1, -1] = 1
+  p: Problem, a: Arrays, x: jax.Array, sign: Literal[1, -1] = 1
 ) -> jax.Array:
-  of_rope = _rope.Problem(p.base_frequency, p.implementation, None)
-  return _rope.rotated(of_rope, _rope.Arrays(x, positions), x, sign)
+  def by(base: Any, x: jax.Array, positions: jax.Array) -> jax.Array:
+    of_rope = _rope.Problem(base, p.implementation, None)
+    return _rope.rotated(of_rope, _rope.Arrays(x, positions), x, sign)
+
+  if a.base is None:
+    return by(p.base_frequency, x, a.positions)
+  one = jax.vmap(lambda base, *xs: by(base, *(x[None] for x in xs))[0])
+  return one(a.base, x, a.positions)

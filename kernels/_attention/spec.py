@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from .._frame import switches
-from .._frame.check import Implementation
+from .._frame.check import Implementation, is_traced
 from .._rope import Rope, apply_rope_reference
 
 if TYPE_CHECKING:
   from .tiles import FlashAttentionConfig
 
-Window = tuple[int, int] | None
+# Whole numbers, or traced values.
+Window = tuple[Any, Any] | int | None
 SegmentIds = jax.Array | tuple[jax.Array, jax.Array] | None
 
 # --- the problem --------------------------------------------------------------
@@ -30,21 +31,21 @@ class Segments(NamedTuple):
 
 
 class Arrays(NamedTuple):
-  """What attention is given; None for what a problem does not have."""
+  """What attention is given; None for what a problem does not have.
+
+  The last three are numbers that are not known when the program is traced, one
+  for each element of the batch, as vmap may make them; known ones stand in the
+  `Problem`.
+  """
 
   q: Any  # [B, T, N, H]
   k: Any  # [B, S, K, H]
   v: Any  # [B, S, K, H]
   segments: Segments | None = None
   positions: Any = None  # [B, T] integers: q and k are to be rotated
-
-  @classmethod
-  def of(
-    cls, q: Any, k: Any, v: Any, segment_ids: SegmentIds, rope: Rope | None
-  ) -> Arrays:
-    """From the arguments of the public functions."""
-    positions = None if rope is None else rope.positions
-    return cls(q, k, v, segments_of(segment_ids), positions)
+  scale: Any = None  # [B] float32
+  window: Any = None  # [B, 2] int32
+  base: Any = None  # [B] float32
 
 
 class Outs(NamedTuple):
@@ -68,11 +69,11 @@ class Problem:
   """Everything that is not an array.
 
   Attributes:
-    scale: multiplies the logits.
+    scale: multiplies the logits, as does that of the arrays.
     is_causal: query i sees keys up to i.
-    window: (left, right), both inclusive, or None.
+    window: (left, right), both inclusive; or None, and it may be an array.
     soft_cap: cap of the logits, or None.
-    base_frequency: of the rotation, if positions come along.
+    base_frequency: of the rotation, if positions come along without a base.
     return_lse: whether the log of the sum of exponentials is a result.
     implementation: as the caller gave it.
     config: tile sizes, None for the op's own choice.
@@ -80,7 +81,7 @@ class Problem:
 
   scale: float
   is_causal: bool = False
-  window: Window = None
+  window: tuple[int, int] | None = None
   soft_cap: float | None = None
   base_frequency: float = 10_000.0
   return_lse: bool = False
@@ -107,11 +108,82 @@ class Problem:
     """Takes differences of the kernels' logits to exponents of 2."""
     return self.unit * math.log2(math.e)
 
-  def logits(self, products: jax.Array) -> jax.Array:
-    """The kernels' logits, in units of `unit`, from the products q . k."""
+  def logits(self, products: jax.Array, scale: Any = None) -> jax.Array:
+    """The kernels' logits, in units of `unit`, from the products q . k.
+
+    Args:
+      products: float32.
+      scale: that of the arrays, if they have one.
+    """
     if self.soft_cap is None:
-      return products
-    return jnp.tanh(products * (self.scale / self.soft_cap))
+      return products if scale is None else products * scale
+    factor = self.scale / self.soft_cap
+    return jnp.tanh(products * (factor if scale is None else factor * scale))
+
+
+def sides(window: Window) -> tuple[Any, Any] | None:
+  """(left, right) of a window; one number is both."""
+  if window is None or isinstance(window, tuple):
+    return window
+  return window, window
+
+
+def problem_of(
+  q: Any,
+  k: Any,
+  v: Any,
+  *,
+  scale: Any,
+  segment_ids: SegmentIds,
+  local_window_size: Window,
+  rope: Rope | None,
+  **static: Any,
+) -> tuple[Problem, Arrays]:
+  """A problem and its arrays, from the arguments of the public functions."""
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  arrays = Arrays(q, k, v, segments_of(segment_ids))
+  if is_traced(scale):
+    arrays = arrays._replace(scale=_of_batch(scale, q, wide))
+    scale = 1.0
+  static["scale"] = default_scale(q) if scale is None else float(scale)
+  if rope is not None:
+    arrays = arrays._replace(positions=rope.positions)
+    if is_traced(rope.base_frequency):
+      arrays = arrays._replace(base=_of_batch(rope.base_frequency, q, wide))
+    else:
+      static["base_frequency"] = float(rope.base_frequency)
+  window = sides(local_window_size)
+  if window is not None:
+    # More than all keys is no more than all, and sums of it do not overflow.
+    most = max(q.shape[1], k.shape[1])
+    window = tuple(most if side is None else side for side in window)
+    if any(map(is_traced, window)):
+      both = jnp.stack([_clipped(side, most) for side in window])
+      arrays = arrays._replace(window=_of_batch(both, q, jnp.int32))
+    else:
+      left, right = (min(int(side), most) for side in window)
+      hides = left < q.shape[1] - 1
+      hides |= right < k.shape[1] - 1 and not static["is_causal"]
+      static["window"] = (left, right) if hides else None
+  return Problem(**static), arrays
+
+
+def has_window(p: Problem, a: Arrays) -> bool:
+  """Whether there is a local window, known or traced."""
+  return p.window is not None or a.window is not None
+
+
+def _of_batch(value: Any, q: Any, dtype: Any) -> jax.Array:
+  """The same for every element of the batch."""
+  value = jnp.asarray(value, dtype)
+  return jnp.broadcast_to(value, (q.shape[0], *value.shape))
+
+
+def _clipped(side: Any, most: int) -> jax.Array:
+  side = jnp.asarray(side) if is_traced(side) else jnp.int32(min(side, most))
+  if side.dtype.itemsize < 4:  # `most` might not be one of these
+    side = side.astype(jnp.int32)
+  return jnp.clip(side, 0, most).astype(jnp.int32)
 
 
 # --- the references -----------------------------------------------------------
@@ -124,6 +196,8 @@ def visible_pairs(
   local_window_size: Window,
 ) -> jax.Array:
   """Which keys each query sees by position: [..., T, S] booleans.
+
+  A side of the window is a number, or an array that broadcasts with them.
 
   Six queries and keys, causal with a window of (2, 0); x marks the visible:
 
@@ -139,9 +213,13 @@ def visible_pairs(
   mask = jnp.broadcast_to(True, jnp.broadcast_shapes(q.shape, k.shape))
   if is_causal:
     mask &= k <= q
-  if local_window_size is not None:
-    left, right = local_window_size
-    mask &= (k >= q - left) & (k <= q + right)
+  window = sides(local_window_size)
+  if window is not None:
+    left, right = window
+    if left is not None:
+      mask &= k >= q - left
+    if right is not None:
+      mask &= k <= q + right
   return mask
 
 
@@ -188,17 +266,19 @@ def attention(p: Problem, a: Arrays) -> Outs:
   """The maths of the room's docstring in plain jnp."""
   q, k = a.q, a.k
   if a.positions is not None:
-    base = p.base_frequency
-    q = apply_rope_reference(q, a.positions, base_frequency=base)
-    k = apply_rope_reference(k, a.positions, base_frequency=base)
-  t, s = q.shape[1], k.shape[1]
-  mask = visible_pairs(jnp.arange(t), jnp.arange(s), p.is_causal, p.window)
-  mask = mask[None]
+    q, k = (_rotated(p, a, x) for x in (q, k))
+  (b, t), s = q.shape[:2], k.shape[1]
+  window, scale = p.window, p.scale
+  if a.window is not None:  # of each batch element, beside [T, S]
+    window = a.window[:, 0, None, None], a.window[:, 1, None, None]
+  if a.scale is not None:
+    scale *= a.scale[:, None, None, None, None]
+  mask = visible_pairs(jnp.arange(t), jnp.arange(s), p.is_causal, window)
   if a.segments is not None:
     of_q, of_k = a.segments.q[:, :, None], a.segments.k[:, None, :]
     mask = mask & (of_q == of_k) & (of_k != 0)
-  mask = jnp.broadcast_to(mask, (q.shape[0], t, s))
-  outs = masked_attention(q, k, a.v, mask, p.scale, p.soft_cap)
+  mask = jnp.broadcast_to(mask, (b, t, s))
+  outs = masked_attention(q, k, a.v, mask, scale, p.soft_cap)
   return outs if p.return_lse else outs._replace(lse=None)
 
 
@@ -216,6 +296,18 @@ def refuse_arrays(op: str, **arrays: Any) -> None:
         f"segment_ids and local_window_size; with another {name}, use "
         f"jax.nn.dot_product_attention"
       )
+
+
+def _rotated(p: Problem, a: Arrays, x: jax.Array) -> jax.Array:
+  if a.base is None:
+    base = p.base_frequency
+    return apply_rope_reference(x, a.positions, base_frequency=base)
+
+  def one(x: jax.Array, positions: jax.Array, base: jax.Array) -> jax.Array:
+    x, positions = x[None], positions[None]
+    return apply_rope_reference(x, positions, base_frequency=base)[0]  # type: ignore[arg-type]
+
+  return jax.vmap(one)(x, a.positions, a.base)
 
 
 @switches.plain
@@ -236,15 +328,19 @@ def flash_attention_reference(
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
   refuse_arrays("flash_attention", mask=mask, bias=bias)
-  problem = Problem(
-    scale=default_scale(q) if scale is None else scale,
+  problem, arrays = problem_of(
+    q,
+    k,
+    v,
+    scale=scale,
     is_causal=is_causal,
-    window=local_window_size,
+    segment_ids=segment_ids,
+    local_window_size=local_window_size,
     soft_cap=logits_soft_cap,
-    base_frequency=rope.base_frequency if rope else 0.0,
+    rope=rope,
     return_lse=return_lse,
   )
-  outs = attention(problem, Arrays.of(q, k, v, segment_ids, rope))
+  outs = attention(problem, arrays)
   return tuple(outs) if return_lse else outs.out
 
 

@@ -14,7 +14,7 @@ from .._frame import tpu
 from .._frame.tuned import power_of_two, tuned_config
 from . import memory
 from .memory import Sizes
-from .spec import Arrays, Problem, Segments
+from .spec import Arrays, Problem, Segments, has_window
 
 # --- configuration ------------------------------------------------------------
 
@@ -122,7 +122,7 @@ def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
   config, group = p.config, n // kv_heads
   if config is None:
     mask = "causal" if p.is_causal else "full"
-    mask += "" if p.window is None else "_window"
+    mask += "_window" if has_window(p, a) else ""
     mask += "" if a.segments is None else "_segments"
     found = tuned_config(
       "flash_attention",
@@ -307,4 +307,6 @@ def part_of(arrays: Arrays, call: Call) -> Arrays:
     arrays.k[:, call.keys],
     arrays.v[:, call.keys],
     segments,
+    scale=arrays.scale,
+    window=arrays.window,
   )
