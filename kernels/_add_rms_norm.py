@@ -88,6 +88,7 @@ _add_rms_norm = kernel_op(
 # --- public -------------------------------------------------------------------
 
 
+@switches.plain
 def add_rms_norm(
   x: jax.Array,
   residual: jax.Array,

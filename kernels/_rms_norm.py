@@ -346,6 +346,7 @@ def problem_of(
   return problem, Arrays(*arrays, scale, epsilon)
 
 
+@switches.plain
 def rms_norm(
   x: jax.Array,
   scale: jax.Array,

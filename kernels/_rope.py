@@ -311,6 +311,7 @@ def as_base(op: str, head_size: int, base_frequency: Any) -> Any:
   return base
 
 
+@switches.plain
 def apply_rope(
   x: jax.Array,
   positions: jax.Array,

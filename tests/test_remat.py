@@ -127,10 +127,7 @@ def test_the_forward_kernel_runs_once(op, policy, loop):
 
 
 @pytest.mark.parametrize("op", NAMED)
-def test_also_where_what_follows_reads_the_result(op, request):
-  if op.name in ("geglu", "feed_forward"):
-    reason = "the result of a gated op has no name"
-    request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_also_where_what_follows_reads_the_result(op):
   counts = kernels_of(op, op.tests[0], kernels.save_products, square=True)
   assert counts == (1, 1)
 

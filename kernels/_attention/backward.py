@@ -340,15 +340,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     p: as `forward` had it.
     saved: its arrays, and its results.
     d: the cotangents of these.
-
-  Raises:
-    ValueError: if the gradient of the rotation's base is asked for.
   """
-  if saved.wanted.base:
-    raise ValueError(
-      "flash_attention: rope.base_frequency must not be differentiated, which "
-      "the kernel cannot; use jax.lax.stop_gradient, or implementation='xla'"
-    )
   positions = saved.arrays.positions
   a, outs = rotation.before(p, saved.arrays), saved.outs
   sizes, kv_heads = memory.Sizes.of_problem(p, a), a.k.shape[2]

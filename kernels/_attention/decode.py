@@ -69,6 +69,7 @@ def decode_attention_reference(
 # --- public -------------------------------------------------------------------
 
 
+@switches.plain
 def decode_attention(
   q: jax.Array,
   k_cache: jax.Array,

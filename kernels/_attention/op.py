@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._frame import switches
 from .._frame.check import (
   Implementation,
   as_array,
@@ -146,6 +147,7 @@ _flash = kernel_op(
 # --- public -------------------------------------------------------------------
 
 
+@switches.plain
 def flash_attention(
   q: jax.Array,
   k: jax.Array,

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._frame import switches
 from .._frame.check import (
   Implementation,
   as_floats,
@@ -198,6 +199,7 @@ def _checked(
   return Arrays(x, embedding, labels, weights), valid
 
 
+@switches.plain
 def linear_cross_entropy(
   x: jax.Array,
   embedding: jax.Array,

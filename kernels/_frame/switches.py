@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import jax
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
-def plain(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def plain(function: Callable[_P, _T]) -> Callable[_P, _T]:
   """`function`, whose jnp may mix ranks and dtypes.
 
   Whatever `jax_numpy_rank_promotion` and `jax_numpy_dtype_promotion` say.
   """
 
   @functools.wraps(function)
-  def run(*args: Any, **kwargs: Any) -> Any:
+  def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
     with (
       jax.numpy_rank_promotion("allow"),
       jax.numpy_dtype_promotion("standard"),
@@ -30,14 +33,14 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
   return run
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: Callable[_P, _T]) -> Callable[_P, _T]:
   """`function`, whose indices and Python numbers are of 32 bits.
 
   Under `jax_enable_x64` they would have 64, which a TPU's scalar core lacks.
   """
 
   @functools.wraps(function)
-  def run(*args: Any, **kwargs: Any) -> Any:
+  def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
     with jax.enable_x64(False):
       return function(*args, **kwargs)
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._frame import switches
 from .._frame.check import (
   Implementation,
   as_floats,
@@ -93,7 +94,7 @@ _geglu = kernel_op(
   forward=forward,
   backward=backward,
   saves=Arrays._fields,
-  names=("gate", "up", "normed"),
+  names=("gate", "up", "normed", "y"),
   keeps=True,
   split=_split,
   # Where the backward kernel copies dx by hand, a batch of them has to run one
@@ -110,6 +111,7 @@ _feed_forward = dataclasses.replace(
 # --- public -------------------------------------------------------------------
 
 
+@switches.plain
 def geglu(
   x: jax.Array,
   w_gate: jax.Array,
@@ -153,6 +155,7 @@ def geglu(
   return _geglu(*_checked("geglu", x, weights, norm, problem)).y
 
 
+@switches.plain
 def feed_forward(
   x: jax.Array,
   w_gate: jax.Array,
