@@ -1,4 +1,4 @@
-"""Page 8: the op, its public function, its problems."""
+"""Page 10: the op, its public function, its problems."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from .._frame.check import (
   check_positive,
   check_shape,
 )
-from .._frame.kernel import kernel_op
+from .._frame.kernel import Saved, kernel_op
 from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Split
 from .._rope import Rope, apply_rope, check_rope
 from . import rotation, tiles
 from .backward import backward
+from .finite import plain_backward
 from .forward import forward
+from .layout import lse_from_rows, lse_to_rows
 from .spec import (
   Arrays,
   Outs,
@@ -36,8 +38,6 @@ from .spec import (
   attention,
   flash_attention_reference,
   is_traced,
-  lse_from_rows,
-  lse_to_rows,
   problem_of,
   segments_of,
   sides,
@@ -51,6 +51,10 @@ def _plain_forward(p: Problem, a: Arrays) -> Outs:
   """The reference, with lse as the kernel gives it."""
   outs = attention(dataclasses.replace(p, return_lse=True), a)
   return outs._replace(lse=lse_to_rows(outs.lse / p.unit, a.k.shape[2]))
+
+
+def _plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  return plain_backward(_flash.reference_vjp, p, saved, d)
 
 
 def _split(p: Problem, a: Arrays) -> Split:
@@ -120,6 +124,7 @@ _flash = kernel_op(
   split=_split,
   around=_on_device,
   plain_forward=_plain_forward,
+  plain_backward=_plain_backward,
 )
 
 # --- public -------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Page 4: where q and k are rotated, if RoPE is part of a problem.
+"""Page 5: where q and k are rotated, if RoPE is part of a problem.
 
 Inside the kernels it costs no traffic.  Where they cannot, the op rotates q and
 k before, by `apply_rope`, and saves them rotated.  Whether they can depends on
@@ -37,6 +37,19 @@ def is_inside(p: Problem, a: Arrays) -> bool:
   )
 
 
+def refuse_gradient_of_base(wanted: Arrays) -> None:
+  """Never a silent zero.
+
+  Raises:
+    ValueError: if the gradient of the rotation's base is asked for.
+  """
+  if wanted.base:
+    raise ValueError(
+      "flash_attention: rope.base_frequency must not be differentiated, which "
+      "the kernel cannot; use jax.lax.stop_gradient, or implementation='xla'"
+    )
+
+
 def before(p: Problem, a: Arrays) -> Arrays:
   """For a pass: q and k rotated by a kernel of their own, unless it is inside.
 
@@ -48,8 +61,10 @@ def before(p: Problem, a: Arrays) -> Arrays:
   return a._replace(q=q, k=k, positions=None)
 
 
-def back(p: Problem, grads: Arrays, a: Arrays) -> Arrays:
-  """The gradients of q and k, from those of what `before` made of them."""
+def back(p: Problem, grads: Arrays, a: Arrays, made: Arrays) -> Arrays:
+  """The gradients of q and k of `a`, from those of what `before` made of it."""
+  if a.positions is None or made.positions is not None:
+    return grads
   q, k = (_rotated(p, a, x, -1) for x in (grads.q, grads.k))
   return grads._replace(q=q, k=k)
 
