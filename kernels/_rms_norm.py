@@ -112,9 +112,8 @@ class RMSNormConfig:
     """Tiles of a megabyte per operand.
 
     Large enough to hide a grid step's overhead behind its copies, small enough
-    that the first load and the last store, which nothing hides, cost little;
-    with two buffers per operand and the float32 temporaries a grid step stays
-    far below what VMEM holds.
+    that the first load and the last store, which nothing hides, cost little.
+    Two buffers per operand and float32 temporaries are far from filling VMEM.
     """
     row_bytes = tpu.lanes(width) * jnp.dtype(dtype).itemsize
     rows = _TILE_BYTES // row_bytes // 16 * 16

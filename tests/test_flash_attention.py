@@ -30,6 +30,7 @@ def page(name):
 
 
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
+LAYOUT = page("layout")
 MEMORY, ROTATION = page("memory"), page("rotation")
 FORWARD, BACKWARD = page("forward"), page("backward")
 TPU = FORWARD.tpu
@@ -248,7 +249,7 @@ FORWARD_MUTANTS = {
     "rope",
     (FORWARD, "_rotated_k", lambda i, own, sin, cos: i.k[own, :]),
   ),
-  "heads swapped": ("grouped", (SPEC, "to_rows", heads_swapped)),
+  "heads swapped": ("grouped", (LAYOUT, "to_rows", heads_swapped)),
 }
 BACKWARD_MUTANTS = {
   "no di": ("causal", (BACKWARD, "_minus_di", lambda dw, s, here: dw)),

@@ -42,10 +42,12 @@ with block_q = 2 block_kv:
 
 Read in this order; each page stands on those before it:
 
-    spec      the arrays, the problem, the references; rows and keys in memory
+    spec      the arrays, the problem, the references
+    layout    rows and keys in memory
     memory    what fits VMEM
     tiles     tile sizes, and what one kernel call is
     rotation  where RoPE is applied, if it is part of a problem
+    finite    what is not a number, behind a mask
     blocks    which keys a block of queries meets, and the mask
     forward   the kernel
     backward  the kernel

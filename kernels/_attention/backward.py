@@ -1,4 +1,4 @@
-"""Page 7: the backward kernel, dq, dk and dv in one.
+"""Page 9: the backward kernel, dq, dk and dv in one.
 
 It works on transposed scores, keys in sublanes and rows in lanes:
 
@@ -35,7 +35,7 @@ from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, memory, rotation, spec, tiles
+from . import blocks, finite, layout, memory, rotation, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -70,8 +70,8 @@ class State(NamedTuple):
   dq_transposed: Any  # [H, R] of this block
   dk: Any  # [S, H] of all blocks so far
   dv: Any  # [S, H] likewise
-  q: Any  # [R, H] rotated, zeros past the end; None if it is as it comes
-  dout: Any  # [R, H] zeros past the end; None if it is as it comes
+  q: Any  # [R, H] rotated, finite; None if it is as it comes
+  dout: Any  # [R, H] finite; None if it is as it comes
   k: Any  # [S, H] rotated as far as the grid has come; or None
   sin: Any  # [S, H / 2], or None
   cos: Any  # [S, H / 2], or None
@@ -136,6 +136,8 @@ def _take_statistics(call: Call, i: Inputs, s: State) -> None:
   lse = i.lse[...]
   s.lse[...] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
   s.di[...] -= _lse_part_of_di(call.problem, i)
+  if i.segments is not None:
+    s.lse[...], s.di[...] = finite.nan_in_lse(s.lse[...], s.di[...])
 
 
 def _lse_part_of_di(p: Problem, i: Inputs) -> jax.Array:
@@ -143,9 +145,15 @@ def _lse_part_of_di(p: Problem, i: Inputs) -> jax.Array:
 
 
 def _take_rows(call: Call, i: Inputs, s: State) -> None:
-  """In the last block, what lies past the end is undefined: clears it."""
-  if s.dout is None:
-    return
+  """Clears what is undefined, past the end, and what is not finite."""
+  if call.has_ragged_end:
+    _take_rows_inside(call, i, s)
+  if i.segments is not None:
+    rows = (i.q, i.dout) if s.dout is None else (s.q, s.dout)
+    finite.clear_in_place(s.lse[...], *rows)
+
+
+def _take_rows_inside(call: Call, i: Inputs, s: State) -> None:
   inside = call.t * call.group - pl.program_id(1) * call.rows
   lane = jax.lax.broadcasted_iota(jnp.int32, s.lse.shape, 1)
   s.lse[...] = jnp.where(lane < inside, s.lse[...], jnp.inf)
@@ -197,6 +205,8 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   p, rows = block.call.problem, block.call.rows
   keys, here = pl.ds(tile.key0, tile.width), pl.ds(tile.row0, rows - tile.row0)
   k, v = (i.k if s.k is None else s.k)[keys, :], i.v[keys, :]
+  if i.segments is not None:
+    k, v = finite.cleared(k), finite.cleared(v)
   q = (i.q if s.q is None else s.q)[here, :]
   dout = (i.dout if s.dout is None else s.dout)[here, :]
   logits = block.logits(tpu.dot(k, q, tpu.NT))
@@ -310,8 +320,8 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
 
 def _state(call: Call, i: Inputs) -> State:
   """Types of the scratch for these operands."""
-  (s, h), tg = i.k.shape[1:], i.q.shape[1]
-  has_ragged_end, is_rotated = tg % call.rows != 0, i.rope is not None
+  s, h = i.k.shape[1:]
+  is_rotated = i.rope is not None
   by_lane = pltpu.VMEM((1, call.rows), jnp.float32)
   of_keys = pltpu.VMEM((s, h), jnp.float32)
   of_rows = pltpu.VMEM((call.rows, h), i.q.dtype)
@@ -322,8 +332,8 @@ def _state(call: Call, i: Inputs) -> State:
     dq_transposed=pltpu.VMEM((h, call.rows), jnp.float32),
     dk=of_keys,
     dv=of_keys,
-    q=of_rows if has_ragged_end or is_rotated else None,
-    dout=of_rows if has_ragged_end else None,
+    q=of_rows if call.has_ragged_end or is_rotated else None,
+    dout=of_rows if call.has_ragged_end else None,
     k=pltpu.VMEM((s, h), i.k.dtype) if is_rotated else None,
     sin=of_phases if is_rotated else None,
     cos=of_phases if is_rotated else None,
@@ -341,33 +351,28 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     saved: its arrays, and its results.
     d: the cotangents of these.
   """
-  positions = saved.arrays.positions
   a, outs = rotation.before(p, saved.arrays), saved.outs
   sizes, kv_heads = memory.Sizes.of_problem(p, a), a.k.shape[2]
   whole = tiles.backward_call(p, sizes)
-  keys = tiles.backward_keys(whole, sizes)
-  rows = a._replace(
-    q=spec.to_rows(a.q, kv_heads), k=spec.to_keys(a.k), v=spec.to_keys(a.v)
-  )
-  outs, d = (x._replace(out=spec.to_rows(x.out, kv_heads)) for x in (outs, d))
-  calls = tiles.spans(whole, keys)
+  rows = layout.of_arrays(a)
+  outs, d = layout.of_outs(outs, kv_heads), layout.of_outs(d, kv_heads)
+  calls = tiles.spans(whole, tiles.backward_keys(whole, sizes))
   if calls == [whole]:
     dq_dtype = a.q.dtype if a.scale is None else jnp.float32
     grads = _run(whole, rows, outs, d, dq_dtype)
   else:
     grads = _run_and_add(calls, rows, outs, d)
-  dq, d_scale = spec.from_rows(grads.q, a.q.shape), None
+  dq, d_scale = layout.from_rows(grads.q, a.q.shape), None
   if a.scale is not None:
     d_scale = (a.q.astype(jnp.float32) * dq).sum(axis=(1, 2, 3))
     dq = dq * a.scale[:, None, None, None]
   grads = Arrays(
     q=dq.astype(a.q.dtype),
-    k=spec.from_keys(grads.k, a.k.shape),
-    v=spec.from_keys(grads.v, a.v.shape),
+    k=layout.from_keys(grads.k, a.k.shape),
+    v=layout.from_keys(grads.v, a.v.shape),
     scale=d_scale,
   )
-  was_before = positions is not None and a.positions is None
-  return rotation.back(p, grads, saved.arrays) if was_before else grads
+  return rotation.back(p, grads, saved.arrays, a)
 
 
 def _run_and_add(calls: list[Call], a: Arrays, outs: Outs, d: Outs) -> Arrays:

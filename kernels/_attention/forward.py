@@ -1,4 +1,4 @@
-"""Page 6: the forward kernel.
+"""Page 8: the forward kernel.
 
 One grid step is a block of queries, with all G heads of its kv head, against
 every key that it sees:
@@ -15,7 +15,7 @@ every key that it sees:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, memory, rotation, spec, tiles
+from . import blocks, finite, layout, memory, rotation, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -143,17 +143,18 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
   """
   call, p = block.call, block.call.problem
   q, k = (i.q, i.k) if i.rope is None else (s.q, s.k)
+  k_of, v_of = _keys_and_values(i, k, keys.key0)
   starts = range(0, call.rows, call.softmax_rows)
   groups = [pl.ds(start, call.softmax_rows) for start in starts]
   # All groups' products before any softmax: the matrix unit works on one group
   # while the vector unit works on another.
   products = [
-    tpu.dot(q[g, :], k[pl.ds(keys.key0, width), :], tpu.NT)
+    tpu.dot(q[g, :], k_of(width), tpu.NT)
     for g, width in zip(groups, keys.widths, strict=True)
   ]
   for g, product in zip(groups, products, strict=True):
     width = product.shape[1]
-    v = i.v[pl.ds(keys.key0, width), :]
+    v = v_of(width)
     logits = block.logits(product)
     if keys.masked:
       mask = _mask(block, i, s, g, keys.key0, logits.shape)
@@ -171,6 +172,29 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
       total, acc = _add_decayed(s, g, decay, total, acc)
     s.total[g, :] = total
     s.acc[g, :] = acc
+
+
+def _keys_and_values(
+  i: Inputs, k: Any, key0: Any
+) -> tuple[Callable[[int], jax.Array], Callable[[int], jax.Array]]:
+  """As many as asked for.  Where ids may hide some: finite values, and keys of
+  NaN for those that are not.
+  """
+
+  def keys(width: int) -> jax.Array:
+    return k[pl.ds(key0, width), :]
+
+  def values(width: int) -> jax.Array:
+    return i.v[pl.ds(key0, width), :]
+
+  if i.segments is None:
+    return keys, values
+  return (
+    functools.cache(
+      lambda width: finite.nan_where_not_finite(keys(width), values(width))
+    ),
+    functools.cache(lambda width: finite.cleared(values(width))),
+  )
 
 
 def _mask(
@@ -213,7 +237,7 @@ def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   for r, total in zip(parts, totals, strict=True):
     inverse = _reciprocal(total, o.out.dtype)
     if may_see_nothing:
-      inverse = jnp.where(s.m[r, :1] > MASKED / 2, inverse, 0.0)
+      inverse = jnp.where(s.m[r, :1] <= MASKED / 2, 0.0, inverse)
     o.out[r, :] = (s.acc[r, :] * inverse).astype(o.out.dtype)
   columns = [jnp.broadcast_to(t, (tpu.LANES, tpu.LANES)) for t in totals]
   m, total = jnp.split(
@@ -230,7 +254,9 @@ def _lse(m: jax.Array, total: jax.Array, p: Problem) -> jax.Array:
 
 
 def _minus_infinity_where_masked(lse: jax.Array, m: jax.Array) -> jax.Array:
-  return jnp.where(m > MASKED / 2, lse, -jnp.inf)
+  # A maximum may pass over NaN; the sum does not.
+  is_nan = lse != lse
+  return jnp.where((m <= MASKED / 2) & ~is_nan, -jnp.inf, lse)
 
 
 # In `pl` up to JAX 0.10, deprecated there since.
@@ -308,15 +334,13 @@ def forward(p: Problem, a: Arrays) -> Outs:
   sizes = memory.Sizes.of_problem(p, a)
   whole = tiles.forward_call(p, sizes)
   keys = tiles.forward_keys(whole, sizes)
-  rows = a._replace(
-    q=spec.to_rows(a.q, a.k.shape[2]), k=spec.to_keys(a.k), v=spec.to_keys(a.v)
-  )
+  rows = layout.of_arrays(a)
   calls = tiles.spans(whole, keys)
   if calls == [whole]:
     outs = _run(whole, rows, a.q.dtype)
   else:
     outs = _run_and_merge(calls, rows)
-  return outs._replace(out=spec.from_rows(outs.out, a.q.shape))
+  return outs._replace(out=layout.from_rows(outs.out, a.q.shape))
 
 
 def _run_and_merge(calls: Sequence[Call], arrays: Arrays) -> Outs:

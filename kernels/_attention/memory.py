@@ -1,4 +1,4 @@
-"""Page 2: what of a problem fits VMEM.
+"""Page 3: what of a problem fits VMEM.
 
 A call of either kernel holds all its keys in VMEM, and what it needs for one
 block of queries.  Whether the whole problem is one call, and whether RoPE is

@@ -1,4 +1,4 @@
-"""Page 8: the op, its public function, its problems."""
+"""Page 10: the op, its public function, its problems."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from .._frame.check import (
   check_implementation,
   check_positive,
 )
-from .._frame.kernel import kernel_op
+from .._frame.kernel import Saved, kernel_op
 from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope
 from . import rotation, tiles
 from .backward import backward
 from .door import as_qkv, as_rope, as_segments, as_window
+from .finite import plain_backward
 from .forward import forward
+from .layout import lse_from_rows, lse_to_rows
 from .spec import (
   Arrays,
   Outs,
@@ -39,8 +41,6 @@ from .spec import (
   Window,
   attention,
   flash_attention_reference,
-  lse_from_rows,
-  lse_to_rows,
   problem_of,
   refuse_arrays,
   sides,
@@ -54,6 +54,14 @@ def _plain_forward(p: Problem, a: Arrays) -> Outs:
   """The reference, with lse as the kernel gives it."""
   outs = attention(dataclasses.replace(p, return_lse=True), a)
   return outs._replace(lse=lse_to_rows(outs.lse / p.unit, a.k.shape[2]))
+
+
+def _plain_linear(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  return _flash.reference_vjp(p, saved, d)
+
+
+def _plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  return plain_backward(_plain_linear, p, saved, d)
 
 
 def _split(p: Problem, a: Arrays) -> Split:
@@ -142,6 +150,8 @@ _flash = kernel_op(
   split=_split,
   around=_on_device,
   plain_forward=_plain_forward,
+  plain_linear=_plain_linear,
+  plain_backward=_plain_backward,
 )
 
 # --- public -------------------------------------------------------------------

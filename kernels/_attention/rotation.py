@@ -1,4 +1,4 @@
-"""Page 4: where q and k are rotated, if RoPE is part of a problem.
+"""Page 5: where q and k are rotated, if RoPE is part of a problem.
 
 Inside the kernels it costs no traffic.  Where they cannot, the op rotates q and
 k before, by `apply_rope`, and saves them rotated.  Whether they can depends on
@@ -48,8 +48,10 @@ def before(p: Problem, a: Arrays) -> Arrays:
   return a._replace(q=q, k=k, positions=None)
 
 
-def back(p: Problem, grads: Arrays, a: Arrays) -> Arrays:
-  """The gradients of q and k, from those of what `before` made of them."""
+def back(p: Problem, grads: Arrays, a: Arrays, made: Arrays) -> Arrays:
+  """The gradients of q and k of `a`, from those of what `before` made of it."""
+  if a.positions is None or made.positions is not None:
+    return grads
   q, k = (_rotated(p, a, x, -1) for x in (grads.q, grads.k))
   return grads._replace(q=q, k=k)
 

@@ -1,4 +1,4 @@
-"""Page 1: the arrays and the problem, what is computed, and rows in memory."""
+"""Page 1: the arrays and the problem, and what is computed."""
 
 from __future__ import annotations
 
@@ -235,8 +235,13 @@ def masked_attention(
   mask: jax.Array,
   scale: Any,
   logits_soft_cap: float | None,
+  bias: Any = None,
 ) -> Outs:
-  """Attention under mask [B, T, S]: out [B, T, N, H] and lse [B, N, T]."""
+  """Attention under mask [B, T, S]: out [B, T, N, H] and lse [B, N, T].
+
+  The bias, of shape [B, K, N / K, T, S] or one that broadcasts to it, is added
+  to the logits of what is visible.
+  """
   batch, t, n, h = q.shape
   kv_heads = k.shape[2]
   at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
@@ -247,19 +252,31 @@ def masked_attention(
   logits *= default_scale(q) if scale is None else scale
   if logits_soft_cap is not None:
     logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+  if bias is not None:
+    logits += bias
   logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
-  lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  # A row that sees nothing has lse = -inf; its weights are 0, not exp(nan), in
-  # the value and in the gradient.
-  seen = lse > -jnp.inf
-  weights = jnp.exp(logits - jnp.where(seen, lse, 0.0))
+  # A row that sees nothing has lse = -inf, and its weights are 0.  There is no
+  # NaN on the way, in the value or in the gradient: `jax_debug_nans` looks.
+  seen = mask.any(axis=-1)
+  of_logits = seen[:, None, None, :, None]
+  top = jax.lax.stop_gradient(
+    logits.max(axis=-1, keepdims=True, initial=-jnp.inf)
+  )
+  top = jnp.where(of_logits, top, 0.0)
+  total = jnp.exp(logits - top).sum(axis=-1, keepdims=True)
+  finite_lse = top + jnp.log(jnp.where(of_logits, total, 1.0))
+  # Of a row whose lse is NaN, too, the hidden weights are 0.
+  weights = jnp.exp(logits - finite_lse)
+  weights = jnp.where(mask[:, None, None], weights, 0.0)
   out = jnp.einsum(
     "bkgts,bskh->btkgh",
     weights.astype(v.dtype),
     v,
     preferred_element_type=at_least_float32,
   )
-  return Outs(out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, n, t))
+  out = jnp.where(seen[..., None, None], out.reshape(q.shape), 0.0)
+  lse = jnp.where(of_logits, finite_lse, -jnp.inf).reshape(batch, n, t)
+  return Outs(out.astype(q.dtype), lse)
 
 
 def attention(p: Problem, a: Arrays) -> Outs:
@@ -267,19 +284,40 @@ def attention(p: Problem, a: Arrays) -> Outs:
   q, k = a.q, a.k
   if a.positions is not None:
     q, k = (_rotated(p, a, x) for x in (q, k))
-  (b, t), s = q.shape[:2], k.shape[1]
-  window, scale = p.window, p.scale
-  if a.window is not None:  # of each batch element, beside [T, S]
-    window = a.window[:, 0, None, None], a.window[:, 1, None, None]
+  v, bias, scale = a.v, None, p.scale
   if a.scale is not None:
     scale *= a.scale[:, None, None, None, None]
+  if a.segments is not None:
+    bias = _nan_by_finiteness(q, k, v)
+    q, k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v))
+  outs = masked_attention(q, k, v, visible(p, a), scale, p.soft_cap, bias)
+  return outs if p.return_lse else outs._replace(lse=None)
+
+
+def visible(p: Problem, a: Arrays) -> jax.Array:
+  """Which keys each query sees: [B, T, S] booleans."""
+  (b, t), s, window = a.q.shape[:2], a.k.shape[1], p.window
+  if a.window is not None:  # of each batch element, beside [T, S]
+    window = a.window[:, 0, None, None], a.window[:, 1, None, None]
   mask = visible_pairs(jnp.arange(t), jnp.arange(s), p.is_causal, window)
   if a.segments is not None:
     of_q, of_k = a.segments.q[:, :, None], a.segments.k[:, None, :]
     mask = mask & (of_q == of_k) & (of_k != 0)
-  mask = jnp.broadcast_to(mask, (b, t, s))
-  outs = masked_attention(q, k, a.v, mask, scale, p.soft_cap)
-  return outs if p.return_lse else outs._replace(lse=None)
+  return jnp.broadcast_to(mask, (b, t, s))
+
+
+def _nan_by_finiteness(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """NaN for queries and keys of which an element is not finite, 0 for others.
+
+  What the mask hides must not be a factor, as 0 times NaN is NaN; who sees it
+  is to get NaN through the logits.
+  """
+  (b, t), kv_heads = q.shape[:2], k.shape[2]
+  good_q = jnp.isfinite(q).all(axis=-1).reshape(b, t, kv_heads, -1)
+  good_k = (jnp.isfinite(k) & jnp.isfinite(v)).all(axis=-1)
+  good = good_q.transpose(0, 2, 3, 1)[..., None]
+  good &= good_k.transpose(0, 2, 1)[:, :, None, None, :]
+  return jnp.where(good, 0.0, jnp.nan).astype(jnp.float32)
 
 
 def refuse_arrays(op: str, **arrays: Any) -> None:
@@ -342,49 +380,3 @@ def flash_attention_reference(
   )
   outs = attention(problem, arrays)
   return tuple(outs) if return_lse else outs.out
-
-
-# --- rows and keys ------------------------------------------------------------
-# The kernels see rows: the G = N / K query heads of a kv head lie side by side
-# under their token, row r = t G + g, so that one matmul serves all of them.
-
-
-def to_rows(x: jax.Array, kv_heads: int) -> jax.Array:
-  """[B, T, N, H] to [B K, T G, H]; for one kv head and G = 8 or more, free."""
-  b, t, n, h = x.shape
-  x = x.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)
-  return x.reshape(b * kv_heads, t * (n // kv_heads), h)
-
-
-def from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, T G, H] to shape [B, T, N, H]."""
-  b, t, n, h = shape
-  group = rows.shape[1] // t
-  return rows.reshape(b, n // group, t, group, h).swapaxes(1, 2).reshape(shape)
-
-
-def to_keys(x: jax.Array) -> jax.Array:
-  """[B, S, K, H] to [B K, S, H]; for one kv head, free."""
-  b, s, kv_heads, h = x.shape
-  return x.swapaxes(1, 2).reshape(b * kv_heads, s, h)
-
-
-def from_keys(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, S, H] to shape [B, S, K, H]."""
-  b, s, kv_heads, h = shape
-  return keys.reshape(b, kv_heads, s, h).swapaxes(1, 2)
-
-
-def lse_to_rows(lse: jax.Array, kv_heads: int) -> jax.Array:
-  """[B, N, T] to [B K, 1, T G]."""
-  b, n, t = lse.shape
-  rows = lse.reshape(b * kv_heads, n // kv_heads, t).swapaxes(1, 2)
-  return rows.reshape(b * kv_heads, 1, t * (n // kv_heads))
-
-
-def lse_from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, 1, T G] to [B, N, T], given q's shape."""
-  b, t, n, _ = shape
-  return (
-    rows.reshape(b, -1, t, rows.shape[2] // t).swapaxes(2, 3).reshape(b, n, t)
-  )

@@ -1,4 +1,4 @@
-"""Page 3: tile sizes, and the kernels' calls."""
+"""Page 4: tile sizes, and the kernels' calls."""
 
 from __future__ import annotations
 
@@ -181,6 +181,11 @@ class Call:
   def rows(self) -> int:
     """Per grid step."""
     return self.block_q * self.group
+
+  @property
+  def has_ragged_end(self) -> bool:
+    """Whether the last block of queries hangs over the end."""
+    return self.t % self.block_q != 0
 
   @property
   def has_diagonal(self) -> bool:

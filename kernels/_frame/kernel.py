@@ -78,6 +78,8 @@ class kernel_op:  # lower case, as jax.custom_vjp
       `reference`, because of `around` or `keeps`.
     plain_backward: what takes the place of `backward` there, where it is not
       the reference's own gradient.
+    plain_linear: the same for forward mode, where `plain_backward` is not
+      linear in its cotangents.
   """
 
   name: str
@@ -93,6 +95,7 @@ class kernel_op:  # lower case, as jax.custom_vjp
   around: Callable[..., Any] | None = None
   plain_forward: Callable[..., Any] | None = None
   plain_backward: Callable[..., Any] | None = None
+  plain_linear: Callable[..., Any] | None = None
 
   def __call__(self, problem: Any, arrays: Any) -> Any:
     """The op on arrays of any sharding; its door has checked them."""
@@ -213,8 +216,9 @@ class kernel_op:  # lower case, as jax.custom_vjp
     return type(grads)(**given)
 
   def plain_gradients(self, problem: Any, saved: Saved, d_outs: Any) -> Any:
-    """What `run_backward` gives off TPU."""
-    plain = switches.plain(self.plain_backward or self.reference_vjp)
+    """What `run_backward` gives off TPU, linear in the cotangents."""
+    plain = self.plain_linear or self.plain_backward or self.reference_vjp
+    plain = switches.plain(plain)
     return self._only_wanted(problem, plain, saved, d_outs)
 
   def reference_vjp(self, problem: Any, saved: Saved, d_outs: Any) -> Any:
