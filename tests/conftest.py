@@ -71,6 +71,28 @@ def pytest_configure():
   sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != root]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Keeps tests that share what is expensive in one process, and first.
+
+  The other processes would compute it again: the runs of the trainer, and what
+  is expected of the mutants' problems.  All other tests go, one at a time, to
+  where there is room, so that all processes end together.
+  """
+  from xdist.scheduler import LoadScopeScheduling
+
+  class Scheduling(LoadScopeScheduling):  # it starts with the largest scopes
+    def _split_scope(self, nodeid):
+      module, name = nodeid.split("::", 1)
+      if module.endswith(("test_train.py", "test_cli.py")):
+        return module
+      test = name.split("[")[0]
+      of_mutants = "mutant" in test or test.endswith("_die")
+      return f"{module}::mutants" if of_mutants else nodeid
+
+  return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_end_with_their_module():
   """They add up to gigabytes, and no other module calls them."""
