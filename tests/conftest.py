@@ -1,5 +1,6 @@
 """Where the tests run, and a guard on what they import."""
 
+import importlib.metadata
 import os
 
 # Before jax is imported: the tests want a CPU even where libtpu is installed,
@@ -11,6 +12,20 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # other, in threads of XLA's pool.  By default it has one for each device, and
 # they would wait for ever.
 os.environ.setdefault("NPROC", "64")
+# Nearly every program here runs once, on little data: most time goes into
+# compiling it for the CPU, where these ask for less.  Not for level 0: its tanh
+# differs, and is too far off for the derivative of gelu_tanh.
+COMPILE_FASTER = [
+  "--xla_backend_optimization_level=1",
+  "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_parallel_codegen_split_count=1",
+]
+# XLA's former code generator takes half the time of today's.  JAX 0.12 has it
+# no more, nor its flag, and XLA ends the process at a flag it does not know.
+# It needs the fusion passes: without them (`xla_disable_hlo_passes`), what it
+# makes of attention is wrong.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  COMPILE_FASTER += ["--xla_cpu_use_fusion_emitters=false"]
 # XLA may drop a rounding to bfloat16 between two fused operations; here it must
 # not, or a compiled reference would not be the plain jnp that it specifies.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -18,6 +33,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_allow_excess_precision=false",
+    *COMPILE_FASTER,
   ]
 )
 
@@ -53,6 +69,28 @@ def pytest_configure():
   """
   root = pathlib.Path(__file__).resolve().parents[1]
   sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != root]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Keeps tests that share what is expensive in one process, and first.
+
+  The other processes would compute it again: the runs of the trainer, and what
+  is expected of the mutants' problems.  All other tests go, one at a time, to
+  where there is room, so that all processes end together.
+  """
+  from xdist.scheduler import LoadScopeScheduling
+
+  class Scheduling(LoadScopeScheduling):  # it starts with the largest scopes
+    def _split_scope(self, nodeid):
+      module, name = nodeid.split("::", 1)
+      if module.endswith(("test_train.py", "test_cli.py")):
+        return module
+      test = name.split("[")[0]
+      of_mutants = "mutant" in test or test.endswith("_die")
+      return f"{module}::mutants" if of_mutants else nodeid
+
+  return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")

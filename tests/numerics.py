@@ -105,14 +105,20 @@ def assert_within_bar(got, plain, truth, softmax=False):
       )
 
 
+def expected(reference, *draws, grad=True):
+  """What plain jnp gives, and the truth: the same for an op and its mutants."""
+  run = value_and_gradients if grad else values
+  with jax.enable_x64(True):
+    truth = run(reference, *map(widened, draws), jit=True)
+  return run(reference, *draws), truth
+
+
 def assert_agrees(function, reference, *draws, softmax=False, grad=True):
   """`function` meets the bar set by `reference` on these arrays.
 
   With several draws the norms are taken over all of them: the error of a few
   numbers is a matter of luck, for the kernel and for plain jnp.
   """
+  plain, truth = expected(reference, *draws, grad=grad)
   run = value_and_gradients if grad else values
-  with jax.enable_x64(True):
-    truth = run(reference, *map(widened, draws), jit=True)
-  plain = run(reference, *draws)
   assert_within_bar(run(function, *draws, jit=True), plain, truth, softmax)

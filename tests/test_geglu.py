@@ -164,27 +164,40 @@ PROBLEM = SPEC.Problem(
 )
 
 
-def forward_agrees():
-  """The forward kernel alone, and what it keeps."""
+FORWARD_ARRAYS, ARRAYS = draw(20, 24, 200), draw(16, 24, 128)
 
-  def run(forward, *arrays):
+
+def forward_by(forward):
+  """The forward pass alone, and what it keeps."""
+
+  def run(*arrays):
     arrays = SPEC.Arrays(*arrays, w_down=None, scale=None)
     return forward(PROBLEM, arrays, keep=True)
 
-  numerics.assert_agrees(
-    functools.partial(run, FORWARD.forward),
-    functools.partial(run, SPEC.plain_forward),
-    draw(20, 24, 200),
-    grad=False,
-  )
+  return run
+
+
+@functools.cache
+def expected_forward():
+  reference = forward_by(SPEC.plain_forward)
+  return numerics.expected(reference, FORWARD_ARRAYS, grad=False)
+
+
+@functools.cache
+def expected_gradients():
+  return numerics.expected(geglu_reference, ARRAYS)
+
+
+def forward_agrees():
+  kernel = forward_by(FORWARD.forward)
+  got = numerics.values(kernel, FORWARD_ARRAYS, jit=True)
+  numerics.assert_within_bar(got, *expected_forward())
 
 
 def gradients_agree():
-  numerics.assert_agrees(
-    functools.partial(KERNEL, config=small()),
-    geglu_reference,
-    draw(16, 24, 128),
-  )
+  kernel = functools.partial(KERNEL, config=small())
+  got = numerics.value_and_gradients(kernel, ARRAYS, jit=True)
+  numerics.assert_within_bar(got, *expected_gradients())
 
 
 def without_dh(*args, inputs=BACKWARD._inputs):
@@ -224,6 +237,8 @@ def test_no_mutant_lives(check):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_die(name, monkeypatch):
   *step, check = MUTANTS[name]
+  for expected in (expected_forward, expected_gradients):
+    expected()  # not by the mutant
   monkeypatch.setattr(*step)
   mutation.assert_killed(check)
 

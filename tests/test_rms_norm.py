@@ -72,19 +72,26 @@ def test_any_shape_meets_the_bar(
   )
 
 
+@functools.cache
+def problem(shape, dtype, magnitude):
+  """Arrays, and what is expected of them: the same for all mutants."""
+  x, scale = draw((shape, dtype), (shape[-1:], jnp.float32))
+  arrays = [x * magnitude, scale]
+  reference = functools.partial(kernels.rms_norm_reference, scale_offset=1.0)
+  return arrays, *numerics.expected(reference, arrays)
+
+
 def agrees(function, shape=(50, 100), dtype=jnp.float32, magnitude=1.0):
   """The bar on two tiles, the second one ragged."""
-  x, scale = draw((shape, dtype), (shape[-1:], jnp.float32))
-  numerics.assert_agrees(
-    functools.partial(
-      function,
-      implementation="pallas",
-      scale_offset=1.0,
-      config=RMSNormConfig(rows=32),
-    ),
-    functools.partial(kernels.rms_norm_reference, scale_offset=1.0),
-    [x * magnitude, scale],
+  arrays, plain, truth = problem(shape, dtype, magnitude)
+  kernel = functools.partial(
+    function,
+    implementation="pallas",
+    scale_offset=1.0,
+    config=RMSNormConfig(rows=32),
   )
+  got = numerics.value_and_gradients(kernel, arrays, jit=True)
+  numerics.assert_within_bar(got, plain, truth)
 
 
 def no_epsilon(self, x):
@@ -156,6 +163,7 @@ def test_the_mutants_original_lives(magnitude):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_die(name, monkeypatch):
   magnitude = 1e-2 if name == "epsilon" else 1.0  # where epsilon counts
+  problem((50, 100), jnp.float32, magnitude)  # not by the mutant
   monkeypatch.setattr(*MUTANTS[name])
   mutation.assert_killed(agrees, rms_norm, (50, 100), jnp.float32, magnitude)
 
