@@ -679,3 +679,24 @@ def test_too_wide_for_vmem_is_refused():
   dtype = jnp.dtype(jnp.float32)
   with pytest.raises(ValueError, match="got D = 1048576"):
     LinearCrossEntropyConfig.fitting(8, 1 << 20, 256, dtype, dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_in_x_stays_out_of_the_padding_of_the_table(mode):
+  x, table, labels = draw(8, 128, 300)
+  x = x.at[3].set(jnp.nan)
+
+  def loss(table):
+    config = LinearCrossEntropyConfig.for_problem(x, table, mode=mode)
+    return linear_cross_entropy(
+      x,
+      table,
+      labels % 200,
+      valid_vocab_size=200,
+      implementation="pallas",
+      config=config,
+    ).sum()
+
+  gradient = jax.grad(loss)(table)
+  np.testing.assert_array_equal(gradient[200:], 0)
+  assert np.isnan(gradient[:200]).all()

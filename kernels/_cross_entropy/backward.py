@@ -6,8 +6,8 @@ Each tile of logits is recomputed, or comes from what the forward pass kept, as
     dz = dtotal * exp(z - top) + dtarget * [word is the label]
 
 and used twice: dE = dz x needs no transpose, and neither does dx^T += E^T dz
-with the block of the table transposed, once, whatever the number of rows: done
-beside dE, a step early, so that the matrix units never wait for it.
+with the block of the table transposed, once: done beside dE, a step early, so
+that the matrix units never wait for it.
 
     step s    all rows, in chunks              all columns of D, in pieces
             +----------------------------+   +-----------------------------+
@@ -207,7 +207,7 @@ def _kept_chunks(i: Inputs, s: State, body: Any, tiles: Tiles) -> list[Any]:
 
 
 def _fetch(i: Inputs, s: State, body: Any, tiles: Tiles) -> Any:
-  """The copy of loop body `body`'s part of exps to its half of `piece`."""
+  """The copy of a loop body's part of exps to its half of `piece`."""
   block, size = tiles.vocab_block, tiles.body_rows
   rows = pl.multiple_of(i.scalars[1] + body % tiles.bodies * size, size)
   words = pl.multiple_of(body // tiles.bodies * block, block)
@@ -229,6 +229,9 @@ def _columns_pass(
   def piece(at):
     if o.de is not None:
       de = tpu.dot(s.dz[...], i.x[:, at], tpu.NN)
+      if static.masked:
+        end = i.scalars[0] - (step - 1) * static.tiles.vocab_block
+        de = tpu.zero_past(de, end, axis=0)  # dz is 0 there, but x may be NaN
       if i.de_before is not None:
         de += i.de_before[:, at]
       o.de[:, at] = de.astype(o.de.dtype)

@@ -29,6 +29,7 @@ from .._frame.check import (
   check_config,
   check_implementation,
   check_positive,
+  check_seen_products,
   check_shape,
 )
 from .._frame.kernel import kernel_op
@@ -254,6 +255,7 @@ def linear_cross_entropy(
   op, cap = "linear_cross_entropy", logits_soft_cap
   check_implementation(op, implementation)
   check_config(op, config, LinearCrossEntropyConfig)
+  check_seen_products(op, implementation, "embedding")
   arrays, vocab = _checked(x, embedding, labels, weights, valid_vocab_size)
   cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
   check_positive(op, logits_soft_cap=cap)

@@ -6,6 +6,7 @@ A refusal is a `ValueError` that says the op, what was wanted, and what came.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex
 
@@ -64,6 +65,30 @@ def as_floats(op: str, **values: Any) -> tuple[jax.Array, ...]:
   arrays = tuple(as_array(op, name, value) for name, value in values.items())
   check_float(op, **dict(zip(values, arrays, strict=True)))
   return arrays
+
+
+def check_seen_products(
+  op: str, implementation: Implementation, weights: str
+) -> None:
+  """Refuses a kernel where qwix is to replace its products, and could not.
+
+  What it adds, LoRA's adapters or quantisation, would be lost in silence.
+  """
+  qwix = sys.modules.get("qwix._src.qconfig")
+  if implementation == "xla" or qwix is None:
+    return
+  for product in ("dot_general", "einsum"):
+    try:
+      rule = qwix.get_current_rule(product)
+    except (AttributeError, ValueError):  # another qwix; outside of a module
+      continue
+    for wanted in ("rank", "weight_qtype", "act_qtype"):
+      if getattr(rule, wanted, None):
+        raise ValueError(
+          f"{op}: a qwix rule wants to replace the products with {weights}, "
+          f"got a kernel that makes them where qwix cannot; pass "
+          f"implementation='xla', or leave this module out of the rule"
+        )
 
 
 def as_integers(op: str, name: str, value: Any) -> jax.Array:

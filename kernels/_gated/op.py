@@ -18,6 +18,7 @@ from .._frame.check import (
   as_floats,
   check_config,
   check_implementation,
+  check_seen_products,
   check_shape,
 )
 from .._frame.kernel import kernel_op
@@ -231,6 +232,7 @@ def _checked(
       f"of x, got {w_gate.shape}"
     )
   check_shape(op, "w_up", w_up, w_gate.shape, "the shape of w_gate")
+  check_seen_products(op, p.implementation, ", ".join(weights))
   w_down = down[0] if down else None
   if w_down is not None:
     check_shape(op, "w_down", w_down, w_gate.shape[::-1], "[F, D]")
