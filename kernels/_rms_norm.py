@@ -58,6 +58,7 @@ from ._row_norm import (
   BENCHES,
   TESTS,
   Norm,
+  RMSNormConfig,
   RowNorm,
   as_norm,
   as_rows,
@@ -84,40 +85,9 @@ def rms_norm_reference(
   return (x_wide * r * (scale_offset + scale.astype(wide))).astype(x.dtype)
 
 
-# --- configuration ------------------------------------------------------------
+# --- the problem --------------------------------------------------------------
 
-_TILE_BYTES = 1 << 20
 _VMEM_BYTES = 64 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RMSNormConfig:
-  """Tile sizes.  They change speed, never results beyond rounding.
-
-  Attributes:
-    rows: rows per grid step; a multiple of 16 (the bfloat16 sublane count).
-  """
-
-  rows: int = 256
-
-  def __post_init__(self):
-    if self.rows <= 0 or self.rows % tpu.BFLOAT16_SUBLANES:
-      raise ValueError(
-        f"RMSNormConfig: rows must be a positive multiple of 16, "
-        f"got {self.rows}"
-      )
-
-  @classmethod
-  def fitting(cls, width: int, dtype: jnp.dtype) -> RMSNormConfig:
-    """Tiles of a megabyte per operand.
-
-    Large enough to hide a grid step's overhead behind its copies, small enough
-    that the first load and the last store, which nothing hides, cost little.
-    Two buffers per operand and float32 temporaries are far from filling VMEM.
-    """
-    row_bytes = tpu.lanes(width) * jnp.dtype(dtype).itemsize
-    rows = _TILE_BYTES // row_bytes // 16 * 16
-    return cls(rows=min(max(rows, 16), 1024))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +102,14 @@ class Problem:
     """Rows per grid step."""
     config = self.config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
     return config.rows
+
+  def vmem_bytes(self, x: jax.Array, arrays: int, values: float) -> int:
+    """For tiles of so many operands and, at the worst, float32 values."""
+    lanes, op = tpu.lanes(x.shape[-1]), f"{'add_' * (arrays > 3)}rms_norm"
+    tile = self.rows(x) * lanes
+    needed = int((2 * arrays * x.dtype.itemsize + 4 * values) * tile)
+    needed += 3 * 4 * lanes  # the scale, and its gradient's two buffers
+    return tpu.vmem_to_ask(op, needed, _VMEM_BYTES, f"D = {x.shape[-1]}")
 
 
 class Arrays(NamedTuple):
@@ -199,6 +177,7 @@ def forward(p: Problem, a: Arrays) -> Outs:
   tile = pl.BlockSpec((rows, d), lambda i: (i, 0))
   whole = pl.BlockSpec((1, d), lambda i: (0, 0))
   has = residual is not None
+  vmem = p.vmem_bytes(x, 4 if has else 2, 1)
   out = varying_like(x, x.shape, x.dtype)
   (outs,) = pl.pallas_call(
     functools.partial(_forward_kernel, norm=p.norm),
@@ -207,7 +186,7 @@ def forward(p: Problem, a: Arrays) -> Outs:
     in_specs=[_ForwardInputs(tile, tile if has else None, whole, one)],
     out_specs=[_ForwardOutputs(tile, tile if has else None)],
     out_shape=[_ForwardOutputs(out, out if has else None)],
-    compiler_params=tpu.compiler_params(_VMEM_BYTES),
+    compiler_params=tpu.compiler_params(vmem),
   )(_ForwardInputs(x, residual, a.scale[None, :], epsilon))
   return Outs(*jax.tree.map(lambda y: y.reshape(a.x.shape), outs))
 
@@ -265,6 +244,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   shape, x = x.shape, as_rows(x)
   (n, width), rows = x.shape, p.rows(x)
   epsilon, one = epsilon_operand(saved.arrays.epsilon)
+  vmem = p.vmem_bytes(x, 4 if has else 3, 3.5)
   tile = pl.BlockSpec((rows, width), lambda i: (i, 0))
   whole = pl.BlockSpec((1, width), lambda i: (0, 0))
   (grads,) = pl.pallas_call(
@@ -279,7 +259,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
         varying_like(x, (1, width), jnp.float32),
       )
     ],
-    compiler_params=tpu.compiler_params(_VMEM_BYTES),
+    compiler_params=tpu.compiler_params(vmem),
   )(_BackwardInputs(x, scale[None, :], epsilon, as_rows(d.y), as_rows(d.h)))
   dx = grads.dx.reshape(shape)
   return Arrays(dx, dx if has else None, grads.dscale[0].astype(scale.dtype))

@@ -246,9 +246,18 @@ def rotated(
     in_specs=[_Inputs(of_tokens, whole, tile)],
     out_specs=[_Outputs(tile)],
     out_shape=[_Outputs(varying_like(x, tokens.shape, x.dtype))],
-    compiler_params=tpu.compiler_params(_VMEM_BYTES),
+    compiler_params=tpu.compiler_params(_vmem_bytes(x, rows, heads)),
   )(_Inputs(_in_lanes(a.positions), _timescale(p, a, h), tokens))
   return outs.y.reshape(x.shape)
+
+
+def _vmem_bytes(x: jax.Array, rows: int, heads: int) -> int:
+  """For x and y in two buffers each, and float32 values."""
+  sublanes = 1 if x.shape[2] == 1 else tpu.round_up(heads, tpu.SUBLANES)
+  tile = rows * sublanes * tpu.lanes(x.shape[3])
+  needed = (2 * 2 * x.dtype.itemsize + 3 * 4) * tile
+  got = f"heads of H = {x.shape[3]}"
+  return tpu.vmem_to_ask("apply_rope", needed, _VMEM_BYTES, got)
 
 
 def _tile_of_tokens(i: Any, j: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from ._frame import tpu
 from ._frame.check import (
   as_array,
   as_scalar,
@@ -131,6 +132,41 @@ def epsilon_operand(epsilon: Any) -> tuple[Any, Any]:
   if epsilon is None:
     return None, None
   return epsilon.reshape(1, 1), pl.BlockSpec((1, 1), lambda *_: (0, 0))
+
+
+# --- tiles of rows ------------------------------------------------------------
+
+_TILE_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RMSNormConfig:
+  """Tile sizes.  They change speed, never results beyond rounding.
+
+  Attributes:
+    rows: rows per grid step; a multiple of 16 (the bfloat16 sublane count).
+  """
+
+  rows: int = 256
+
+  def __post_init__(self):
+    if self.rows <= 0 or self.rows % tpu.BFLOAT16_SUBLANES:
+      raise ValueError(
+        f"RMSNormConfig: rows must be a positive multiple of 16, "
+        f"got {self.rows}"
+      )
+
+  @classmethod
+  def fitting(cls, width: int, dtype: jnp.dtype) -> RMSNormConfig:
+    """Tiles of a megabyte per operand.
+
+    Large enough to hide a grid step's overhead behind its copies, small enough
+    that the first load and the last store, which nothing hides, cost little.
+    Two buffers per operand and float32 temporaries are far from filling VMEM.
+    """
+    row_bytes = tpu.lanes(width) * jnp.dtype(dtype).itemsize
+    rows = _TILE_BYTES // row_bytes // 16 * 16
+    return cls(rows=min(max(rows, 16), 1024))
 
 
 # --- problems of the ops of their own -----------------------------------------

@@ -202,8 +202,7 @@ def _kept_chunks(i: Inputs, s: State, body: Any, tiles: Tiles) -> list[Any]:
 
   _fetch(i, s, body, tiles).wait()
   piece, size = s.piece.at[body % 2], tiles.chunk
-  starts = range(0, tiles.body_rows, size)
-  return [piece[:, start : start + size] for start in starts]
+  return [piece[:, r : r + size] for r in range(0, tiles.body_rows, size)]
 
 
 def _fetch(i: Inputs, s: State, body: Any, tiles: Tiles) -> Any:

@@ -226,9 +226,14 @@ def _body_rows(chunk: int, n: int) -> int:
 _ROW_BYTES = 4 * tpu.SUBLANES
 
 
-def _value_bytes(tiles: Tiles) -> int:
-  """What a loop body holds: three float32 tiles of each chunk."""
-  return 3 * 4 * tiles.vocab_block * tiles.body_rows
+def _value_bytes(tiles: Tiles, d: int, x_dtype: jnp.dtype) -> int:
+  """What a loop body holds: three float32 tiles of each chunk.
+
+  A float32 product also has both its factors as three parts of bfloat16.
+  """
+  factors = tiles.vocab_block + tiles.chunk if x_dtype == jnp.float32 else 0
+  parts = 3 * 2 * factors * tpu.lanes(d)
+  return 3 * 4 * tiles.vocab_block * tiles.body_rows + parts
 
 
 def forward_bytes(
@@ -245,7 +250,8 @@ def forward_bytes(
   table = tiles.vocab_block * tpu.lanes(d) * (2 * table_size + cast)
   rows = tiles.rows * (tpu.lanes(d) * x_size + 7 * _ROW_BYTES)
   kept = 2 * tiles.rows * (tiles.vocab_block * x_size + _ROW_BYTES)
-  return table + rows + _value_bytes(tiles) + (kept if keep else 0)
+  values = _value_bytes(tiles, d, x_dtype)
+  return table + rows + values + (kept if keep else 0)
 
 
 def backward_bytes(
@@ -266,7 +272,9 @@ def backward_bytes(
   table = block * d * (2 * table_size + copies + gradient)
   rows = tiles.rows * (d * (x_size + 4) + block * x_size + 2 * _ROW_BYTES)
   kept = 2 * (block * tiles.body_rows * x_size + tiles.rows * _ROW_BYTES)
-  values = _value_bytes(tiles) + 2 * 4 * block * min(_GRADIENT_COLUMNS, d)
+  values = _value_bytes(tiles, d, x_dtype) + 2 * 4 * block * min(
+    _GRADIENT_COLUMNS, d
+  )
   stage = tiles.chunk * d * x_size
   return table + rows + stage + values + (kept if keep else 0)
 

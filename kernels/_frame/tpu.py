@@ -76,6 +76,28 @@ def compiler_params(
   return pltpu.CompilerParams(vmem_limit_bytes=vmem_bytes)
 
 
+def vmem_to_ask(op: str, needed: int, usual: int, got: str) -> int:
+  """What a kernel asks of VMEM: the usual, or all that it may take.
+
+  Args:
+    op: for the error.
+    needed: bytes, by the op's model.
+    usual: bytes that do for problems of models.
+    got: what makes the problem large, such as "D = 4096".
+
+  Raises:
+    ValueError: if a v5e has not so much.
+  """
+  if needed <= usual:
+    return usual
+  if needed > KERNEL_VMEM_BYTES:
+    raise ValueError(
+      f"{op}: the kernel's smallest tiles must fit {KERNEL_VMEM_BYTES} bytes "
+      f"of VMEM, got {got}, which takes {needed}; pass implementation='xla'"
+    )
+  return KERNEL_VMEM_BYTES
+
+
 def resident(
   shape: Sequence[int | None], index: Any = lambda *_: (0, 0)
 ) -> pl.BlockSpec:
