@@ -86,6 +86,8 @@ def _kernel(
   block = blocks.Block.of_step(call, scalars)
   if not _diagonal_starts_dk(call):
     pl.when(pl.program_id(1) == 0)(functools.partial(_clear, s))
+  if i.segments is not None:
+    _clear_unseen(block, i)
   _take_statistics(call, i, s)
   _take_rows(call, i, s)
   if i.rope is not None:
@@ -122,6 +124,14 @@ def _start_dq(s: State) -> None:
   s.dq_transposed[...] = jnp.zeros_like(s.dq_transposed)
 
 
+def _clear_unseen(block: blocks.Block, i: Inputs) -> None:
+  """Before all else: what stands on two sides of a branch cannot overlap."""
+  keys = functools.partial(finite.clear_keys, i.k, i.v, block.call.block_kv)
+  pl.when(pl.program_id(1) == 0)(functools.partial(keys, mark=False))
+  rows = functools.partial(finite.clear_rows, i.q, i.dout, i.lse)
+  pl.when(block.mixed)(rows)
+
+
 def _take_statistics(call: Call, i: Inputs, s: State) -> None:
   """di and lse of every row."""
   columns = []
@@ -145,15 +155,9 @@ def _lse_part_of_di(p: Problem, i: Inputs) -> jax.Array:
 
 
 def _take_rows(call: Call, i: Inputs, s: State) -> None:
-  """Clears what is undefined, past the end, and what is not finite."""
-  if call.has_ragged_end:
-    _take_rows_inside(call, i, s)
-  if i.segments is not None:
-    rows = (i.q, i.dout) if s.dout is None else (s.q, s.dout)
-    finite.clear_in_place(s.lse[...], *rows)
-
-
-def _take_rows_inside(call: Call, i: Inputs, s: State) -> None:
+  """In the last block, what lies past the end is undefined: clears it."""
+  if s.dout is None:
+    return
   inside = call.t * call.group - pl.program_id(1) * call.rows
   lane = jax.lax.broadcasted_iota(jnp.int32, s.lse.shape, 1)
   s.lse[...] = jnp.where(lane < inside, s.lse[...], jnp.inf)
@@ -205,8 +209,6 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   p, rows = block.call.problem, block.call.rows
   keys, here = pl.ds(tile.key0, tile.width), pl.ds(tile.row0, rows - tile.row0)
   k, v = (i.k if s.k is None else s.k)[keys, :], i.v[keys, :]
-  if i.segments is not None:
-    k, v = finite.cleared(k), finite.cleared(v)
   q = (i.q if s.q is None else s.q)[here, :]
   dout = (i.dout if s.dout is None else s.dout)[here, :]
   logits = block.logits(tpu.dot(k, q, tpu.NT))
@@ -291,6 +293,7 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
   bk, tg, _ = q.shape
   row, whole, lane = tiles.block_specs(call, q, k)
   bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
+  mixed = finite.mixed_segments(call, a.segments, bounds)
   rope, rope_specs = blocks.rope_operands(call, a)
   inputs = Inputs(q, k, v, outs.out, d.out, outs.lse, d.lse, ids, rope)
   (gradients,) = pl.pallas_call(
@@ -313,7 +316,7 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
-  )(blocks.Scalars.of(bounds, a), inputs)
+  )(blocks.Scalars.of(bounds, a, mixed), inputs)
   dq, dk, dv = gradients
   return Arrays(dq, dk[:, : call.s], dv[:, : call.s])
 

@@ -79,15 +79,17 @@ class Scalars(NamedTuple):
   """Refs in SMEM: what steers a kernel; None for what is static or absent."""
 
   segment_bounds: Any  # [2 B n_q], see `segment_bounds`
+  mixed: Any  # [B n_q], see `finite.mixed_segments`; of the backward
   scale: Any  # [B] float32
   window: Any  # [2 B]: left and right of each batch element
 
   @classmethod
-  def of(cls, segment_bounds: Any, a: Arrays) -> Scalars:
+  def of(cls, segment_bounds: Any, a: Arrays, mixed: Any = None) -> Scalars:
     """The operands."""
     scale, window = a.scale, a.window
     return cls(
       segment_bounds,
+      mixed,
       scale if scale is None else scale.astype(jnp.float32),
       window if window is None else window.reshape(-1),
     )
@@ -107,6 +109,7 @@ class Block:
     scale: multiplies the logits beside the problem's; or None.
     kv_blocks: the first and the end of the kv blocks that can share a segment;
       or None.
+    mixed: whether ids hide some of these from some queries; or None.
   """
 
   call: Call
@@ -114,22 +117,26 @@ class Block:
   window: tuple[Any, Any] | None
   scale: Any
   kv_blocks: tuple[Any, Any] | None
+  mixed: Any
 
   @classmethod
   def of_step(cls, call: Call, scalars: Scalars) -> Block:
     """That of the running grid step."""
-    window, scale, kv_blocks = call.problem.window, None, None
+    window, scale = call.problem.window, None
+    kv_blocks = mixed = None
     if any(x is not None for x in scalars):
       batch = jax.lax.div(pl.program_id(0), call.kv_heads)
       if scalars.window is not None:
         window = _pair(scalars.window, batch)
       if scalars.scale is not None:
         scale = scalars.scale[batch]
+      place = batch * pl.num_programs(1) + pl.program_id(1)
       if scalars.segment_bounds is not None:
-        place = batch * pl.num_programs(1) + pl.program_id(1)
         kv_blocks = _pair(scalars.segment_bounds, place)
+      if scalars.mixed is not None:
+        mixed = scalars.mixed[place] != 0
     q0 = pl.program_id(1) * call.block_q
-    return cls(call, q0, window, scale, kv_blocks)
+    return cls(call, q0, window, scale, kv_blocks, mixed)
 
   @property
   def own_keys(self) -> Any:
@@ -290,7 +297,7 @@ def segment_operands(
   """Bounds for `Block`, operands, block specs; all None without segments."""
   if segments is None:
     return None, None, None
-  keys = _padded(segments.k, call.key_unit)
+  keys = padded_ids(segments.k, call.key_unit)
   operands = SegmentRefs(
     jnp.repeat(segments.q, call.group, axis=1)[:, None, :],
     keys.reshape(keys.shape[0], -1, 1, tpu.LANES),
@@ -312,8 +319,10 @@ def segment_bounds(call: Call, segments: Segments) -> jax.Array:
   """For every batch element and q block, the first kv block whose ids can meet
   its own, and the end: [2 B n_q].
   """
-  low_q, high_q = _id_range(_padded(segments.q, call.block_q), call.block_q)
-  low_k, high_k = _id_range(_padded(segments.k, call.key_unit), call.block_kv)
+  low_q, high_q = _id_range(padded_ids(segments.q, call.block_q), call.block_q)
+  low_k, high_k = _id_range(
+    padded_ids(segments.k, call.key_unit), call.block_kv
+  )
   meet = (low_q[:, :, None] <= high_k[:, None, :]) & (
     low_k[:, None, :] <= high_q[:, :, None]
   )
@@ -328,7 +337,7 @@ def _first_and_end(meet: jax.Array) -> tuple[jax.Array, jax.Array]:
   return first, jnp.where(meet.any(axis=2), end, 0)
 
 
-def _padded(ids: jax.Array, unit: int) -> jax.Array:
+def padded_ids(ids: jax.Array, unit: int) -> jax.Array:
   """Padding's id up to a whole number of blocks."""
   return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % unit)))
 

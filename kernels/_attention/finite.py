@@ -21,10 +21,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from . import layout, spec
-from .spec import Outs, Problem
+from .._frame import tpu
+from . import blocks, layout, spec
+from .spec import Outs, Problem, Segments
+from .tiles import Call
 
-# --- in a kernel: tiles -------------------------------------------------------
+# --- in a kernel --------------------------------------------------------------
+# Operands are cleared where they are: their blocks in VMEM are the kernel's own
+# copies.  Those of keys stay for all blocks of queries, and are cleared before
+# the first.
+#
 # A v5e has no arithmetic of 16 bits.  Two bfloat16 lie in a word, and exponents
 # of ones, which only NaN and infinity have, are found in both at once: adding
 # one to them carries into the place of the sign.
@@ -44,22 +50,53 @@ def nan_where_not_finite(tile: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def nan_in_lse(lse: jax.Array, di: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Both, with NaN in lse where di = do . o - dlse tells that one is in do."""
+  """Both, with NaN in lse, not in di = do . o - dlse, where there is one."""
   is_finite = jnp.abs(di) < jnp.inf
   return jnp.where(is_finite, lse, jnp.nan), jnp.where(is_finite, di, 0.0)
 
 
-def clear_in_place(lse: jax.Array, q: Any, dout: Any) -> None:
-  """Clears refs of rows, if one of the rows may need it.
+def clear_rows(q: Any, dout: Any, lse: Any) -> None:
+  """Clears q and do in place, and has lse be NaN where do was not finite."""
+  columns = []
+  for r in range(0, dout.shape[0], tpu.LANES):
+    zeros = dout[pl.ds(r, tpu.LANES), :].astype(jnp.float32) * 0.0  # or NaN
+    mark = jnp.sum(zeros, axis=1, keepdims=True)
+    columns.append(jnp.broadcast_to(mark, (tpu.LANES, tpu.LANES)))
+  marks = tpu.columns_to_lanes(columns)
+  for n in range(marks.shape[0]):
+    lse[:, pl.ds(n * tpu.LANES, tpu.LANES)] += marks[n : n + 1]
+  q[...], dout[...] = cleared(q[...]), cleared(dout[...])
 
-  Where lse is finite q was, and by `nan_in_lse` do.  What is overwritten is the
-  kernel's own copy of the block in VMEM.
+
+def clear_keys(k: Any, v: Any, block: int, mark: bool) -> None:
+  """Clears k and v in place, or v alone and has k hold NaN where v held it."""
+
+  def one(n: Any, _: None) -> None:
+    here = pl.ds(pl.multiple_of(n * block, block), block)
+    keys, values = k[here, :], v[here, :]
+    k[here, :] = nan_where_not_finite(keys, values) if mark else cleared(keys)
+    v[here, :] = cleared(values)
+
+  jax.lax.fori_loop(0, k.shape[0] // block, one, None)
+
+
+def mixed_segments(call: Call, segments: Segments | None, bounds: Any) -> Any:
+  """For every batch element and q block, whether ids hide any key of the kv
+  blocks in its bounds from any of its queries: [B n_q] integers.  None without
+  ids.
   """
-
-  def clear() -> None:
-    q[...], dout[...] = cleared(q[...]), cleared(dout[...])
-
-  pl.when(jnp.any(~(jnp.abs(lse) < jnp.inf)))(clear)
+  if segments is None:
+    return None
+  q = blocks.padded_ids(segments.q, call.block_q)
+  q = q.reshape(q.shape[0], -1, 1, call.block_q)
+  k = blocks.padded_ids(segments.k, call.key_unit)
+  k = k.reshape(k.shape[0], 1, -1, call.block_kv)
+  first, end = jnp.split(bounds.reshape(*q.shape[:2], 2), 2, axis=2)
+  block = jnp.arange(k.shape[2])
+  own = q[..., :1]
+  strange = (k != own).any(axis=3) & (first <= block) & (block < end)
+  one = (q == own).all(axis=(2, 3)) & (own[..., 0, 0] != 0)
+  return (strange.any(axis=2) | ~one).astype(jnp.int32).reshape(-1)
 
 
 def _not_finite(words: jax.Array, dtype: Any) -> jax.Array:

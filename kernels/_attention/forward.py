@@ -15,7 +15,7 @@ every key that it sees:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,11 @@ def _kernel(
 def _take(block: blocks.Block, i: Inputs, s: State) -> None:
   """The ids to where the rows are; q and its own keys rotated."""
   if i.segments is not None:
+    first = pl.program_id(1) == 0
+    clear = functools.partial(
+      finite.clear_keys, i.k, i.v, block.call.block_kv, True
+    )
+    pl.when(first)(clear)
     s.ids[...] = tpu.lanes_to_column(i.segments.rows[...])
   if i.rope is not None:
     sin, cos = phases(i.rope.positions[...], i.rope.timescale[...])
@@ -143,18 +148,17 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
   """
   call, p = block.call, block.call.problem
   q, k = (i.q, i.k) if i.rope is None else (s.q, s.k)
-  k_of, v_of = _keys_and_values(i, k, keys.key0)
   starts = range(0, call.rows, call.softmax_rows)
   groups = [pl.ds(start, call.softmax_rows) for start in starts]
   # All groups' products before any softmax: the matrix unit works on one group
   # while the vector unit works on another.
   products = [
-    tpu.dot(q[g, :], k_of(width), tpu.NT)
+    tpu.dot(q[g, :], k[pl.ds(keys.key0, width), :], tpu.NT)
     for g, width in zip(groups, keys.widths, strict=True)
   ]
   for g, product in zip(groups, products, strict=True):
     width = product.shape[1]
-    v = v_of(width)
+    v = i.v[pl.ds(keys.key0, width), :]
     logits = block.logits(product)
     if keys.masked:
       mask = _mask(block, i, s, g, keys.key0, logits.shape)
@@ -172,29 +176,6 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
       total, acc = _add_decayed(s, g, decay, total, acc)
     s.total[g, :] = total
     s.acc[g, :] = acc
-
-
-def _keys_and_values(
-  i: Inputs, k: Any, key0: Any
-) -> tuple[Callable[[int], jax.Array], Callable[[int], jax.Array]]:
-  """As many as asked for.  Where ids may hide some: finite values, and keys of
-  NaN for those that are not.
-  """
-
-  def keys(width: int) -> jax.Array:
-    return k[pl.ds(key0, width), :]
-
-  def values(width: int) -> jax.Array:
-    return i.v[pl.ds(key0, width), :]
-
-  if i.segments is None:
-    return keys, values
-  return (
-    functools.cache(
-      lambda width: finite.nan_where_not_finite(keys(width), values(width))
-    ),
-    functools.cache(lambda width: finite.cleared(values(width))),
-  )
 
 
 def _mask(
