@@ -1,7 +1,7 @@
 """How linear cross-entropy is cut into tiles, and what fits VMEM.
 
-First the config, which is all that a caller may choose; then the sizes that one
-pass is compiled for; at the end a model of VMEM, and the choice by this model.
+First the config, all that a caller may choose; then the sizes of one pass; at
+the end a model of VMEM, and the choice by this model.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class LinearCrossEntropyConfig:
       a multiple of 128.
     backward_words: the same for the backward pass, and for both passes where
       the forward pass keeps the exponentials.
-    rows: rows of x that stay in VMEM, at most; a multiple of `chunk`.  With
-      more rows than this, blocks of them take turns.
+    rows: rows of x that stay in VMEM, at most; a multiple of `chunk`.  Blocks
+      of them take turns.
     chunk: rows of x per matrix product; a multiple of 128.
   """
 
@@ -128,8 +128,7 @@ class Tiles:
     rows: rows of x that stay in VMEM while the table streams by.
     chunk: rows of x per matrix product.
     overlap: chunks per loop body, at most: one's exponentials hide behind
-      another's product, those of the last one do not.  More chunks lengthen the
-      program, and the compiler's work on it.
+      another's product, those of the last do not.  More lengthen the program.
   """
 
   vocab_block: int
@@ -227,12 +226,9 @@ _ROW_BYTES = 4 * tpu.SUBLANES
 
 
 def _value_bytes(tiles: Tiles, d: int, x_dtype: jnp.dtype) -> int:
-  """What a loop body holds: three float32 tiles of each chunk.
-
-  A float32 product also has both its factors as three parts of bfloat16.
-  """
+  """A loop body's: three float32 tiles a chunk; a float32 product's parts."""
   factors = tiles.vocab_block + tiles.chunk if x_dtype == jnp.float32 else 0
-  parts = 3 * 2 * factors * tpu.lanes(d)
+  parts = 3 * 2 * factors * tpu.lanes(d)  # three of bfloat16
   return 3 * 4 * tiles.vocab_block * tiles.body_rows + parts
 
 
@@ -249,9 +245,8 @@ def forward_bytes(
   cast = x_size if x_dtype != table_dtype else 0
   table = tiles.vocab_block * tpu.lanes(d) * (2 * table_size + cast)
   rows = tiles.rows * (tpu.lanes(d) * x_size + 7 * _ROW_BYTES)
-  kept = 2 * tiles.rows * (tiles.vocab_block * x_size + _ROW_BYTES)
-  values = _value_bytes(tiles, d, x_dtype)
-  return table + rows + values + (kept if keep else 0)
+  kept = 2 * tiles.rows * (tiles.vocab_block * x_size + _ROW_BYTES) * keep
+  return table + rows + kept + _value_bytes(tiles, d, x_dtype)
 
 
 def backward_bytes(
