@@ -31,10 +31,9 @@ class LinearCrossEntropyConfig:
     mode: "recompute" keeps three numbers per row between the passes, and
       computes the logits twice.  "chunked" keeps the exponentials, [V, R] of
       x's dtype in HBM, and saves a matrix product of four.
-    forward_words: the vocabulary block of the forward pass, one per grid step;
-      a multiple of 128.
-    backward_words: the same for the backward pass, and for both passes where
-      the forward pass keeps the exponentials.
+    forward_words: the forward pass's vocabulary block, a multiple of 128.
+    backward_words: the same for the backward pass, and for both if the forward
+      pass keeps the exponentials.
     rows: rows of x that stay in VMEM, at most; a multiple of `chunk`.  Blocks
       of them take turns.
     chunk: rows of x per matrix product; a multiple of 128.
@@ -227,7 +226,7 @@ _ROW_BYTES = 4 * tpu.SUBLANES
 
 def _value_bytes(tiles: Tiles, d: int, x_dtype: jnp.dtype) -> int:
   """A loop body's: three float32 tiles a chunk; a float32 product's parts."""
-  factors = tiles.vocab_block + tiles.chunk if x_dtype == jnp.float32 else 0
+  factors = (tiles.vocab_block + tiles.chunk) * (x_dtype == jnp.float32)
   parts = 3 * 2 * factors * tpu.lanes(d)  # three of bfloat16
   return 3 * 4 * tiles.vocab_block * tiles.body_rows + parts
 
