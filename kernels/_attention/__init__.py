@@ -51,6 +51,7 @@ Read in this order; each page stands on those before it:
     blocks    which keys a block of queries meets, and the mask
     forward   the kernel
     backward  the kernel
+    door      what the public functions are given, checked
     op        the public function and its registration
     decode    decode_attention, which so far is its reference
 """

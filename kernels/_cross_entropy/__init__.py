@@ -37,6 +37,7 @@ Read in this order:
     tiles     the config, and a model of VMEM that picks one
     forward   the statistics of every row: maximum, sum, logit of the label
     backward  both gradients in one kernel
+    labels    those that are not vocabulary, an error under `checkify`
     op        from the statistics to the loss, the public function, the cases
 """
 
