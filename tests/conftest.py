@@ -84,7 +84,7 @@ def pytest_xdist_make_scheduler(config, log):
   class Scheduling(LoadScopeScheduling):  # it starts with the largest scopes
     def _split_scope(self, nodeid):
       module, name = nodeid.split("::", 1)
-      if module.endswith(("test_train.py", "test_cli.py")):
+      if module.endswith(("test_train.py", "test_cli.py", "test_operands.py")):
         return module
       test = name.split("[")[0]
       of_mutants = "mutant" in test or test.endswith("_die")

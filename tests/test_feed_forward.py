@@ -467,9 +467,11 @@ def test_float32_weights_are_cast_in_the_kernel():
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_wide_models_fit(dtype):
-  """Tiles shrink as D grows, by a model of VMEM; beyond it the op refuses."""
+  """Tiles shrink as D grows, by a model of VMEM; beyond it the op refuses.
+
+  With the norm and the residual more is in VMEM than without.
+  """
   args = described(512, 8192, 256, dtype, dtype)
-  v5e.compile(value_and_gradients(feed_forward), *args[:4])
   v5e.compile(value_and_gradients(BLOCK), *args)
   with pytest.raises(ValueError, match="feed_forward: .* got D = 100000"):
     jax.eval_shape(KERNEL, *described(512, 100_000, 256, dtype, dtype)[:4])
@@ -535,15 +537,6 @@ def test_split_over_a_mesh(layout):
       assert jax.typeof(g).sharding == jax.typeof(a).sharding
 
 
-def test_split_width_is_refused():
-  mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
-  with jax.set_mesh(mesh):
-    x, *weights, _ = draw(16, 128, 256)
-    x = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
-    with pytest.raises(ValueError, match="split over B, T, F only, but .* D"):
-      jax.jit(KERNEL)(x, *weights)
-
-
 @v5e.needs_compiler
 @pytest.mark.no_interpreter
 def test_collectives_on_eight_chips():
@@ -606,11 +599,12 @@ def test_bad_input_is_refused(change, kwargs, message):
 
 def test_other_dtypes_are_refused():
   x, w_gate, w_up, w_down, scale = draw(8, 16, 32)
-  with pytest.raises(ValueError, match="x must be float32 or bfloat16, got fl"):
-    feed_forward(x.astype(jnp.float16), w_gate, w_up, w_down)
-  with pytest.raises(ValueError, match="w_down must be float32 or bfloat16"):
+  wanted = "must be float32, bfloat16 or float16"
+  with pytest.raises(ValueError, match=f"x {wanted}, got int8"):
+    feed_forward(x.astype(jnp.int8), w_gate, w_up, w_down)
+  with pytest.raises(ValueError, match=f"w_down {wanted}"):
     feed_forward(x, w_gate, w_up, w_down.astype(jnp.int32))
-  with pytest.raises(ValueError, match="norm.scale must be float32 or bfloat"):
+  with pytest.raises(ValueError, match=f"norm.scale {wanted}"):
     norm = Norm(scale.astype(jnp.int32))
     feed_forward(x, w_gate, w_up, w_down, norm=norm)
 

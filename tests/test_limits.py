@@ -57,7 +57,6 @@ def passes(op, size, dtype):
     ("apply_rope", 4096, jnp.bfloat16),
     ("apply_rope", 4096, jnp.float32),
     ("geglu", 16_384, jnp.bfloat16),
-    ("feed_forward", 8192, jnp.float32),
     ("linear_cross_entropy", 8192, jnp.float32),
   ],
 )

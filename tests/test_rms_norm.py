@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_gemma import kernels
 from pallas_gemma.kernels import RMSNormConfig, add_rms_norm, rms_norm
 
-MODULE = sys.modules[kernels.RMSNormConfig.__module__]
+MODULE = sys.modules[rms_norm.__module__]
 ROWS = sys.modules[kernels.Norm.__module__]  # what is done with a row
 TPU = MODULE.tpu
 KERNEL = functools.partial(rms_norm, implementation="pallas", scale_offset=1.0)
