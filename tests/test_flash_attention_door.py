@@ -1,5 +1,7 @@
 """Forms of attention's arguments: what users expect to work, works."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,7 +126,7 @@ def test_of_several_dtypes_the_widest_is_computed_with():
 
 def test_decode_takes_the_same_forms():
   q, k, v = draw()
-  lengths = np.asarray([9, 12], np.int64)
+  lengths: Any = np.asarray([9, 12], np.int64)
   want = decode_attention(
     q[:, :1], k, v, jnp.asarray([9, 12]), local_window_size=(4, 4)
   )
