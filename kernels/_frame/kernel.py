@@ -34,7 +34,7 @@ from jax.ad_checkpoint import checkpoint_name
 from . import switches
 from .derivative import differentiable, refused, without_derivatives
 from .manual import vary_alike
-from .mapped import Vmap, mapped_kernel
+from .mapped import Vmap, mapped_kernel, one_by_one
 from .sharding import Split, per_device
 
 
@@ -106,41 +106,10 @@ class kernel_op:  # lower case, as jax.custom_vjp
     if any(array.dtype == jnp.float16 for array in leaves):
       return self._in_float32(problem, arrays)
     if not all(isinstance(n, int) for array in leaves for n in array.shape):
-      return self._of_symbolic_batch(problem, arrays)
+      split = self.split(problem, arrays)
+      one = functools.partial(self, problem)
+      return one_by_one(self.name, one, arrays, split.arrays)
     return self._by_device(problem, arrays)
-
-  @switches.plain
-  def _of_symbolic_batch(self, problem: Any, arrays: Any) -> Any:
-    """Where `jax.export` leaves the batch open, one example after the other.
-
-    Tiles are chosen by sizes that are known.
-    """
-    leaves, tree = jax.tree.flatten(arrays)
-    letters = jax.tree.leaves(self.split(problem, arrays).arrays)
-    is_mapped = [dims.startswith("B") for dims in letters]
-    for array, mapped in zip(leaves, is_mapped, strict=True):
-      if not all(isinstance(n, int) for n in array.shape[mapped:]):
-        raise ValueError(
-          f"{self.name}: only the batch, the first dimension, may be symbolic, "
-          f"got {array.shape}"
-        )
-
-    def one(examples: Any) -> Any:
-      supply = iter(examples)
-      filled = [
-        next(supply) if mapped else array
-        for array, mapped in zip(leaves, is_mapped, strict=True)
-      ]
-      return self(problem, jax.tree.unflatten(tree, filled))
-
-    # Examples keep a batch of one.
-    examples = [
-      jnp.expand_dims(x, 1)
-      for x, mapped in zip(leaves, is_mapped, strict=True)
-      if mapped
-    ]
-    outs = jax.lax.map(one, examples)
-    return jax.tree.map(lambda x: jnp.squeeze(x, 1), outs)
 
   @switches.plain
   def _in_float32(self, problem: Any, arrays: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A kernel under `jax.vmap`."""
+"""A kernel under `jax.vmap`, and an op of a batch that is not known."""
 
 from __future__ import annotations
 
@@ -44,3 +44,44 @@ def _as_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return outs, jax.tree.map(lambda _: True, outs)
 
   return mapped
+
+
+@switches.plain
+def one_by_one(
+  name: str, op: Callable[[Any], Any], arrays: Any, letters: Any
+) -> Any:
+  """The op where `jax.export` leaves the batch open: examples take turns.
+
+  Tiles are chosen by sizes that are known.
+
+  Args:
+    name: of the op, for errors.
+    op: maps a record of arrays to that of the results.
+    arrays: the record.
+    letters: the letters of each array's dimensions, in its place.
+  """
+  leaves, tree = jax.tree.flatten(arrays)
+  is_mapped = [dims.startswith("B") for dims in jax.tree.leaves(letters)]
+  for array, mapped in zip(leaves, is_mapped, strict=True):
+    if not all(isinstance(n, int) for n in array.shape[mapped:]):
+      raise ValueError(
+        f"{name}: only the batch, the first dimension, may be symbolic, "
+        f"got {array.shape}"
+      )
+
+  def of_one(examples: Any) -> Any:
+    supply = iter(examples)
+    filled = [
+      next(supply) if mapped else array
+      for array, mapped in zip(leaves, is_mapped, strict=True)
+    ]
+    return op(jax.tree.unflatten(tree, filled))
+
+  # Examples keep a batch of one.
+  examples = [
+    jnp.expand_dims(x, 1)
+    for x, mapped in zip(leaves, is_mapped, strict=True)
+    if mapped
+  ]
+  outs = jax.lax.map(of_one, examples)
+  return jax.tree.map(lambda x: jnp.squeeze(x, 1), outs)
