@@ -150,6 +150,10 @@ def on_a_mesh_of_explicit_axes(op):
     with sharding(mesh, RULES):
       got = jax.tree.leaves(jax.jit(op.function)(**arrays))
     assert_same(map(np.asarray, got), want)
+    with jax.set_mesh(mesh), sharding(mesh, RULES):  # of what types leave open
+      whole = placed(op, arrays, mesh, {})
+      out, *_ = jax.tree.leaves(jax.jit(op.function)(**whole))
+      assert jax.typeof(out).sharding.spec[0] == "data"
     with jax.set_mesh(mesh):
       split = placed(op, arrays, mesh, RULES)
       got = jax.tree.leaves(jax.jit(op.function)(**split))

@@ -248,6 +248,10 @@ class _Where:
     if explicit:
       found = _found_in_types(op, types, dims, explicit)
       mesh = next(kinds[name][1] for name in explicit)
+      # Rules for the same mesh say it of what the types leave open.
+      for letter, axes in rules[1] if rules else ():
+        if letter in lengths and set(axes) <= set(free):
+          found.setdefault(letter, axes)
     elif rules is None or (is_inside and not free):
       return None
     else:
