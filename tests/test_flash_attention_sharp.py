@@ -58,8 +58,8 @@ def what_rounding_can_do(q, k, v, dout, dtype):
 def test_errors_are_those_of_a_rounded_output(t, sharpness, dtype):
   kernel = functools.partial(flash_attention, implementation="pallas")
   kernel = jax.jit(gradients_of(kernel))
-  plain, slack = gradients_of(flash_attention_reference), 3.0
-  assert slack == numerics.SOFTMAX_GRADIENT_SLACK
+  plain = gradients_of(flash_attention_reference)
+  slack = numerics.SOFTMAX_GRADIENT_SLACK
   for seed in range(4):
     arrays = draw(seed, t, sharpness, dtype)
     with jax.enable_x64(True):

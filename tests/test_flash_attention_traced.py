@@ -62,7 +62,9 @@ def agrees(values, *draws, **kwargs):
 
   def of(function):
     call = called(function, **kwargs)
-    return lambda q, k, v, *leaves: call(q, k, v, zip(names, leaves))  # noqa: B905
+    return lambda q, k, v, *leaves: call(
+      q, k, v, zip(names, leaves, strict=True)
+    )
 
   numerics.assert_agrees(
     of(KERNEL),

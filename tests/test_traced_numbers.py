@@ -64,7 +64,7 @@ def value_and_gradient(call, x):
 @pytest.mark.parametrize("name", CALLS)
 def test_epsilon_and_offset(name, implementation):
   call = functools.partial(CALLS[name], implementation=implementation)
-  run = functools.partial(value_and_gradient)
+  run = value_and_gradient
   want = jax.jit(lambda x: run(lambda x: call(x, 0.3, 0.7), x))(X)
   traced = jax.jit(lambda x, e, o: run(lambda x: call(x, e, o), x))
   for got, exact in zip(traced(X, 0.3, 0.7), want, strict=True):

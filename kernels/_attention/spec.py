@@ -343,7 +343,7 @@ def _rotated(p: Problem, a: Arrays, x: jax.Array) -> jax.Array:
 
   def one(x: jax.Array, positions: jax.Array, base: jax.Array) -> jax.Array:
     x, positions = x[None], positions[None]
-    return apply_rope_reference(x, positions, base_frequency=base)[0]  # type: ignore[arg-type]
+    return apply_rope_reference(x, positions, base_frequency=base)[0]
 
   return jax.vmap(one)(x, a.positions, a.base)
 

@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from . import switches
 from .derivative import differentiable, refused, without_derivatives
-from .manual import vary_alike
+from .manual import replaced, vary_alike
 from .mapped import Vmap, mapped_kernel, one_by_one
 from .sharding import Split, per_device
 
@@ -197,12 +197,7 @@ class kernel_op:  # lower case, as jax.custom_vjp
     )
 
     def of_floats(floats: Any) -> Any:
-      arrays = jax.tree.map(
-        lambda x, new: x if new is None else new,
-        saved.arrays,
-        floats,
-        is_leaf=lambda x: x is None,
-      )
+      arrays = replaced(saved.arrays, floats)
       plain_forward = self.plain_forward or self.reference
       if self.keeps:
         return plain_forward(problem, arrays, keep=False)[0]

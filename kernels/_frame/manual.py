@@ -26,16 +26,17 @@ def vary_alike(tree: Any) -> Any:
   with its argument's type; the cast's own transpose sums over the axes.
   """
 
-  def varying(x: Any) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
+  union = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
+  return jax.tree.map(lambda x: _varying_over(x, sorted(union)), tree)
 
-  union = frozenset().union(*map(varying, jax.tree.leaves(tree)))
 
-  def cast(x: Any) -> Any:
-    missing = tuple(sorted(union - varying(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+def _varying(x: Any) -> frozenset[str]:
+  return jax.typeof(x).manual_axis_type.varying
 
-  return jax.tree.map(cast, tree)
+
+def _varying_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+  missing = tuple(axis for axis in axes if axis not in _varying(x))
+  return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def varying_like(array: Any, shape: Sequence[int], dtype: Any) -> Any:
@@ -79,21 +80,15 @@ def nested(
   def forward(arrays: Any) -> Any:
     def on_block(block: Any) -> Any:
       def of_floats(floats: Any) -> Any:
-        return function(
-          jax.tree.map(
-            lambda x, new: x if new is None else new,
-            block,
-            floats,
-            is_leaf=lambda x: x is None,
-          )
-        )
+        return function(replaced(block, floats))
 
       outs, back = jax.vjp(of_floats, floats_of(block, block))
       leaves, tree = jax.tree.flatten(back)
-      apart = [x for x in leaves if _varies_over(x, names)]
-      layout.append((tree, [_varies_over(x, names) for x in leaves]))
-      same = [x for x in leaves if not _varies_over(x, names)]
-      return outs, [_varying_over(x, names)[None] for x in apart], same
+      is_apart = [not _varying(x).isdisjoint(names) for x in leaves]
+      layout.append((tree, is_apart))
+      pairs = list(zip(leaves, is_apart, strict=True))
+      apart = [_varying_over(x, names)[None] for x, is_one in pairs if is_one]
+      return outs, apart, [x for x, is_one in pairs if not is_one]
 
     layout: list[Any] = []
     outs, apart, same = mapped(
@@ -119,6 +114,16 @@ def nested(
   return run
 
 
+def replaced(tree: Any, new: Any) -> Any:
+  """The tree, with what `new` has of its structure; None leaves the tree's."""
+  return jax.tree.map(
+    lambda x, other: x if other is None else other,
+    tree,
+    new,
+    is_leaf=lambda x: x is None,
+  )
+
+
 class _Apart(NamedTuple):
   """Of what is saved, an array that every device has its own of: [1, ...]."""
 
@@ -131,13 +136,3 @@ def _map_saved(apart: Any, same: Any, tree: Any) -> Any:
     tree,
     is_leaf=lambda x: isinstance(x, _Apart),
   )
-
-
-def _varies_over(x: jax.Array, axes: Axes) -> bool:
-  return not jax.typeof(x).manual_axis_type.varying.isdisjoint(axes)
-
-
-def _varying_over(x: jax.Array, axes: Axes) -> jax.Array:
-  varying = jax.typeof(x).manual_axis_type.varying
-  missing = tuple(axis for axis in axes if axis not in varying)
-  return jax.lax.pcast(x, missing, to="varying") if missing else x

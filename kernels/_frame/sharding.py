@@ -4,7 +4,8 @@ XLA cannot partition a Pallas kernel, so each op runs its kernel on every
 device's own block of the arrays, inside `jax.shard_map`.  Which dimension is
 split over which mesh axes comes from
 
-  * the arrays' types, on a mesh whose axes are Explicit: nothing to do;
+  * the arrays' types, on a mesh whose axes are Explicit: nothing to do, and
+    rules, if there are any, for what the types leave open;
   * `with kernels.sharding(mesh, rules)`, on a mesh whose axes are Auto.
 
 Dimensions go by the letters of the package's legend, one character each.  An op
@@ -48,8 +49,8 @@ def sharding(
   """Says how the kernels traced inside are split over a mesh of Auto axes.
 
   Inside a `jax.shard_map` that is manual over some axes of the mesh, it says so
-  of the others.  Arrays whose types say how they are split, on a mesh of
-  Explicit axes, need no rules and go by their types.
+  of the others.  Arrays on a mesh of Explicit axes need no rules: they go by
+  their types, and by rules where these leave a dimension open.
 
   Args:
     mesh: the mesh of the surrounding `jit`.
