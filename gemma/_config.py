@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from . import _remat
+
 Dtype = Literal["bfloat16", "float32"]
-Remat = Literal["none", "full", "dots", "names"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,12 @@ class GemmaConfig:
     rope_base_frequency: base of RoPE's wavelengths.
     norm_epsilon: added to the mean square in every norm.
     dtype: of the computation, "bfloat16" or "float32"; parameters are float32.
-    remat: what is kept for the backward pass: "none" (keep all), "full" (keep
-      each block's input), "dots" (keep products with weights) or "names" (keep
-      what the attention kernel saves).
+    remat: what is kept for the backward pass, the rest being computed again:
+      "none" (keep all), "full" (keep each block's input), "dots" (keep products
+      with weights) or "names" (keep what the attention kernel saves); or layers
+      of one and the rest of another, such as "none:14,full"; or "auto", the
+      fastest with which training fits the device's memory, and "none" where
+      that is unknown.
 
   Raises:
     ValueError: at construction, naming the field, what it must be and what it
@@ -47,7 +51,7 @@ class GemmaConfig:
   rope_base_frequency: float = 10_000.0
   norm_epsilon: float = 1e-6
   dtype: Dtype = "bfloat16"
-  remat: Remat = "none"
+  remat: str = "none"
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -66,10 +70,13 @@ class GemmaConfig:
       )
     if self.head_size % 2:
       raise _wanted("head_size", "even, for RoPE's halves", self.head_size)
-    for name, choices in dict(dtype=Dtype, remat=Remat).items():
-      if getattr(self, name) not in get_args(choices):
-        what = f"one of {', '.join(get_args(choices))}"
-        raise _wanted(name, what, getattr(self, name))
+    if self.dtype not in get_args(Dtype):
+      what = f"one of {', '.join(get_args(Dtype))}"
+      raise _wanted("dtype", what, self.dtype)
+    try:
+      _remat.parts(self.remat, self.num_layers)
+    except ValueError as error:
+      raise _wanted("remat", str(error), self.remat) from None
 
   @classmethod
   def gemma_2b(cls) -> GemmaConfig:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ._config import GemmaConfig, Remat
+from ._config import GemmaConfig
+from ._remat import Policy
 from .ops import FeedForwardConfig, Norm, Ops
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -20,6 +21,11 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 [B, T, K, H], to which RoPE has not been applied, to the attention's result
 [B, T, N, H] and to anything that the block's caller wants back, such as a
 cache."""
+
+
+IN_PLACE = ("q", "kv", "out", "gate", "up", "down")
+"""Weights that a scan over the blocks leaves in their stacks.  The kernels of
+the feed-forward read theirs there; for them XLA would copy each layer's."""
 
 
 class Embedder(nnx.Module):
@@ -75,12 +81,15 @@ class Block(nnx.Module):
     self.up = fan_in(d, d, f)
     self.down = fan_in(f, f, d)
 
-  def __call__(self, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+  def __call__(
+    self, x: jax.Array, attend: Attend, remat: Policy = "none"
+  ) -> tuple[jax.Array, Any]:
     """The residual stream after this block.
 
     Args:
       x: [B, T, D], the residual stream before it.
       attend: the attention; see `Attend`.
+      remat: what this block keeps for its backward pass.
 
     Returns:
       [B, T, D], and the second result of `attend`.
@@ -108,12 +117,12 @@ class Block(nnx.Module):
         self.down[...],
         norm=Norm(self.feed_forward_norm[...], **norm),
         residual=True,
-        config=_feed_forward_config(self.config.remat),
+        config=_feed_forward_config(remat),
       )
     return x, extra
 
 
-def _feed_forward_config(remat: Remat) -> FeedForwardConfig:
+def _feed_forward_config(remat: Policy) -> FeedForwardConfig:
   """What the feed-forward keeps for its backward pass.
 
   Without remat, the products with gate and up, so that they are not computed

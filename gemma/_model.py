@@ -50,10 +50,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from . import _remat
 from ._cache import Cache
-from ._config import GemmaConfig, Remat
-from ._layers import Block, Embedder
-from .ops import KERNELS, Ops, Rope
+from ._config import GemmaConfig
+from ._layers import IN_PLACE, Block, Embedder
+from .ops import KERNELS, Ops, Rope, ScanPart, scan_layers
 
 Params = dict[str, Any]
 """A model's parameters: nested dicts of arrays, by the names above."""
@@ -127,13 +128,17 @@ class Gemma(nnx.Module):
       )
       return y, None
 
-    def layer(x: jax.Array, block: Block):
-      return block(x, attend)
+    def part(policy: _remat.Policy, layers: int) -> ScanPart:
+      def layer(x: jax.Array, block: Block):
+        return block(x, attend, policy)
 
-    layer = _rematerialised(layer, self.config.remat)
+      return ScanPart(layer, layers, _remat.checkpoint(policy))
+
+    remat = _remat.parts(self.config.remat, self.config.num_layers)
     with jax.named_scope("embed"):
       x = self.embedder.embed(tokens)
-    x, _ = jax.lax.scan(layer, x, self.blocks)
+    parts = [part(policy, layers) for policy, layers in remat]
+    x, _ = scan_layers(parts, x, self.blocks, in_place=IN_PLACE)
     return self._final_norm(x)
 
   def cast(self) -> Gemma:
@@ -270,7 +275,7 @@ class Gemma(nnx.Module):
     with jax.named_scope("embed"):
       x = self.embedder.embed(tokens)
     layers = jnp.arange(self.config.num_layers), self.blocks
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), layers)
+    (x, cache), _ = scan_layers(layer, (x, cache), layers, in_place=IN_PLACE)
     return x, cache
 
   def _final_norm(self, x: jax.Array) -> jax.Array:
@@ -293,31 +298,6 @@ class Gemma(nnx.Module):
         f"{name}: tokens must be at most the context length "
         f"{self.config.context_length}, got {tokens.shape[1]}"
       )
-
-
-def _rematerialised(layer: Callable[..., Any], remat: Remat):
-  """`layer`, which keeps less for its backward pass and computes it again.
-
-  `GemmaConfig.remat` says what each policy keeps.
-  """
-  policies = jax.checkpoint_policies
-  match remat:
-    case "none":
-      return layer
-    case "full":
-      policy = policies.nothing_saveable
-    case "dots":
-      # Products of rows with weights; not those of attention, of size T^2.
-      policy = policies.dots_with_no_batch_dims_saveable
-    case "names":
-      # Attention's result and log-normaliser: without them its backward pass
-      # would have to run the forward kernel again.
-      policy = policies.save_only_these_names(
-        "flash_attention_out", "flash_attention_lse"
-      )
-  # prevent_cse puts barriers between the forward pass and its recomputation, so
-  # that XLA does not merge them.  In a scan they are apart without barriers.
-  return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def positions_of(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from pallas_gemma import kernels
 from pallas_gemma.kernels import FeedForwardConfig as FeedForwardConfig
 from pallas_gemma.kernels import (
@@ -17,6 +18,8 @@ from pallas_gemma.kernels import (
 )
 from pallas_gemma.kernels import Norm as Norm
 from pallas_gemma.kernels import Rope as Rope
+from pallas_gemma.kernels import ScanPart as ScanPart
+from pallas_gemma.kernels import scan_layers as scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,28 @@ def _ops(default: str | None, **implementations: str) -> Ops:
   )
 
 
-KERNELS = _ops(None, rms_norm="xla", add_rms_norm="xla")
+def _recomputed(norm: Callable[..., Any]) -> Callable[..., Any]:
+  """A norm in plain jnp, of which the backward pass keeps the arguments alone.
+
+  JAX's derivative would keep two arrays as large as x, in float32, and a scan
+  over layers writes them to a stack and reads them back.
+  """
+
+  @functools.wraps(norm.func if isinstance(norm, functools.partial) else norm)
+  def run(*args: Any, **kwargs: Any) -> Any:
+    function = functools.partial(norm, **kwargs)
+    return jax.checkpoint(function, prevent_cse=False)(*args)
+
+  run.__wrapped__ = norm  # with its keywords, for `describe_ops`
+  return run
+
+
+_WITHOUT_NORMS = _ops(None, rms_norm="xla", add_rms_norm="xla")
+KERNELS = dataclasses.replace(
+  _WITHOUT_NORMS,
+  rms_norm=_recomputed(_WITHOUT_NORMS.rms_norm),
+  add_rms_norm=_recomputed(_WITHOUT_NORMS.add_rms_norm),
+)
 """Each op's kernel where it is lowered for TPU, else its reference.
 
 The two norms are the exception: they are always the reference.  The norm before
@@ -84,6 +108,8 @@ def describe_ops(ops: Ops, platform: str) -> list[str]:
 
 
 def _which(op: kernels.Op, function: Callable[..., Any], platform: str) -> str:
+  if not isinstance(function, functools.partial):
+    function = getattr(function, "__wrapped__", function)
   if getattr(function, "func", function) is not op.function:
     return f"own function, {getattr(function, '__qualname__', function)!s}"
   match getattr(function, "keywords", {}).get("implementation"):

@@ -8,6 +8,7 @@ Everything public is named here; every module behind it starts with `_`.
     _attention      flash attention and decode attention, a page at a time
     _gated          geglu and feed_forward
     _cross_entropy  linear_cross_entropy
+    _layers         a scan over layers that copies none of their weights
     _remat          what jax.checkpoint may keep of them
     _frame          what makes functions an op, the same for all: read it last
 
@@ -52,6 +53,9 @@ from ._gated import feed_forward as feed_forward
 from ._gated import feed_forward_reference as feed_forward_reference
 from ._gated import geglu as geglu
 from ._gated import geglu_reference as geglu_reference
+from ._layers import LayerOf as LayerOf
+from ._layers import ScanPart as ScanPart
+from ._layers import scan_layers as scan_layers
 from ._remat import names_of as _names_of
 from ._remat import products_or as _products_or
 from ._rms_norm import OP as _RMS_NORM

@@ -279,13 +279,13 @@ def dscale_of_the_last_rows(o, dscale, plan):
 
 def ragged_rows_reach_dscale(o, dscale, plan):
   part = jnp.sum(dscale, axis=0, keepdims=True)
-  BACKWARD._accumulate(o.dscale, part, pl.program_id(1) == 0)
+  BACKWARD.accumulate(o.dscale, part, pl.program_id(1) == 0)
 
 
 BACKWARD_MUTANTS = {
   "ragged rows reach the weights": ("_inside_rows", lambda tile, plan: tile),
   "ragged F reaches dx": ("_inside_f", lambda tile, plan, axis: tile),
-  "sums not cleared": ("_accumulate", sums_not_cleared),
+  "sums not cleared": ("accumulate", sums_not_cleared),
   "only the last part of dx": ("_add_dx", only_the_last_part_of_dx),
   "gate without the derivative": (
     "_through_the_gate",

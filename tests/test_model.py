@@ -353,7 +353,7 @@ def test_a_full_cache_is_left_alone():
 def test_remat_policies_give_equal_gradients():
   tokens = random_tokens()
   want = gradients(with_remat("none"), tokens)
-  for remat in ("full", "dots", "names"):
+  for remat in ("full", "dots", "names", "none:1,full", "full:1,none"):
     assert_equal_gradients(gradients(with_remat(remat), tokens), want)
 
 
@@ -428,7 +428,15 @@ def test_lowered_for_tpu_it_runs_the_kernels_it_says():
     (dict(num_kv_heads=3), "num_kv_heads must be a divisor of num_heads = 4"),
     (dict(head_size=15), "head_size must be even"),
     (dict(dtype="float16"), "dtype must be one of bfloat16, float32, got"),
-    (dict(remat="some"), "remat must be one of none, full, dots, names, got"),
+    (
+      dict(remat="some"),
+      "remat must be one of none, full, dots, names, auto, or",
+    ),
+    (dict(remat="none:2,some"), "remat must be one of none, full, dots"),
+    (dict(remat="none:2,full"), "remat must be fewer than 2 layers"),
+    (dict(remat="none:0,full"), "remat must be fewer than 2 layers"),
+    (dict(remat="none:x,full"), "remat must be fewer than 2 layers"),
+    (dict(remat=None), "remat must be one of"),
     (dict(norm_epsilon=-1.0), "norm_epsilon must be a positive number"),
     (dict(rope_base_frequency="x"), "rope_base_frequency must be a positive"),
   ],

@@ -112,7 +112,7 @@ def _equation(
     return _branch(eqn, inputs, found) or unknown
   if name == "scan":
     closed = eqn.params["jaxpr"]
-    constant = inputs[: eqn.params["num_consts"]]
+    constant = inputs[: _num_consts(eqn.params)]
     rest = [_Lazy(_unknown)] * (len(closed.jaxpr.invars) - len(constant))
     _walk(closed.jaxpr, _constants(closed), constant + rest, found)
     return unknown
@@ -132,6 +132,13 @@ def _equation(
     _Lazy(functools.partial(lambda i: results()[i], i))
     for i in range(len(eqn.outvars))
   ]
+
+
+def _num_consts(params: Any) -> int:
+  """How many operands of a scan are the same at every step."""
+  if "num_consts" in params:
+    return params["num_consts"]
+  return len(params["ft_in"].unpack()[0])  # since JAX 0.11
 
 
 def _too_large(eqn: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ from .._model import (
 )
 from ..ops import KERNELS, LinearCrossEntropyConfig
 from .config import TrainConfig
+from .fit import Head, fitting
 from .optimizer import make_optimizer
 
 DeviceBatch = dict[str, jax.Array]  # a `data.Batch` inside a compiled function
-Head = Literal["recompute", "chunked"]
 State = tuple[Params, optax.OptState]
 
 
@@ -121,7 +121,7 @@ def make_steps(
   """Compiled training and evaluation.
 
   Args:
-    config: of the run.
+    config: of the run, without "auto"; see `resolved`.
     valid_vocab_size: the tokenizer's.
 
   Returns:
@@ -131,7 +131,7 @@ def make_steps(
     batch) and returns the sum of the losses and the sum of the weights.
   """
   abstract = abstract_model(config)
-  head = choose_head(config, device_memory())
+  head: Any = config.head
   optimizer = make_optimizer(config.optimizer, config.steps)
 
   def loss_sum(params: Params, batch: DeviceBatch, z_loss: float) -> jax.Array:
@@ -153,6 +153,31 @@ def make_steps(
     return loss_sum(params, batch, 0.0), batch["weights"].sum()
 
   return jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(evaluate)
+
+
+def resolved(config: TrainConfig, memory: int | None) -> TrainConfig:
+  """The config, with "auto" resolved for a device.
+
+  Args:
+    config: of the run.
+    memory: bytes of the device, or None if it does not report them.
+
+  Raises:
+    UserError: if a step cannot fit.
+  """
+  shape = config.batch_size, config.sequence_length
+
+  def compile_step(config: TrainConfig) -> Any:
+    params, state = jax.eval_shape(lambda: fresh_state(config))
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32)
+    names = "tokens", "labels", "segment_ids"
+    batch = {**dict.fromkeys(names, ids), "weights": weights}
+    train_step: Any = make_steps(config, config.model.vocab_size)[0]
+    return train_step.lower(params, state, batch).compile()
+
+  head = choose_head(config, memory)
+  return fitting(config, memory, head, compile_step)
 
 
 def device_memory() -> int | None:

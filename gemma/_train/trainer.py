@@ -23,7 +23,7 @@ from .loop import Loop
 from .metrics import Metrics, plot_losses, read_metrics
 from .progress import Progress
 from .run import Run, open_run
-from .step import abstract_model, choose_head, device_memory
+from .step import abstract_model, device_memory, resolved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,7 @@ def train(
       f"training is complete: {done} of {config.steps} steps in {run.directory}"
     )
     return _result(run.directory, done)
+  run = dataclasses.replace(run, config=resolved(config, device_memory()))
   for line in _describe(run, done):
     say(line)
   result = _train(run, done, console)
@@ -107,7 +108,7 @@ def _describe(run: Run, done: int) -> Iterator[str]:
   for line in describe_ops(model.ops, device.platform):
     yield f"op        {line}"
   if device.platform == "tpu":
-    yield f"head      {choose_head(config, device_memory())}"
+    yield f"keeps     of layers {config.model.remat}, in the head {config.head}"
   yield (
     f"model     {num_parameters(model):,} parameters in float32, computing in "
     f"{config.model.dtype}"

@@ -38,7 +38,7 @@ def linear(
   residuals: Leaves,
   tangents: Leaves,
   outs: Leaves,
-  refusal: str,
+  refusal: str | None = None,
 ) -> Leaves:
   """function(residuals, tangents), which reverse mode takes for `transpose`.
 
@@ -49,7 +49,8 @@ def linear(
     residuals: arrays.
     tangents: arrays.
     outs: arrays of the result's types.
-    refusal: says what there is no kernel of, where it is lowered for TPU.
+    refusal: says what there is no kernel of, where it is lowered for TPU; None
+      if `function` may be lowered there too.
   """
   types = tuple(out if _is_type(out) else jax.typeof(out) for out in outs)
   return _linear.bind(
@@ -76,19 +77,28 @@ def _as_jitted(*args: Any, **params: Any) -> Leaves:
   return jax.jit(functools.partial(_linear.bind, **params))(*args)
 
 
-def _lower_for_tpu(*_: Any, refusal: str, **__: Any) -> Any:
-  raise NotImplementedError(refusal)
+def _lower_for_tpu(ctx: Any, *args: Any, **params: Any) -> Any:
+  if params["refusal"] is not None:
+    raise NotImplementedError(params["refusal"])
+  return _lower(ctx, *args, **params)
 
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
   tangents = [ad.instantiate_zeros(t) for t in tangents]
   function = functools.partial(_linear_on_any_platform, **params)
-  return jax.jvp(function, tuple(primals), tuple(tangents))
+  _, d_outs = jax.jvp(function, tuple(primals), tuple(tangents))
+  # The result itself stays a linear function with its own transpose.
+  return _linear.bind(*primals, **params), d_outs
 
 
-def _linear_on_any_platform(*args: Any, refusal: str, **params: Any) -> Leaves:
+def _linear_on_any_platform(
+  *args: Any, refusal: str | None, **params: Any
+) -> Leaves:
   """As jnp, for JAX to differentiate once more; refused for TPU as well."""
-  return [off_tpu(refusal, out) for out in _evaluate(*args, **params)]
+  outs = _evaluate(*args, **params)
+  if refusal is None:
+    return outs
+  return [off_tpu(refusal, out) for out in outs]
 
 
 def _transpose(
@@ -111,7 +121,7 @@ def _batch(
   function: Linear,
   transpose: Linear,
   types: Any,
-  refusal: str,
+  refusal: str | None,
 ) -> Any:
   size = next(
     x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None
@@ -195,6 +205,7 @@ def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
   outs, kept = op.run(problem, arrays, keep=True)
   outs, kept = op.named(outs), op.named(kept)
   wanted = jax.tree.map(_is_perturbed, tangents)
+  wanted = wanted._replace(**dict.fromkeys(op.constants(arrays), False))
   saved = op.saved(arrays, outs, kept)
   residuals, saved_tree = jax.tree.flatten(saved)
   out_leaves, out_tree = jax.tree.flatten(outs)
@@ -218,7 +229,8 @@ def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
     types = [varying_like(x, x.shape, x.dtype) for x in out_leaves]
     return list(jax.linear_transpose(back, *types)(list(tangents)))
 
-  perturbed = [d for d in jax.tree.leaves(tangents) if _is_perturbed(d)]
+  pairs = zip(jax.tree.leaves(tangents), jax.tree.leaves(wanted), strict=True)
+  perturbed = [d for d, want in pairs if want]
   message = (
     f"{op.name}: the kernel has no forward-mode derivative (jvp, jacfwd, "
     f"linearize); pass implementation='xla'"

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +33,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from . import switches
 from .derivative import differentiable, refused, without_derivatives
-from .manual import replaced, vary_alike
+from .manual import replaced, vary_alike, vary_as_all
 from .mapped import Vmap, mapped_kernel, one_by_one
-from .sharding import Split, per_device
+from .sharding import Split, is_split, per_device
 
 
 class Saved(NamedTuple):
@@ -80,6 +80,10 @@ class kernel_op:  # lower case, as jax.custom_vjp
       the reference's own gradient.
     plain_linear: the same for forward mode, where `plain_backward` is not
       linear in its cotangents.
+    constants: names of the fields of a record of arrays that have no gradient,
+      for it is another field's.
+    passes: fields of the arrays that are fields of the results too, as they
+      are; the kernels see their cotangents alone.
   """
 
   name: str
@@ -96,6 +100,8 @@ class kernel_op:  # lower case, as jax.custom_vjp
   plain_forward: Callable[..., Any] | None = None
   plain_backward: Callable[..., Any] | None = None
   plain_linear: Callable[..., Any] | None = None
+  constants: Callable[[Any], Iterable[str]] = lambda _: ()
+  passes: tuple[str, ...] = ()
 
   def __call__(self, problem: Any, arrays: Any) -> Any:
     """The op on arrays of any sharding; its door has checked them."""
@@ -110,6 +116,20 @@ class kernel_op:  # lower case, as jax.custom_vjp
       one = functools.partial(self, problem)
       return one_by_one(self.name, one, arrays, split.arrays)
     return self._by_device(problem, arrays)
+
+  def leaves_alone(self, problem: Any, arrays: Any, some: Any) -> bool:
+    """Whether the op's kernel is given `some` of the arrays as they are.
+
+    They are not split over a mesh, cast, or made to vary over its axes.
+    """
+    leaves = jax.tree.leaves(arrays)
+    return (
+      problem.implementation != "xla"
+      and all(isinstance(n, int) and n for x in leaves for n in x.shape)
+      and all(x.dtype != jnp.float16 for x in leaves)
+      and vary_as_all(some, arrays)
+      and not is_split(self.name, arrays, self.split(problem, arrays))
+    )
 
   @switches.plain
   def _in_float32(self, problem: Any, arrays: Any) -> Any:
@@ -136,7 +156,12 @@ class kernel_op:  # lower case, as jax.custom_vjp
 
   def run(self, problem: Any, arrays: Any, keep: bool) -> tuple[Any, Any]:
     """(outs, kept) by whichever implementation it is to be."""
+    passing = {field: getattr(arrays, field) for field in self.passes}
+    arrays = arrays._replace(**dict.fromkeys(passing))
+    outs, kept = self._run(problem, arrays, keep)
+    return outs._replace(**passing), kept
 
+  def _run(self, problem: Any, arrays: Any, keep: bool) -> tuple[Any, Any]:
     def either(function: Callable[..., Any], arrays: Any) -> tuple[Any, Any]:
       if self.keeps:
         return function(problem, arrays, keep=keep)

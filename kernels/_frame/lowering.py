@@ -7,10 +7,14 @@ nothing in the program.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.interpreters import ad, batching, mlir
 
 
@@ -94,3 +98,51 @@ _off_tpu = _identity(
 def off_tpu(message: str, x: jax.Array) -> jax.Array:
   """x, refused where it is lowered for TPU, in place of something slower."""
   return _off_tpu.bind(x, message=message)
+
+
+# --- memory that is not set ---------------------------------------------------
+
+_unset = jax.extend.core.Primitive("pallas_gemma_unset")
+_unset.def_abstract_eval(lambda **params: jax.core.ShapedArray(**params))
+_unset.def_impl(lambda **params: jax.jit(lambda: _unset.bind(**params))())
+
+
+def unset(like: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+  """An array to be written, on the devices where `like` is.
+
+  `jax.lax.empty` is zeros on a TPU, which take as long to write as anything.
+  """
+  if lies_on_a_mesh(like):
+    return jnp.zeros_like(like, shape=shape, dtype=dtype)
+  return _unset.bind(shape=tuple(shape), dtype=jnp.dtype(dtype))
+
+
+def lies_on_a_mesh(x: jax.Array) -> bool:
+  """Whether the type of an array says that it is split or varies."""
+  kind = jax.typeof(x)
+  return bool(kind.manual_axis_type.varying) or any(kind.sharding.spec)
+
+
+def _empty(shape: Sequence[int], dtype: Any) -> jax.Array:
+  return jax.lax.empty(shape, dtype)
+
+
+def _allocated(shape: Sequence[int], dtype: Any) -> jax.Array:
+  """By a kernel that does nothing."""
+  return pl.pallas_call(
+    lambda _: None,
+    out_specs=pl.BlockSpec(memory_space=pl.ANY),
+    out_shape=jax.ShapeDtypeStruct(shape, dtype),
+    name="unset",
+  )()
+
+
+def _lower_unset_for_tpu(ctx: Any, **params: Any) -> Any:
+  # XLA would not know how to split the kernel.
+  split = _is_split(ctx.module_context.axis_context)
+  make = _empty if split else _allocated
+  return mlir.lower_fun(make, multiple_results=False)(ctx, **params)
+
+
+mlir.register_lowering(_unset, mlir.lower_fun(_empty, multiple_results=False))
+mlir.register_lowering(_unset, _lower_unset_for_tpu, platform="tpu")

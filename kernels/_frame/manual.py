@@ -30,6 +30,12 @@ def vary_alike(tree: Any) -> Any:
   return jax.tree.map(lambda x: _varying_over(x, sorted(union)), tree)
 
 
+def vary_as_all(some: Any, tree: Any) -> bool:
+  """Whether `some` arrays are left as they are where all must vary alike."""
+  union = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
+  return all(_varying(x) == union for x in jax.tree.leaves(some))
+
+
 def _varying(x: Any) -> frozenset[str]:
   return jax.typeof(x).manual_axis_type.varying
 

@@ -187,6 +187,12 @@ def per_device(
   )(arrays)
 
 
+def is_split(op: str, arrays: Any, split: Split) -> bool:
+  """Whether `per_device` would divide the arrays among devices."""
+  leaves, letters = jax.tree.leaves(arrays), jax.tree.leaves(split.arrays)
+  return _Where.of(op, leaves, letters) is not None
+
+
 def _own_part(x: jax.Array, letters: str, gathered: Mapping[str, Axes]) -> Any:
   """Of a result over a gathered letter, the part that the device had of it."""
   for dim, letter in enumerate(letters):

@@ -38,6 +38,9 @@ CLOCK_HZ = 1.5e9
 PRODUCTS_PER_CYCLE = 4 * 128 * 128
 HBM_BYTES_PER_CYCLE = 819e9 / CLOCK_HZ
 
+INSTRUCTION_BUNDLES = 65_232
+FLOAT32_PASSES = 6  # of the matrix unit, for a product of float32
+
 _NAMES = {"TPU v5 lite": "v5e", "TPU v5e": "v5e"}
 
 

@@ -69,11 +69,14 @@ The numbers are the order of grid steps:
 Read in this order:
 
     spec.py        the references in plain jnp, and the records of an op
+    stack.py       weights of all layers in one array
     activation.py  the activations and their derivatives
     tiles.py       FeedForwardConfig, and which tiles fit VMEM
     forward.py     the forward kernel
     backward.py    the backward kernel
+    sums.py        how it sums the weights' gradients in VMEM
     travel.py      how it sums dx in HBM
+    door.py        what the public functions are given
     op.py          the public functions, meshes, registration
 """
 

@@ -45,8 +45,11 @@ from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
 from .._row_norm import epsilon_operand
+from . import stack
 from .activation import activate_and_derive
 from .spec import Arrays, Kept, Outs, Problem
+from .stack import Scalars, block_of_layer
+from .sums import Sums, accumulate, sums_of, sums_scratch, write_sums
 from .tiles import VMEM_BYTES, Plan, Sizes, backward_tiles, where_present
 from .travel import Travel, TravelScratch, dx_travels, slots, travel_scratch
 
@@ -65,10 +68,11 @@ class Inputs(NamedTuple):
   normed: Any  # [rows, D], None without a norm
   scale: Any  # [1, D], None without a norm
   epsilon: Any  # [1, 1] of the norm, None if it is static
+  ports: tuple[Any, Any, Any]  # of a stack, in HBM: the same as its gradients
 
 
 class Outputs(NamedTuple):
-  """Refs of its outputs."""
+  """Refs of its outputs; of a stack's gradients, one layer's."""
 
   dx: Any  # [rows, D]
   dw_gate: Any  # [D, cols]
@@ -76,17 +80,6 @@ class Outputs(NamedTuple):
   dw_down: Any  # [cols, D], None for geglu
   dscale: Any  # [1, D] float32, None without a norm
   dx_hbm: Any  # [N, D] float32 in HBM, None if dx stays in VMEM
-
-
-class Sums(NamedTuple):
-  """Refs of the weights' gradients while they are summed, float32.
-
-  In the scratch, None for a gradient that is float32: it is its own sum.
-  """
-
-  dw_gate: Any  # [D, cols]
-  dw_up: Any  # [D, cols]
-  dw_down: Any  # [cols, D], None for geglu
 
 
 class Scratch(NamedTuple):
@@ -103,7 +96,8 @@ class Scratch(NamedTuple):
 # --- the kernel ---------------------------------------------------------------
 
 
-def _kernel(i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
+def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
+  del scalars  # which blocks there are, not what is in them
   f_tile, row_tile = pl.program_id(0), pl.program_id(1)
   travel = Travel(o.dx_hbm, s.dx_sum, s.travel, plan) if s.travel else None
   if travel is not None:
@@ -128,7 +122,7 @@ def _kernel(i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
 
   @pl.when(row_tile == plan.row_tiles - 1)
   def _():
-    _write_weight_gradients(o, s)
+    write_sums(o, s.sums)
 
 
 def _clear_dx(s: Scratch, slot: Any):
@@ -201,28 +195,15 @@ def _dx(i: Inputs, s: Scratch, plan: Plan) -> jax.Array:
   return from_gate + from_up
 
 
-def _sums(o: Outputs, s: Scratch) -> Sums:
-  """Where the weights' gradients are summed."""
-  outs = Sums(o.dw_gate, o.dw_up, o.dw_down)
-  pairs = zip(outs, s.sums, strict=True)
-  return Sums(*(out if total is None else total for out, total in pairs))
-
-
 def _add_weight_gradients(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
   """Adds this row tile's part of each weight's gradient to its sum."""
-  is_first, sums = pl.program_id(1) == 0, _sums(o, s)
+  is_first, sums = pl.program_id(1) == 0, sums_of(o, s.sums)
   x = _inside_rows(_factor(i)[...], plan)
-  _accumulate(sums.dw_gate, tpu.dot(x, s.dgate[...], tpu.TN), is_first)
-  _accumulate(sums.dw_up, tpu.dot(x, s.dup[...], tpu.TN), is_first)
+  accumulate(sums.dw_gate, tpu.dot(x, s.dgate[...], tpu.TN), is_first)
+  accumulate(sums.dw_up, tpu.dot(x, s.dup[...], tpu.TN), is_first)
   if i.w_down is not None:
     dy = _inside_rows(i.dy[...], plan)
-    _accumulate(sums.dw_down, tpu.dot(s.h[...], dy, tpu.TN), is_first)
-
-
-def _accumulate(total: Any, part: jax.Array, is_first: jax.Array):
-  """Adds to the sum in a ref, or starts it."""
-  # A selection costs nothing beside the product; to clear the sum would.
-  total[...] = jnp.where(is_first, 0.0, total[...]) + part
+    accumulate(sums.dw_down, tpu.dot(s.h[...], dy, tpu.TN), is_first)
 
 
 def _finish_dx(i: Inputs, o: Outputs, dx: jax.Array, plan: Plan):
@@ -247,7 +228,7 @@ def _through_the_norm(
 def _add_dscale(o: Outputs, dscale: jax.Array, plan: Plan):
   """Adds the sum over this row tile."""
   part = jnp.sum(_inside_rows(dscale, plan), axis=0, keepdims=True)
-  _accumulate(o.dscale, part, pl.program_id(1) == 0)
+  accumulate(o.dscale, part, pl.program_id(1) == 0)
 
 
 def _add_residual(i: Inputs, dx: jax.Array, plan: Plan) -> jax.Array:
@@ -256,47 +237,55 @@ def _add_residual(i: Inputs, dx: jax.Array, plan: Plan) -> jax.Array:
   return dx
 
 
-def _write_weight_gradients(o: Outputs, s: Scratch):
-  """Those that are not their own sums."""
-  outs = Sums(o.dw_gate, o.dw_up, o.dw_down)
-  for out, total in zip(outs, s.sums, strict=True):
-    if total is not None:
-      out[...] = total[...].astype(out.dtype)
-
-
 # --- the call -----------------------------------------------------------------
 
 
 def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   """The gradients of all arrays."""
   a: Arrays = saved.arrays
-  sizes = Sizes.of(a, kept=p.keeps_products)
+  stored = d.store_gate is not None
+  sizes = Sizes.of(a, kept=p.keeps_products, stored=stored)
   plan = Plan(p, sizes, backward_tiles(sizes, p.config))
-  arrays = _inputs(p, a, saved.kept, d)
-  specs, shapes = _specs(plan), _out_shapes(plan, a)
-  _, one = epsilon_operand(a.epsilon)
+  arrays, scalars = _inputs(plan, a, saved.kept, d), Scalars.of(a)
+  specs, shapes = _specs(plan, arrays), _out_shapes(plan, a)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, plan=plan),
     name=f"{sizes.op}_bwd",
-    grid=(plan.f_tiles, plan.row_tiles),
-    in_specs=[where_present(arrays, specs[0]._replace(epsilon=one))],
-    out_specs=[where_present(shapes, specs[1])],
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(plan.f_tiles, plan.row_tiles),
+      in_specs=[where_present(arrays, specs[0])],
+      out_specs=[where_present(shapes, specs[1])],
+      scratch_shapes=[_scratch(plan, a)],
+    ),
     out_shape=[shapes],
-    scratch_shapes=[_scratch(plan, a)],
+    # dx is the first result, then the weights' gradients.
+    input_output_aliases=stack.aliases(
+      (scalars, arrays), arrays.ports, first=1
+    ),
     compiler_params=tpu.compiler_params(VMEM_BYTES),
-  )(arrays)
+  )(scalars, arrays)
   dscale = outs.dscale
   if dscale is not None:
     dscale = dscale[0].astype(a.scale.dtype)
-  return Arrays(outs.dx, outs.dw_gate, outs.dw_up, outs.dw_down, dscale)
+  weights = outs.dw_gate, outs.dw_up, outs.dw_down
+  grads = Arrays(outs.dx, *weights, dscale)
+  if sizes.stacked and not plan.sums_in_stack:
+    grads = stack.put_gradients(grads, a, stack.ports_of(a, d))
+  return stack.onward(grads, d)
 
 
-def _inputs(p: Problem, a: Arrays, kept: Kept | None, d: Outs) -> Inputs:
+def _inputs(plan: Plan, a: Arrays, kept: Kept | None, d: Outs) -> Inputs:
   down, scale = a.w_down is not None, a.scale
-  if kept is None:
+  ports = stack.ports_of(a, d) if plan.sums_in_stack else (None, None, None)
+  if d.store_gate is not None:
+    kept = Kept(*stack.stores_of(d))
+  elif kept is None:
     # One pass of XLA's is cheaper than a norm of every tile of x for every F
     # tile.
-    normed = None if scale is None else p.norm_of(a.x, scale, a.epsilon)
+    normed = (
+      None if scale is None else plan.problem.norm_of(a.x, scale, a.epsilon)
+    )
     kept = Kept(gate=None, up=None, normed=normed)
   return Inputs(
     x=a.x,
@@ -310,40 +299,50 @@ def _inputs(p: Problem, a: Arrays, kept: Kept | None, d: Outs) -> Inputs:
     normed=kept.normed,
     scale=None if scale is None else scale[None, :],
     epsilon=epsilon_operand(a.epsilon)[0],
+    ports=ports,
   )
 
 
-def _specs(plan: Plan) -> tuple[Inputs, Outputs]:
+def _specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
   """Of all inputs and outputs that there may be."""
   rows, cols, d = plan.tiles.rows, plan.tiles.cols, plan.sizes.d
-  by_row = pl.BlockSpec((rows, d), lambda j, i: (i, 0))
-  up = pl.BlockSpec((d, cols), lambda j, i: (0, j))
-  down = pl.BlockSpec((cols, d), lambda j, i: (j, 0))
-  both = pl.BlockSpec((rows, cols), lambda j, i: (i, j))
-  gain = pl.BlockSpec((1, d), lambda j, i: (0, 0))
+  by_row = pl.BlockSpec((rows, d), lambda j, i, _: (i, 0))
+
+  def up(stacked: bool) -> pl.BlockSpec:
+    return block_of_layer(stacked, (d, cols), lambda j, i, _: (0, j))
+
+  def down(stacked: bool) -> pl.BlockSpec:
+    return block_of_layer(stacked, (cols, d), lambda j, i, _: (j, 0))
+
+  both = pl.BlockSpec((rows, cols), lambda j, i, _: (i, j))
+  stored = plan.sizes.stored
+  kept = block_of_layer(stored, (rows, cols), lambda j, i, _: (i, j))
+  kept_row = block_of_layer(stored, (rows, d), lambda j, i, _: (i, 0))
+  gain = pl.BlockSpec((1, d), lambda j, i, _: (0, 0))
   # Of the last F tile alone; until then the block stays the first.
   at_last = pl.BlockSpec(
-    (rows, d), lambda j, i: (jnp.where(j == plan.f_tiles - 1, i, 0), 0)
+    (rows, d), lambda j, i, _: (jnp.where(j == plan.f_tiles - 1, i, 0), 0)
   )
   inputs = Inputs(
     # With a norm, the products are of `normed`, and x is its gradient's.
     x=by_row if plan.problem.norm is None else at_last,
-    w_gate=up,
-    w_up=up,
-    w_down=down,
+    w_gate=up(plan.sizes.stacked),
+    w_up=up(plan.sizes.stacked),
+    w_down=down(plan.sizes.stacked),
     dy=by_row,
     dh=both,
-    gate=both,
-    up=both,
-    normed=by_row,
+    gate=kept,
+    up=kept,
+    normed=kept_row,
     scale=gain,
-    epsilon=None,
+    epsilon=pl.BlockSpec((1, 1), lambda *_: (0, 0)),
+    ports=stack.in_place(arrays.ports),
   )
   outputs = Outputs(
     dx=at_last,
-    dw_gate=up,
-    dw_up=up,
-    dw_down=down,
+    dw_gate=up(plan.sums_in_stack),
+    dw_up=up(plan.sums_in_stack),
+    dw_down=down(plan.sums_in_stack),
     dscale=gain,
     dx_hbm=pl.BlockSpec(memory_space=pl.ANY),
   )
@@ -352,20 +351,22 @@ def _specs(plan: Plan) -> tuple[Inputs, Outputs]:
 
 def _out_shapes(plan: Plan, a: Arrays) -> Outputs:
   d, rows = plan.sizes.d, plan.row_tiles * plan.tiles.rows
+  ndim = 3 if plan.sums_in_stack else 2
 
-  def gradient(array: jax.Array | None) -> Any:
-    return (
-      None if array is None else varying_like(a.x, array.shape, array.dtype)
-    )
+  def gradient(array: jax.Array | None, ndim: int = 2) -> Any:
+    if array is None:
+      return None
+    shape = array.shape[array.ndim - ndim :]
+    return varying_like(a.x, shape, array.dtype)
 
   def float32(shape: tuple[int, int]) -> Any:
     return varying_like(a.x, shape, jnp.float32)
 
   return Outputs(
     dx=gradient(a.x),
-    dw_gate=gradient(a.w_gate),
-    dw_up=gradient(a.w_up),
-    dw_down=gradient(a.w_down),
+    dw_gate=gradient(a.w_gate, ndim),
+    dw_up=gradient(a.w_up, ndim),
+    dw_down=gradient(a.w_down, ndim),
     dscale=None if a.scale is None else float32((1, d)),
     dx_hbm=float32((rows, d)) if dx_travels(plan) else None,
   )
@@ -375,20 +376,11 @@ def _scratch(plan: Plan, a: Arrays) -> Scratch:
   sizes, rows, cols = plan.sizes, plan.tiles.rows, plan.tiles.cols
   tile = pltpu.VMEM((rows, cols), sizes.dtype)
 
-  def total(weight: jax.Array | None, shape: tuple[int, int]) -> Any:
-    if weight is None or weight.dtype == jnp.float32:
-      return None
-    return pltpu.VMEM(shape, jnp.float32)
-
   return Scratch(
     dgate=tile,
     dup=tile,
     h=tile if sizes.down else None,
     dx_sum=pltpu.VMEM((slots(plan), rows, sizes.d), jnp.float32),
-    sums=Sums(
-      total(a.w_gate, (sizes.d, cols)),
-      total(a.w_up, (sizes.d, cols)),
-      total(a.w_down, (cols, sizes.d)),
-    ),
+    sums=sums_scratch(plan, a),
     travel=travel_scratch() if dx_travels(plan) else None,
   )

@@ -28,8 +28,10 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.manual import varying_like
 from .._row_norm import epsilon_operand
+from . import stack
 from .activation import activate
 from .spec import Arrays, Kept, Outs, Problem
+from .stack import Scalars, block_of_layer
 from .tiles import VMEM_BYTES, Plan, Sizes, forward_tiles, where_present
 
 
@@ -42,10 +44,11 @@ class Inputs(NamedTuple):
   w_down: Any  # [cols, D], None for geglu
   scale: Any  # [1, D], None without a norm
   epsilon: Any  # [1, 1] of the norm, None if it is static
+  stores: tuple[Any, Any, Any]  # of a stack, in HBM: what is kept goes there
 
 
 class Outputs(NamedTuple):
-  """Refs of its outputs."""
+  """Refs of its outputs; of stores, one layer's."""
 
   y: Any  # [rows, D]; of geglu h, [rows, cols]
   gate: Any  # [rows, cols], None if not kept
@@ -63,7 +66,8 @@ class Scratch(NamedTuple):
 # --- the kernel ---------------------------------------------------------------
 
 
-def _kernel(i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
+def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
+  del scalars  # which blocks there are, not what is in them
   x = _normalise(i, o, s, plan)
   gate, up = _multiply(i, x)
   if o.gate is not None:
@@ -152,26 +156,50 @@ def _finish(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
 def forward(p: Problem, a: Arrays, *, keep: bool) -> tuple[Outs, Kept | None]:
   """The result, and with `keep` what the config keeps for the backward pass."""
   kept = keep and p.keeps_products
-  sizes = Sizes.of(a, kept=kept)
+  sizes = Sizes.of(a, kept=kept, stored=kept and a.store_gate is not None)
   plan = Plan(p, sizes, forward_tiles(sizes, p.config))
-  scale = None if a.scale is None else a.scale[None, :]
-  epsilon, one = epsilon_operand(a.epsilon)
-  arrays = Inputs(a.x, a.w_gate, a.w_up, a.w_down, scale, epsilon)
-  specs, shapes = _specs(plan), _out_shapes(plan, a.x)
+  scalars, arrays = Scalars.of(a), _inputs(plan, a)
+  specs, shapes = _specs(plan, arrays), _out_shapes(plan, a)
   grid = plan.row_tiles, plan.f_tiles
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, plan=plan),
     name=f"{sizes.op}_fwd",
-    grid=grid if _f_inside(plan) else grid[::-1],
-    in_specs=[where_present(arrays, specs[0]._replace(epsilon=one))],
-    out_specs=[where_present(shapes, specs[1])],
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=grid if _f_inside(plan) else grid[::-1],
+      in_specs=[where_present(arrays, specs[0])],
+      out_specs=[where_present(shapes, specs[1])],
+      scratch_shapes=[_scratch(plan)],
+    ),
     out_shape=[shapes],
-    scratch_shapes=[_scratch(plan)],
+    # y is the first result, then what is kept.
+    input_output_aliases=stack.aliases(
+      (scalars, arrays), arrays.stores, first=1
+    ),
     compiler_params=tpu.compiler_params(VMEM_BYTES),
-  )(arrays)
+  )(scalars, arrays)
   if not kept:
-    return Outs(outs.y), None
-  return Outs(outs.y), Kept(outs.gate, outs.up, outs.normed)
+    return Outs.of(outs.y, a), None
+  products = Kept(outs.gate, outs.up, outs.normed)
+  if not sizes.stored:
+    return Outs.of(outs.y, a), products
+  if not plan.keeps_in_stack:
+    stores = stack.stores_of(a)
+    products = Kept(*stack.put_all(a.layer, stores, products))
+  return Outs.of(outs.y, a, products), None
+
+
+def _inputs(plan: Plan, a: Arrays) -> Inputs:
+  epsilon, _ = epsilon_operand(a.epsilon)
+  return Inputs(
+    x=a.x,
+    w_gate=a.w_gate,
+    w_up=a.w_up,
+    w_down=a.w_down,
+    scale=None if a.scale is None else a.scale[None, :],
+    epsilon=epsilon,
+    stores=stack.stores_of(a) if plan.keeps_in_stack else (None, None, None),
+  )
 
 
 def _f_inside(plan: Plan) -> bool:
@@ -179,37 +207,53 @@ def _f_inside(plan: Plan) -> bool:
   return plan.sizes.down or plan.sizes.normed
 
 
-def _specs(plan: Plan) -> tuple[Inputs, Outputs]:
+def _specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
   """Of all inputs and outputs that there may be."""
-  rows, cols, d = plan.tiles.rows, plan.tiles.cols, plan.sizes.d
+  sizes = plan.sizes
+  rows, cols, d = plan.tiles.rows, plan.tiles.cols, sizes.d
 
-  def block(shape: tuple[int, int], index: Callable[..., Any]) -> pl.BlockSpec:
-    """`index` is of the row tile and the F tile."""
-    if _f_inside(plan):
-      return pl.BlockSpec(shape, index)
-    return pl.BlockSpec(shape, lambda j, i: index(i, j))
+  def block(
+    shape: tuple[int, int], index: Callable[..., Any], of_layer: bool = False
+  ) -> pl.BlockSpec:
+    """`index` is of the row tile, the F tile and the scalars."""
+    if not _f_inside(plan):
+      return block_of_layer(of_layer, shape, lambda j, i, s: index(i, j, s))
+    return block_of_layer(of_layer, shape, index)
 
-  by_row = block((rows, d), lambda i, j: (i, 0))
-  up = block((d, cols), lambda i, j: (0, j))
-  down = block((cols, d), lambda i, j: (j, 0))
-  both = block((rows, cols), lambda i, j: (i, j))
-  gain = block((1, d), lambda i, j: (0, 0))
-  y = by_row if plan.sizes.down else both
+  by_row = block((rows, d), lambda i, j, _: (i, 0))
+  up = block((d, cols), lambda i, j, _: (0, j), sizes.stacked)
+  down = block((cols, d), lambda i, j, _: (j, 0), sizes.stacked)
+  both = block((rows, cols), lambda i, j, _: (i, j))
+  kept = block((rows, cols), lambda i, j, _: (i, j), plan.keeps_in_stack)
+  kept_row = block((rows, d), lambda i, j, _: (i, 0), plan.keeps_in_stack)
+  y = by_row if sizes.down else both
   return (
-    Inputs(by_row, w_gate=up, w_up=up, w_down=down, scale=gain, epsilon=None),
-    Outputs(y=y, gate=both, up=both, normed=by_row),
+    Inputs(
+      x=by_row,
+      w_gate=up,
+      w_up=up,
+      w_down=down,
+      scale=block((1, d), lambda i, j, _: (0, 0)),
+      epsilon=block((1, 1), lambda i, j, _: (0, 0)),
+      stores=stack.in_place(arrays.stores),
+    ),
+    Outputs(y=y, gate=kept, up=kept, normed=kept_row),
   )
 
 
-def _out_shapes(plan: Plan, x: jax.Array) -> Outputs:
+def _out_shapes(plan: Plan, a: Arrays) -> Outputs:
   sizes = plan.sizes
-  narrow = varying_like(x, (sizes.n, sizes.d), x.dtype)
-  wide = varying_like(x, (sizes.n, sizes.f), x.dtype)
+  stack_of = a.store_gate.shape[:1] if plan.keeps_in_stack else ()
+
+  def shape(width: int, *stack: int) -> Any:
+    return varying_like(a.x, (*stack, sizes.n, width), a.x.dtype)
+
+  wide = shape(sizes.f, *stack_of) if sizes.kept else None
   return Outputs(
-    y=narrow if sizes.down else wide,
-    gate=wide if sizes.kept else None,
-    up=wide if sizes.kept else None,
-    normed=narrow if sizes.kept and sizes.normed else None,
+    y=shape(sizes.d if sizes.down else sizes.f),
+    gate=wide,
+    up=wide,
+    normed=shape(sizes.d, *stack_of) if sizes.kept and sizes.normed else None,
   )
 
 

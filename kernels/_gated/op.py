@@ -13,20 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from .._frame import switches
-from .._frame.check import (
-  Implementation,
-  as_floats,
-  check_config,
-  check_implementation,
-  check_seen_products,
-  check_shape,
-)
+from .._frame.check import Implementation
 from .._frame.kernel import kernel_op
 from .._frame.op import Case, Cost, Op, nbytes
 from .._frame.sharding import Axes, Split, leading_dims
-from .._row_norm import Norm, as_norm
-from .activation import ACTIVATIONS, Activation
+from .._layers import LayerOf
+from .._row_norm import Norm
+from .activation import Activation
 from .backward import backward
+from .door import Given, problem_of, run
 from .forward import forward
 from .spec import (
   Arrays,
@@ -36,9 +31,10 @@ from .spec import (
   geglu_reference,
   plain_backward,
   plain_forward,
+  plain_linear,
   reference,
 )
-from .tiles import FeedForwardConfig
+from .tiles import FeedForwardConfig, where_present
 
 # --- the ops ------------------------------------------------------------------
 
@@ -53,26 +49,34 @@ def _split(p: Problem, a: Arrays) -> Split:
   del p
   rows = leading_dims(a.x.ndim - 1)
   down = a.w_down is not None
-  return Split(
-    Arrays(
-      x=rows + "D",
-      w_gate="dF",
-      w_up="dF",
-      w_down="Fd" if down else None,
-      scale=None if a.scale is None else "d",
-      epsilon=None if a.epsilon is None else "",
-    ),
-    Outs(rows + ("D" if down else "F")),
-    over="BTF",
-    gathers="Dd",
+  # Weights of a stack come here only where nothing is split.
+  up, back = ("dF", "Fd") if a.layer is None else ("LdF", "LFd")
+  letters = Arrays(
+    x=rows + "D",
+    w_gate=up,
+    w_up=up,
+    w_down=back,
+    scale="d",
+    epsilon="",
+    layer="",
+    port_gate=up,
+    port_up=up,
+    port_down=back,
+    store_gate="L-F",
+    store_up="L-F",
+    store_normed="L-D",
   )
+  letters = where_present(a, letters)
+  y = rows + ("D" if down else "F")
+  outs = Outs(y, *letters[-6:])
+  return Split(letters, outs, over="BTF", gathers="Dd")
 
 
 def _by_rows(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Axes]) -> Outs:
   """The op on x [..., D] seen as [N, D]."""
   del axes
-  y = op(p, a._replace(x=a.x.reshape(-1, a.x.shape[-1]))).y
-  return Outs(y.reshape(*a.x.shape[:-1], y.shape[-1]))
+  outs = op(p, a._replace(x=a.x.reshape(-1, a.x.shape[-1])))
+  return outs._replace(y=outs.y.reshape(*a.x.shape[:-1], outs.y.shape[-1]))
 
 
 def _summed_over_f(
@@ -89,12 +93,16 @@ def _summed_over_f(
   return Outs(a.x + y if p.residual else y)
 
 
+def _whose_gradients_leave_by_ports(a: Arrays) -> tuple[str, ...]:
+  return () if a.port_gate is None else ("w_gate", "w_up", "w_down")
+
+
 _geglu = kernel_op(
   "geglu",
   reference=reference,
   forward=forward,
   backward=backward,
-  saves=Arrays._fields,
+  saves=("x", "w_gate", "w_up", "w_down", "scale", "epsilon", "layer"),
   names=("gate", "up", "normed", "y"),
   keeps=True,
   split=_split,
@@ -104,6 +112,9 @@ _geglu = kernel_op(
   around=_by_rows,
   plain_forward=plain_forward,
   plain_backward=plain_backward,
+  plain_linear=plain_linear,
+  constants=_whose_gradients_leave_by_ports,
+  passes=("port_gate", "port_up", "port_down"),
 )
 _feed_forward = dataclasses.replace(
   _geglu, name="feed_forward", around=_summed_over_f
@@ -115,9 +126,10 @@ _feed_forward = dataclasses.replace(
 @switches.plain
 def geglu(
   x: jax.Array,
-  w_gate: jax.Array,
-  w_up: jax.Array,
+  w_gate: jax.Array | LayerOf,
+  w_up: jax.Array | LayerOf,
   *,
+  layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",
   norm: Norm | None = None,
   implementation: Implementation = None,
@@ -135,6 +147,13 @@ def geglu(
     w_gate: [D, F] float32 or bfloat16, the activated branch; computed with in
       x's dtype, to which the kernel casts its tiles.
     w_up: [D, F], the linear branch.
+    layer: None, or an integer, traced or not: then the weights are [L, D, F],
+      stacked over the layers of a model, and this is the layer to use.  The
+      kernel reads it where it lies, where a slice would be a copy.  (A traced
+      index out of range is clamped, as `jax.lax.dynamic_index_in_dim` does.)
+      The gradient is that of the stack.  In a scan use `scan_layers`, whose
+      `LayerOf` takes the place of a weight and of `layer`: there the gradient
+      is written once.  Over a mesh that splits them, the layer is taken first.
     activation: "gelu_tanh", "gelu" (exact), "silu" (SwiGLU) or "relu".
     norm: RMSNorm to be taken of x first, in the same pass over x; None for
       none.
@@ -151,18 +170,19 @@ def geglu(
     ValueError: on a wrong shape or dtype, an unknown activation, or an x whose
       last dimension is split over a mesh.
   """
-  weights = dict(w_gate=w_gate, w_up=w_up)
-  problem = _problem(activation, False, implementation, config)
-  return _geglu(*_checked("geglu", x, weights, norm, problem)).y
+  given = Given(w_gate, w_up, None, layer)
+  problem = problem_of(activation, False, implementation, config)
+  return run(_geglu, problem, x, given, norm)
 
 
 @switches.plain
 def feed_forward(
   x: jax.Array,
-  w_gate: jax.Array,
-  w_up: jax.Array,
-  w_down: jax.Array,
+  w_gate: jax.Array | LayerOf,
+  w_up: jax.Array | LayerOf,
+  w_down: jax.Array | LayerOf,
   *,
+  layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",
   norm: Norm | None = None,
   residual: bool = False,
@@ -177,6 +197,7 @@ def feed_forward(
     w_gate: [D, F], as in `geglu`.
     w_up: [D, F], as in `geglu`.
     w_down: [F, D] float32 or bfloat16.
+    layer: as in `geglu`; then w_down is [L, F, D].
     activation: as in `geglu`.
     norm: as in `geglu`.
     residual: whether x itself, before the norm, is added to the result.  Where
@@ -193,59 +214,9 @@ def feed_forward(
   Raises:
     ValueError: as `geglu`, and on a w_down of another shape than [F, D].
   """
-  weights = dict(w_gate=w_gate, w_up=w_up, w_down=w_down)
-  problem = _problem(activation, bool(residual), implementation, config)
-  return _feed_forward(*_checked("feed_forward", x, weights, norm, problem)).y
-
-
-def _problem(
-  activation: Activation,
-  residual: bool,
-  implementation: Implementation,
-  config: FeedForwardConfig | None,
-) -> Problem:
-  config = FeedForwardConfig() if config is None else config
-  return Problem(activation, None, residual, implementation, config)
-
-
-def _checked(
-  op: str,
-  x: Any,
-  weights: Mapping[str, Any],
-  norm: Norm | None,
-  p: Problem,
-) -> tuple[Problem, Arrays]:
-  """What either op is given, checked; the problem without a norm as yet."""
-  check_implementation(op, p.implementation)
-  check_config(op, p.config, FeedForwardConfig)
-  if p.activation not in ACTIVATIONS:
-    raise ValueError(
-      f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, "
-      f"got {p.activation!r}"
-    )
-  x, w_gate, w_up, *down = as_floats(op, x=x, **weights)
-  if x.ndim == 0:
-    raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-  if w_gate.ndim != 2 or w_gate.shape[0] != x.shape[-1]:
-    raise ValueError(
-      f"{op}: w_gate must be [D, F] with D = {x.shape[-1]}, the last dimension "
-      f"of x, got {w_gate.shape}"
-    )
-  check_shape(op, "w_up", w_up, w_gate.shape, "the shape of w_gate")
-  check_seen_products(op, p.implementation, ", ".join(weights))
-  w_down = down[0] if down else None
-  if w_down is not None:
-    check_shape(op, "w_down", w_down, w_gate.shape[::-1], "[F, D]")
-  if norm is None:
-    return p, Arrays(x, w_gate, w_up, w_down, None)
-  if not isinstance(norm, Norm):
-    raise ValueError(
-      f"{op}: norm must be a pallas_gemma.kernels.Norm(scale) or None, "
-      f"got {type(norm).__name__}"
-    )
-  row_norm, scale, epsilon = as_norm(op, x, norm, "norm.")
-  p = dataclasses.replace(p, norm=row_norm)
-  return p, Arrays(x, w_gate, w_up, w_down, scale, epsilon)
+  given = Given(w_gate, w_up, w_down, layer)
+  problem = problem_of(activation, bool(residual), implementation, config)
+  return run(_feed_forward, problem, x, given, norm)
 
 
 # --- registration -------------------------------------------------------------

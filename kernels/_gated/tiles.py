@@ -53,6 +53,12 @@ class FeedForwardTiles:
       _even(f, self.cols, tpu.LANES),
     )
 
+  def dividing(self, f: int) -> FeedForwardTiles:
+    """These with columns that divide F, if there are half as many that do."""
+    fewer = range(self.cols, self.cols // 2 - 1, -tpu.LANES)
+    cols = next((c for c in fewer if f % c == 0), self.cols)
+    return dataclasses.replace(self, cols=cols)
+
 
 def _even(length: int, tile: int, unit: int) -> int:
   count = pl.cdiv(length, tile)
@@ -117,6 +123,8 @@ class Sizes:
     down: whether the projection back to D is part of the op.
     kept: whether gate and up go from the forward to the backward pass.
     normed: whether the op takes the norm of x itself.
+    stacked: whether the weights are one layer's of a stack.
+    stored: whether gate and up are, and the norm.
   """
 
   n: int
@@ -127,21 +135,25 @@ class Sizes:
   down: bool
   kept: bool
   normed: bool
+  stacked: bool = False
+  stored: bool = False
 
   @classmethod
-  def of(cls, a: Arrays, *, kept: bool) -> Sizes:
+  def of(cls, a: Arrays, *, kept: bool, stored: bool = False) -> Sizes:
     """Those of arrays with x [N, D]."""
     n, d = a.x.shape
     weights = [w for w in (a.w_gate, a.w_up, a.w_down) if w is not None]
     return cls(
       n=n,
       d=d,
-      f=a.w_gate.shape[1],
+      f=a.w_gate.shape[-1],
       dtype=a.x.dtype,
       weight_dtype=jnp.result_type(*(w.dtype for w in weights)),
       down=a.w_down is not None,
       kept=kept,
       normed=a.scale is not None,
+      stacked=a.layer is not None,
+      stored=stored,
     )
 
   @property
@@ -182,10 +194,56 @@ def backward_bytes(sizes: Sizes, tiles: FeedForwardTiles) -> int:
   return row_tiles + weights + inputs + temporaries
 
 
+# --- a model of the program's length ------------------------------------------
+
+# A grid step is one loop body without loops: it must fit the instruction memory
+# (see `_frame/tpu.py`), or its code is loaded anew at every step.  Fitted to
+# the compiler's output (JAX 0.12.0.1, libtpu 0.0.50.1), to 3 %.
+
+
+def forward_bundles(sizes: Sizes, tiles: FeedForwardTiles) -> float:
+  """Bundles of a grid step of the forward kernel."""
+  products = _product_cycles(sizes, tiles, sizes.weights)
+  of_norm = 2 * _registers(tiles.rows, sizes.d) if sizes.normed else 0
+  return 0.87 * products + of_norm
+
+
+def backward_bundles(sizes: Sizes, tiles: FeedForwardTiles) -> float:
+  """Bundles of a grid step of the backward kernel."""
+  again = 0 if sizes.kept else 2
+  products = _product_cycles(sizes, tiles, 2 * sizes.weights + again)
+  per_register = 11 if sizes.normed else 3.5
+  return 0.85 * products + per_register * _registers(tiles.rows, sizes.d)
+
+
+def _product_cycles(
+  sizes: Sizes, tiles: FeedForwardTiles, products: int
+) -> float:
+  """Cycles that the matrix unit takes for the products of a grid step."""
+  passes = tpu.FLOAT32_PASSES if sizes.dtype == jnp.float32 else 1
+  one = tiles.rows * tiles.cols * tpu.lanes(sizes.d) / tpu.PRODUCTS_PER_CYCLE
+  return products * passes * one
+
+
+def _registers(rows: int, width: int) -> float:
+  """Vector registers that hold a float32 tile."""
+  return rows * tpu.lanes(width) / (tpu.SUBLANES * tpu.LANES)
+
+
 # --- the choice ---------------------------------------------------------------
 
 # Rows and columns in falling order of speed; the first that fits is taken.
-_FORWARD = ((1024, 512), (512, 512), (512, 256), (256, 256), (256, 128))
+_FORWARD = (
+  (1024, 512),
+  (512, 512),
+  (512, 256),
+  (256, 256),
+  (256, 128),
+  (128, 128),
+  (64, 128),
+  (32, 128),
+  (16, 128),
+)
 _BACKWARD = (
   (512, 1024),
   (512, 512),
@@ -193,8 +251,8 @@ _BACKWARD = (
   (512, 256),
   (256, 256),
   (128, 256),
+  *_FORWARD[5:],
 )
-_SMALL = ((128, 128), (64, 128), (32, 128), (16, 128))
 
 
 def forward_tiles(sizes: Sizes, config: FeedForwardConfig) -> FeedForwardTiles:
@@ -202,7 +260,7 @@ def forward_tiles(sizes: Sizes, config: FeedForwardConfig) -> FeedForwardTiles:
   return (
     config.forward
     or _tuned(sizes, "forward")
-    or _fitting(sizes, _FORWARD, forward_bytes)
+    or _fitting(sizes, _FORWARD, forward_bytes, forward_bundles)
   )
 
 
@@ -211,7 +269,7 @@ def backward_tiles(sizes: Sizes, config: FeedForwardConfig) -> FeedForwardTiles:
   return (
     config.backward
     or _tuned(sizes, "backward")
-    or _fitting(sizes, _BACKWARD, backward_bytes)
+    or _fitting(sizes, _BACKWARD, backward_bytes, backward_bundles)
   )
 
 
@@ -233,14 +291,25 @@ def _fitting(
   sizes: Sizes,
   fastest_first: Sequence[tuple[int, int]],
   vmem_bytes: Callable[[Sizes, FeedForwardTiles], int],
+  bundles: Callable[[Sizes, FeedForwardTiles], float],
 ) -> FeedForwardTiles:
-  for rows, cols in (*fastest_first, *_SMALL):
+  """The first tiles that fit VMEM and the instruction memory.
+
+  The last of the list need only fit VMEM: their code is loaded more than once,
+  for want of shorter.
+  """
+  for rows, cols in fastest_first:
     tiles = FeedForwardTiles(rows, cols).over(sizes.n, sizes.f)
-    if vmem_bytes(sizes, tiles) <= _BUDGET_BYTES:
+    if sizes.stacked:  # else nothing is written into the stack in place
+      tiles = tiles.dividing(sizes.f)
+    is_last = (rows, cols) == fastest_first[-1]
+    is_short = bundles(sizes, tiles) <= tpu.INSTRUCTION_BUNDLES
+    if vmem_bytes(sizes, tiles) <= _BUDGET_BYTES and (is_short or is_last):
       return tiles
+  rows, cols = fastest_first[-1]
   raise ValueError(
-    f"{sizes.op}: the kernel needs D small enough that {_SMALL[-1][0]} rows "
-    f"and {_SMALL[-1][1]} columns of F fit VMEM, got D = {sizes.d} in "
+    f"{sizes.op}: the kernel needs D small enough that {rows} rows "
+    f"and {cols} columns of F fit VMEM, got D = {sizes.d} in "
     f"{sizes.dtype}; pass implementation='xla'"
   )
 
@@ -255,6 +324,26 @@ class Plan:
   problem: Problem
   sizes: Sizes
   tiles: FeedForwardTiles
+
+  @property
+  def hangs_over_f(self) -> bool:
+    """Whether the last F tile hangs over the end of F.
+
+    Then nothing is written into a stack of [..., F] in place: Pallas's
+    interpreter cannot do it.
+    """
+    return self.sizes.f % self.tiles.cols != 0
+
+  @property
+  def sums_in_stack(self) -> bool:
+    """Whether the gradients of weights are written into the stack's."""
+    return self.sizes.stacked and not self.hangs_over_f
+
+  @property
+  def keeps_in_stack(self) -> bool:
+    """Whether what is kept is written into stores."""
+    hangs = self.hangs_over_f or self.sizes.n % self.tiles.rows != 0
+    return self.sizes.stored and not hangs
 
   @property
   def row_tiles(self) -> int:

@@ -1,0 +1,105 @@
+"""What each layer keeps for its backward pass, and what it computes again.
+
+A policy is for one layer:
+
+    none   keeps all that the backward pass reads; nothing is computed again
+    dots   keeps products of rows with weights
+    names  keeps the layer's input, and the attention kernel's result
+    full   keeps the layer's input alone
+
+`GemmaConfig.remat` is a policy for all layers, or says how many layers take
+each, in order: "none:14,full" is 14 that keep all, and of the others the input.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, cast, get_args
+
+import jax
+
+Policy = Literal["none", "full", "dots", "names"]
+AUTO = "auto"
+
+
+def parts(remat: str, num_layers: int) -> tuple[tuple[Policy, int], ...]:
+  """Policies, and how many layers take each; "auto" as "none".
+
+  Raises:
+    ValueError: what it must be, for a sentence that begins with its name.
+  """
+  if remat == AUTO:
+    return (("none", num_layers),)
+  *counted, rest = remat.split(",") if isinstance(remat, str) else [""]
+  found: list[tuple[Policy, int]] = []
+  for part in counted:
+    policy, _, count = part.partition(":")
+    found.append((_policy(policy), int(count) if count.isdecimal() else 0))
+  left = num_layers - sum(count for _, count in found)
+  found.append((_policy(rest), left))
+  if any(count < 1 for _, count in found):
+    raise ValueError(
+      f"fewer than {num_layers} layers, at least one for each but the last "
+      f"policy, such as none:{max(1, num_layers // 2)},full"
+    )
+  return tuple(found)
+
+
+def _policy(name: str) -> Policy:
+  if name not in get_args(Policy):
+    raise ValueError(
+      f"one of {', '.join(get_args(Policy))}, {AUTO}, or layers of some and "
+      f"the rest of another, such as none:2,full"
+    )
+  return cast("Policy", name)
+
+
+def checkpoint(policy: Policy) -> Callable[[Any], Any] | None:
+  """What wraps a layer, so that it keeps what the policy says; None for all."""
+  policies = jax.checkpoint_policies
+  match policy:
+    case "none":
+      return None
+    case "full":
+      kept = policies.nothing_saveable
+    case "dots":
+      # Products of rows with weights; not those of attention, of size T^2.
+      kept = policies.dots_with_no_batch_dims_saveable
+    case "names":
+      # Attention's result and log-normaliser: without them its backward pass
+      # would have to run the forward kernel again.
+      kept = policies.save_only_these_names(
+        "flash_attention_out", "flash_attention_lse"
+      )
+  # prevent_cse puts barriers between the forward pass and its recomputation, so
+  # that XLA does not merge them.  In a scan they are apart without barriers.
+  return functools.partial(jax.checkpoint, policy=kept, prevent_cse=False)
+
+
+# --- what fits ----------------------------------------------------------------
+
+
+def fastest_first(num_layers: int) -> list[str]:
+  """Choices, each of which keeps less than the one before."""
+  some = range(num_layers - 1, 0, -1)
+  return [
+    "none",
+    *(f"none:{count},names" for count in some),
+    "names",
+    *(f"names:{count},full" for count in some),
+    "full",
+  ]
+
+
+def fastest_that(fits: Callable[[str], bool], num_layers: int) -> str | None:
+  """The fastest choice that fits, found by halving; None if none does."""
+  choices = fastest_first(num_layers)
+  low, high = 0, len(choices)  # those before `low` do not fit
+  while low < high:
+    middle = (low + high) // 2
+    if fits(choices[middle]):
+      high = middle
+    else:
+      low = middle + 1
+  return choices[low] if low < len(choices) else None

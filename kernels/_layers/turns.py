@@ -1,0 +1,160 @@
+"""Where ports and stores begin, turn back and end.
+
+Each function here does nothing to the values that it is given.  What it does is
+to their cotangents, see the package.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from .._frame.derivative import linear
+from .._frame.lowering import lies_on_a_mesh, unset
+
+
+@jax.custom_jvp
+def take(stack: Any, port: Any, index: Any) -> Any:
+  """A layer of the stack, and the port."""
+  return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), port
+
+
+def _take_jvp(primals: Any, tangents: Any) -> Any:
+  stack, port, index = primals
+  # Without the port, so that under `jax.checkpoint` it is not kept to compute
+  # this again.
+  own = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+  outs = own, port
+
+  def of_layer(residuals: Any, tangents: Any) -> Any:
+    (index,), (dport,) = residuals, tangents
+    return jax.lax.dynamic_index_in_dim(dport, index, keepdims=False), dport
+
+  def into_stack(residuals: Any, cotangents: Any) -> Any:
+    (index,), (d, dport) = residuals, cotangents
+    return [jax.lax.dynamic_update_index_in_dim(dport, d, index, 0)]
+
+  d_outs = linear(of_layer, into_stack, [index], [tangents[1]], outs)
+  return outs, tuple(d_outs)
+
+
+take.defjvp(_take_jvp, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def skip(port: Any, index: Any) -> Any:
+  """The port past a layer that is not used, whose gradient is zero."""
+  del index
+  return port
+
+
+def _skip_jvp(primals: Any, tangents: Any) -> Any:
+  port, index = primals
+
+  def cleared(residuals: Any, cotangents: Any) -> Any:
+    (index,), (dport,) = residuals, cotangents
+    zero = jnp.zeros_like(dport, shape=dport.shape[1:])
+    return [jax.lax.dynamic_update_index_in_dim(dport, zero, index, 0)]
+
+  (d,) = linear(lambda _, d: d, cleared, [index], [tangents[0]], [port])
+  return port, d
+
+
+skip.defjvp(_skip_jvp, symbolic_zeros=True)
+
+
+def open_stores(init: Any, length: int, asked: Any) -> tuple[Any, Any]:
+  """The first carry, and stores that are not set."""
+  stores: Any = [
+    [jax.ShapeDtypeStruct((length, *s.shape), s.dtype) for s in specs]
+    for specs in asked
+  ]
+  leaves, tree = jax.tree.flatten(init)
+  for i, leaf in enumerate(leaves):
+    if _is_float(leaf):
+      specs, structure = jax.tree.flatten(stores)
+      leaves[i], *empty = _opened(leaf, tuple(specs))
+      return jax.tree.unflatten(tree, leaves), jax.tree.unflatten(
+        structure, empty
+      )
+  return init, [[] for _ in asked]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _opened(x: Any, specs: Any) -> Any:
+  """x and stores, whose cotangents are dropped."""
+  return x, *(unset(x, spec.shape, spec.dtype) for spec in specs)
+
+
+def _opened_jvp(specs: Any, primals: Any, tangents: Any) -> Any:
+  outs = _opened(*primals, specs)
+
+  def opened(_: Any, tangents: Any) -> Any:
+    return [*tangents, *map(jnp.zeros_like, outs[1:])]
+
+  d = linear(opened, lambda _, d: d[:1], [], tangents, outs)
+  return outs, tuple(d)
+
+
+_opened.defjvp(_opened_jvp, symbolic_zeros=True)
+
+
+def turn(carry: Any, ports: Any, stores: Any) -> Any:
+  """The carry after the last layer.
+
+  Backwards, the ports begin here, not as zeros: those of a scan's last carry
+  that nothing reads would be written, as much as the gradient itself.  And here
+  the stores turn back.
+  """
+  stores = jax.tree.leaves(stores)
+  if not ports and not stores:
+    return carry
+  leaves, tree = jax.tree.flatten(carry)
+  for i, leaf in enumerate(leaves):
+    if _is_float(leaf):
+      leaves[i] = _turned(leaf, ports, stores)
+      break
+  return jax.tree.unflatten(tree, leaves)
+
+
+def _is_float(x: Any) -> bool:
+  return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
+@jax.custom_jvp
+def _turned(x: Any, ports: Any, stores: Any) -> Any:
+  """x; backwards, the ports too, not set, and the stores as they are."""
+  del ports, stores
+  return x
+
+
+def _turned_jvp(primals: Any, tangents: Any) -> Any:
+  (x, ports, stores), (dx, dports, dstores) = primals, tangents
+  if isinstance(dx, SymbolicZero):
+    return x, jnp.zeros_like(x)
+  moving = [port for port, d in zip(ports, dports, strict=True) if _moves(d)]
+  tangents = [dx, *filter(_moves, [*dports, *dstores])]
+  # Where a port lies on a mesh only the port says; else its type will do.
+  on_mesh = any(map(lies_on_a_mesh, moving))
+  kept = moving if on_mesh else []
+  types = [(port.shape, port.dtype) for port in moving]
+  full = list(stores) if any(map(_moves, dstores)) else []
+
+  def turn_back(residuals: Any, cotangents: Any) -> Any:
+    likes = residuals[: len(kept)] if on_mesh else cotangents * len(types)
+    begun = [unset(like, *t) for like, t in zip(likes, types, strict=True)]
+    return [*cotangents, *begun, *residuals[len(kept) :]]
+
+  (d,) = linear(lambda _, d: d[:1], turn_back, [*kept, *full], tangents, [x])
+  return x, d
+
+
+_turned.defjvp(_turned_jvp, symbolic_zeros=True)
+
+
+def _moves(tangent: Any) -> bool:
+  return not isinstance(tangent, SymbolicZero)

@@ -1,0 +1,82 @@
+"""What the backward pass keeps, so that training fits a device's memory."""
+
+import dataclasses
+import importlib
+
+import jax
+import pytest
+from pallas_gemma.gemma import GemmaConfig, TrainConfig, UserError
+
+FIT = importlib.import_module("pallas_gemma.gemma._train.fit")
+REMAT = importlib.import_module("pallas_gemma.gemma._remat")
+STEP = importlib.import_module("pallas_gemma.gemma._train.step")
+
+
+def settings(**changes):
+  model = dataclasses.replace(GemmaConfig.tiny(), remat="auto", num_layers=3)
+  fields = dict(model=model, batch_size=4, sequence_length=256)
+  return TrainConfig(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("layers", [1, 2, 18])
+def test_the_fastest_that_fits_is_found(layers):
+  choices = REMAT.fastest_first(layers)
+  for choice in choices:
+    assert sum(count for _, count in REMAT.parts(choice, layers)) == layers
+  for first, want in enumerate([*choices, None]):
+    tried = []
+
+    def fits(choice, first=first, tried=tried):
+      tried.append(choice)
+      return choices.index(choice) >= first
+
+    assert REMAT.fastest_that(fits, layers) == want
+    assert len(tried) <= len(choices).bit_length()
+
+
+@pytest.mark.no_interpreter
+def test_less_is_kept_where_less_fits():
+  """By what XLA says that the compiled step takes."""
+  roomy = STEP.resolved(settings(), 1 << 34)
+  assert (roomy.model.remat, roomy.head) == ("none", "chunked")
+
+  sizes = {}
+
+  def bytes_of(compile_step, config, right=FIT._bytes):
+    size = right(compile_step, config)
+    sizes[config.model.remat, config.head] = size
+    return size
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(FIT, "_bytes", bytes_of)
+    with pytest.raises(UserError, match="even with each layer's input alone"):
+      STEP.resolved(settings(), 1 << 20)
+    least = sizes["full", "recompute"]
+    tight = STEP.resolved(settings(), least + (1 << 20))
+  assert tight.model.remat not in ("none", "auto")
+  assert sizes[tight.model.remat, tight.head] <= least + (1 << 20)
+
+
+def test_without_known_memory_nothing_is_compiled():
+  unknown = STEP.resolved(settings(), None)
+  assert (unknown.model.remat, unknown.head) == ("none", "recompute")
+
+
+@pytest.mark.parametrize("head", ["recompute", "chunked"])
+def test_what_is_given_stays(head):
+  model = dataclasses.replace(GemmaConfig.tiny(), remat="none:2,full")
+  given = settings(model=model, head=head)
+  assert STEP.resolved(given, 1) == given
+
+
+def test_what_does_not_fit_the_compiler_does_not_fit():
+  def compile_step(config):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  assert FIT._bytes(compile_step, settings()) == float("inf")
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    FIT._bytes(_internal_error, settings())
+
+
+def _internal_error(config):
+  raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
