@@ -54,6 +54,8 @@ class SampleConfig:
     top_k: draw among that many likeliest tokens only.
     top_p: draw among the likeliest tokens that together have this
       probability.
+    min_p: draw among tokens at least so many times as likely as the likeliest;
+      None for all.
     seed: of the draws; the same seed gives the same text.
   """
 
@@ -64,6 +66,7 @@ class SampleConfig:
   temperature: float = 0.8
   top_k: int | None = None
   top_p: float | None = 0.95
+  min_p: float | None = None
   seed: int = 0
 
 
@@ -195,6 +198,7 @@ def _print_samples(config: SampleConfig) -> None:
     temperature=config.temperature,
     top_k=config.top_k,
     top_p=config.top_p,
+    min_p=config.min_p,
     seed=config.seed,
     stream=stream,
   )

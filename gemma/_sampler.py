@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._draw import Cut
+from ._draw import draw as draw_token
 from ._errors import UserError
 from ._model import Cache, Gemma
 from ._tokenizer import END_OF_TURN, Tokenizer
@@ -34,7 +36,7 @@ class Completion:
     text: the new text, without the prompt and the stop token.
     tokens: its ids.
     logprobs: of each token, in nats, under the model's own distribution: at
-      temperature 1 and before top-k and top-p.
+      temperature 1 and before any cut.
     finish_reason: "stop" at a stop token, "length" at max_new_tokens.
   """
 
@@ -89,6 +91,7 @@ class Sampler:
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     stop_tokens: Collection[int] | None = None,
     stream: Callable[[int, str], None] | None = None,
@@ -97,7 +100,8 @@ class Sampler:
 
     A token is drawn from softmax(logits / temperature), cut to its `top_k`
     likeliest tokens, renormalised, then cut to the fewest likeliest tokens
-    that hold at least `top_p` of what is left.
+    that hold at least `top_p` of what is left, then to those at least `min_p`
+    times as likely as the likeliest.
 
     Args:
       prompts: texts, possibly empty, of any lengths.
@@ -105,6 +109,7 @@ class Sampler:
       temperature: 0 takes the likeliest token.
       top_k: None keeps all.
       top_p: None keeps all.
+      min_p: from 0 to 1; None keeps all.
       seed: of the draws; row i draws the same random numbers whatever the other
         prompts are.
       stop_tokens: ids that end a completion; None is the tokenizer's end of
@@ -118,14 +123,17 @@ class Sampler:
     static = _Static(
       vocab_size=self.tokenizer.vocab_size,
       greedy=temperature < float(np.finfo(np.float32).tiny),
-      filtered=top_k is not None or top_p is not None,
+      filtered=any(limit is not None for limit in (top_k, top_p, min_p)),
     )
-    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    _check_settings(max_new_tokens, temperature, top_k, top_p, min_p)
     draw = _Dynamic(
       key=jax.random.key(seed),
       temperature=np.float32(temperature),
-      top_k=np.int32(min(top_k or static.vocab_size, static.vocab_size)),
-      top_p=np.float32(math.inf if top_p is None else top_p),
+      cut=Cut(
+        top_k=np.int32(min(top_k or static.vocab_size, static.vocab_size)),
+        top_p=np.float32(math.inf if top_p is None else top_p),
+        min_p=np.float32(min_p or 0.0),
+      ),
     )
     stops = self._stops(stop_tokens)
     tokens, lengths = self._encode(prompts, max_new_tokens)
@@ -201,7 +209,7 @@ class _Static:
   Attributes:
     vocab_size: the tokenizer's; later rows of the embedding are never sampled.
     greedy: whether to take the likeliest token and draw nothing.
-    filtered: whether to apply top-k and top-p.
+    filtered: whether some tokens may not be drawn.
   """
 
   vocab_size: int
@@ -214,8 +222,7 @@ class _Dynamic(NamedTuple):
 
   key: jax.Array
   temperature: np.float32
-  top_k: np.int32
-  top_p: np.float32
+  cut: Cut
 
 
 @functools.partial(jax.jit, static_argnames=("cache_length", "static"))
@@ -265,33 +272,13 @@ def _next_token(
     scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled /= draw.temperature
     if static.filtered:
-      tokens = _filtered_draw(keys, scaled, draw)
+      tokens = draw_token(keys, scaled, draw.cut)
     else:
       tokens = jax.vmap(jax.random.categorical)(keys, scaled)
   logprobs = jnp.take_along_axis(
     jax.nn.log_softmax(logits), tokens[:, None], axis=-1
   )
   return tokens.astype(jnp.int32), logprobs[:, 0]
-
-
-def _filtered_draw(
-  keys: jax.Array, logits: jax.Array, draw: _Dynamic
-) -> jax.Array:
-  """Draws from each row of logits [B, V] after top-k and then top-p.
-
-  Tokens are kept by rank and not by a threshold on their logits: of several
-  equal logits exactly as many are kept as there is room for.
-  """
-  order = jnp.argsort(logits, axis=-1, descending=True)
-  ranked = jnp.take_along_axis(logits, order, axis=-1)
-  rank = jnp.arange(logits.shape[-1])
-  ranked = jnp.where(rank < draw.top_k, ranked, -jnp.inf)
-  p = jax.nn.softmax(ranked)
-  likelier = jnp.cumsum(p, axis=-1) - p
-  keep = (likelier < draw.top_p) | (rank == 0)
-  ranked = jnp.where(keep, ranked, -jnp.inf)
-  choice = jax.vmap(jax.random.categorical)(keys, ranked)
-  return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
 
 
 # --- on the host --------------------------------------------------------------
@@ -307,6 +294,7 @@ def _check_settings(
   temperature: float,
   top_k: int | None,
   top_p: float | None,
+  min_p: float | None,
 ) -> None:
   def wanted(name: str, what: str, got: object) -> UserError:
     return UserError(f"Sampler: {name} must be {what}, got {got}")
@@ -319,6 +307,8 @@ def _check_settings(
     raise wanted("top_k", "at least 1, or None", top_k)
   if top_p is not None and not 0 < top_p <= 1:
     raise wanted("top_p", "above 0 and at most 1, or None", top_p)
+  if min_p is not None and not 0 <= min_p <= 1:
+    raise wanted("min_p", "from 0 to 1, or None", min_p)
 
 
 class _Row:

@@ -261,6 +261,7 @@ FOUR = dict(t10=0.5, t11=0.3, t12=0.15, t13=0.05)
     (dict(temperature=1.0, top_p=0.4), {10: 1}),
     (dict(temperature=1.0, top_p=0.6), {10: 5 / 8, 11: 3 / 8}),
     (dict(temperature=1.0, top_p=1e-45), {10: 1}),
+    (dict(temperature=1.0, min_p=0.55), {10: 5 / 8, 11: 3 / 8}),
     # Top-k first: of 5/8 and 3/8, the first alone holds 0.6.
     (dict(temperature=1.0, top_k=2, top_p=0.6), {10: 1}),
     # Temperature first: at 2 the likeliest has 0.38 and does not hold 0.5.
@@ -356,6 +357,7 @@ def test_streamed_pieces_make_up_each_text():
     (dict(top_k=0), "top_k must be at least 1, or None, got 0"),
     (dict(top_p=0.0), "top_p must be above 0 and at most 1, or None, got 0.0"),
     (dict(top_p=1.1), "top_p must be above 0 and at most 1, or None, got 1.1"),
+    (dict(min_p=-0.1), "min_p must be from 0 to 1, or None, got -0.1"),
     (dict(stop_tokens=[300]), "stop_tokens must be ids below 300, got 300"),
     (
       dict(prompts=["fox", "0" * 40]),
