@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _BITS = 32
+_ROWS = 8  # the sublanes of a TPU's registers
 
 
 class Cut(NamedTuple):
@@ -54,12 +55,18 @@ def draw(keys: jax.Array, logits: jax.Array, cut: Cut) -> jax.Array:
 
 def _cut(logits: jax.Array, cut: Cut) -> jax.Array:
   """Logits [V], minus infinity where a token may not be drawn."""
+  # A vector along the lanes alone would take eight times as long to sum.
+  vocab_size = logits.size
+  padding = -vocab_size % _ROWS
+  logits = jnp.pad(logits, (0, padding), constant_values=-jnp.inf)
+  logits = logits.reshape(_ROWS, -1)
   order = _ordered(logits)
   logits = jnp.where(_top_k(order, cut.top_k), logits, -jnp.inf)
-  kept = _top_p(order, jax.nn.softmax(logits), cut.top_p)
+  p = jnp.exp(logits - jnp.max(logits))
+  kept = _top_p(order, p / jnp.sum(p), cut.top_p)
   logits = jnp.where(kept, logits, -jnp.inf)
   likely = logits >= jnp.max(logits) + jnp.log(cut.min_p)
-  return jnp.where(likely, logits, -jnp.inf)
+  return jnp.where(likely, logits, -jnp.inf).reshape(-1)[:vocab_size]
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -74,8 +81,8 @@ def _top_k(order: jax.Array, k: jax.Array | np.int32) -> jax.Array:
   """Whether each token is among the k likeliest."""
   k = jnp.minimum(k, order.size)
   # The last of the k: fewer than k are above it.
-  last = _least(lambda t: jnp.sum(order > t) < k, _BITS)
-  room = k - jnp.sum(order > last)
+  last = _least(lambda t: _count(order > t) < k, _BITS)
+  room = k - _count(order > last)
   return (order > last) | _first(order == last, room)
 
 
@@ -93,21 +100,23 @@ def _top_p(
   one = jnp.max(jnp.where(is_last, p, 0.0))
   # As many of these as it takes; a quotient of zero by zero keeps them all.
   room = jnp.maximum(jnp.ceil((mass - above(last)) / one), 1)
-  room = jnp.where(room < order.size, room, order.size).astype(jnp.int32)
+  room = jnp.where(room < order.size, room, order.size)
   return (order > last) | _first(is_last, room)
 
 
 def _first(chosen: jax.Array, count: jax.Array) -> jax.Array:
   """Of the chosen tokens, the first `count`."""
-  index = jnp.arange(chosen.size, dtype=jnp.uint32)
-  bits = chosen.size.bit_length()
-  last = _least(
-    lambda i: (
-      jnp.sum(chosen & (index <= i)) >= jnp.minimum(count, jnp.sum(chosen))
-    ),
-    bits,
-  )
-  return chosen & (index <= last)
+  index = jnp.arange(chosen.size, dtype=jnp.uint32).reshape(chosen.shape)
+
+  def is_enough(i: jax.Array) -> jax.Array:
+    return _count(chosen & (index <= i)) >= count
+
+  return chosen & (index <= _least(is_enough, chosen.size.bit_length()))
+
+
+def _count(chosen: jax.Array) -> jax.Array:
+  """How many; a float32 counts to 2^24, and a TPU adds it faster."""
+  return jnp.sum(jnp.where(chosen, 1.0, 0.0))
 
 
 def _least(holds: Callable[[jax.Array], jax.Array], bits: int) -> jax.Array:
