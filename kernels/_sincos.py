@@ -114,17 +114,8 @@ def phases(
 
 
 def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-  """Rotates rows [tokens times heads, H] by sin and cos [tokens, h].
-
-  h is a multiple of 128, and heads 1 or a multiple of 8.
-  """
-  tokens, half = sin.shape
-  heads = x.shape[0] // tokens
-  if heads > 1:
-    sin, cos = (
-      jnp.broadcast_to(y[:, None, :], (tokens, heads, half)).reshape(-1, half)
-      for y in (sin, cos)
-    )
+  """Rotates rows [R, H] by sin and cos [R, H / 2], H / 2 a multiple of 128."""
+  half = sin.shape[1]
   first = x[:, :half].astype(jnp.float32)
   second = x[:, half:].astype(jnp.float32)
   rotated = [first * cos - second * sin, second * cos + first * sin]

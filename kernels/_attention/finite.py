@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
-from . import blocks, layout, spec
+from . import blocks, spec
+from .layout import Layout, Rows
 from .spec import Outs, Problem, Segments
 from .tiles import Call
 
@@ -55,17 +56,18 @@ def nan_in_lse(lse: jax.Array, di: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(is_finite, lse, jnp.nan), jnp.where(is_finite, di, 0.0)
 
 
-def clear_rows(q: Any, dout: Any, lse: Any) -> None:
+def clear_rows(q: Rows, dout: Rows, lse: Any) -> None:
   """Clears q and do in place, and has lse be NaN where do was not finite."""
   columns = []
-  for r in range(0, dout.shape[0], tpu.LANES):
-    zeros = dout[pl.ds(r, tpu.LANES), :].astype(jnp.float32) * 0.0  # or NaN
+  for r in range(0, lse.shape[1], tpu.LANES):
+    zeros = dout.load(r, tpu.LANES).astype(jnp.float32) * 0.0  # or NaN
     mark = jnp.sum(zeros, axis=1, keepdims=True)
     columns.append(jnp.broadcast_to(mark, (tpu.LANES, tpu.LANES)))
   marks = tpu.columns_to_lanes(columns)
   for n in range(marks.shape[0]):
     lse[:, pl.ds(n * tpu.LANES, tpu.LANES)] += marks[n : n + 1]
-  q[...], dout[...] = cleared(q[...]), cleared(dout[...])
+  for x in (q.ref, dout.ref):
+    x[...] = cleared(x[...])
 
 
 def clear_keys(k: Any, v: Any, block: int, mark: bool) -> None:
@@ -119,7 +121,8 @@ def plain_backward(reference_vjp: Any, p: Problem, saved: Any, d: Outs) -> Any:
   a = saved.arrays
   if a.segments is None:
     return reference_vjp(p, saved, d)
-  d_lse = layout.lse_from_rows(d.lse, a.q.shape).swapaxes(1, 2)  # [B, T, N]
+  layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
+  d_lse = layout.to_lse(d.lse, a.q.shape).swapaxes(1, 2)  # [B, T, N]
   bad = ~(jnp.isfinite(d.out).all(axis=-1) & jnp.isfinite(d_lse))
   d = Outs(*(jnp.where(jnp.isfinite(x), x, 0) for x in d))
   grads = reference_vjp(p, saved, d)

@@ -28,12 +28,13 @@ from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope
 from . import rotation, tiles
 from .backward import backward
-from .door import as_qkv, as_rope, as_segments, as_window
+from .door import as_qkv, as_rope, as_segments, as_window, check_layout
 from .finite import plain_backward
 from .forward import forward
-from .layout import lse_from_rows, lse_to_rows
+from .layout import Layout
 from .spec import (
   Arrays,
+  LayoutName,
   Outs,
   Problem,
   SegmentIds,
@@ -41,6 +42,7 @@ from .spec import (
   Window,
   attention,
   flash_attention_reference,
+  from_btnh,
   problem_of,
   refuse_arrays,
   sides,
@@ -53,7 +55,8 @@ from .tiles import FlashAttentionConfig
 def _plain_forward(p: Problem, a: Arrays) -> Outs:
   """The reference, with lse as the kernel gives it."""
   outs = attention(dataclasses.replace(p, return_lse=True), a)
-  return outs._replace(lse=lse_to_rows(outs.lse / p.unit, a.k.shape[2]))
+  layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
+  return outs._replace(lse=layout.of_lse(outs.lse / p.unit))
 
 
 def _plain_linear(p: Problem, saved: Saved, d: Outs) -> Arrays:
@@ -99,7 +102,8 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
   outs = op(p, a)
   if not p.return_lse:
     return outs._replace(lse=None)
-  return outs._replace(lse=lse_from_rows(outs.lse, a.q.shape) * p.unit)
+  layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
+  return outs._replace(lse=layout.to_lse(outs.lse, a.q.shape) * p.unit)
 
 
 def _with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
@@ -170,6 +174,8 @@ def flash_attention(
   logits_soft_cap: float | None = None,
   rope: Rope | None = None,
   return_lse: bool = False,
+  layout: LayoutName = "BTNH",
+  head_size: int | None = None,
   mask: None = None,
   bias: None = None,
   implementation: Implementation = None,
@@ -222,7 +228,8 @@ def flash_attention(
   check_config(op, config, FlashAttentionConfig)
   refuse_arrays(op, mask=mask, bias=bias)
   dtype = as_array(op, "q", q).dtype
-  q, k, v = as_qkv(op, q, k, v)
+  check_layout(op, layout, head_size)
+  q, k, v = as_qkv(op, q, k, v, layout, head_size)
   cap = logits_soft_cap
   cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
   check_positive(op, logits_soft_cap=cap)
@@ -237,12 +244,13 @@ def flash_attention(
     soft_cap=cap,
     rope=as_rope(op, rope, q, k),
     return_lse=bool(return_lse),
+    layout=layout,
     implementation=implementation,
     config=config,
   )
   outs = _flash(problem, arrays)
-  outs = outs._replace(out=outs.out.astype(dtype))
-  return tuple(outs) if return_lse else outs.out
+  out = from_btnh(outs.out.astype(dtype), layout)
+  return (out, outs.lse) if return_lse else out
 
 
 # --- registration -------------------------------------------------------------

@@ -26,8 +26,11 @@ def is_inside(p: Problem, a: Arrays) -> bool:
   """
   x = memory.Sizes.of_problem(p, a)
   whole_halves = x.head_size // 2 % tpu.LANES == 0
-  whole_groups = x.group == 1 or x.group % tpu.SUBLANES == 0
   forward, backward = tiles.forward_call(p, x), tiles.backward_call(p, x)
+  layout = forward.layout
+  whole_groups = (
+    x.group % tpu.SUBLANES == 0 or x.group == 1 or not layout.is_by_token
+  )
   if not (whole_halves and whole_groups):
     return False
   if not (forward.has_diagonal and backward.has_diagonal):

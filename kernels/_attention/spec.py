@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Whole numbers, or traced values.
 Window = tuple[Any, Any] | int | None
 SegmentIds = jax.Array | tuple[jax.Array, jax.Array] | None
+# How q, k, v, out and their gradients lie in memory, by the legend's letters.
+LayoutName = Literal["BTNH", "BNTH", "BT(NH)"]
 
 # --- the problem --------------------------------------------------------------
 
@@ -75,6 +77,8 @@ class Problem:
     soft_cap: cap of the logits, or None.
     base_frequency: of the rotation, if positions come along without a base.
     return_lse: whether the log of the sum of exponentials is a result.
+    layout: how the caller's arrays lie in memory; `Arrays` is always [B, T, N,
+      H], of which XLA makes the caller's, and nothing is moved.
     implementation: as the caller gave it.
     config: tile sizes, None for the op's own choice.
   """
@@ -85,6 +89,7 @@ class Problem:
   soft_cap: float | None = None
   base_frequency: float = 10_000.0
   return_lse: bool = False
+  layout: LayoutName = "BTNH"
   implementation: Implementation = None
   config: FlashAttentionConfig | None = None
 
@@ -119,6 +124,23 @@ class Problem:
       return products if scale is None else products * scale
     factor = self.scale / self.soft_cap
     return jnp.tanh(products * (factor if scale is None else factor * scale))
+
+
+def to_btnh(x: Any, layout: LayoutName, head_size: int | None) -> Any:
+  """A caller's array of queries or keys as [B, T, N, H]."""
+  if layout == "BNTH":
+    return x.swapaxes(1, 2)
+  if layout == "BT(NH)":
+    assert head_size is not None
+    return x.reshape(*x.shape[:2], x.shape[2] // head_size, head_size)
+  return x
+
+
+def from_btnh(x: Any, layout: LayoutName) -> Any:
+  """The inverse."""
+  if layout == "BNTH":
+    return x.swapaxes(1, 2)
+  return x.reshape(*x.shape[:2], -1) if layout == "BT(NH)" else x
 
 
 def sides(window: Window) -> tuple[Any, Any] | None:
@@ -361,11 +383,14 @@ def flash_attention_reference(
   logits_soft_cap: float | None = None,
   rope: Rope | None = None,
   return_lse: bool = False,
+  layout: LayoutName = "BTNH",
+  head_size: int | None = None,
   mask: None = None,
   bias: None = None,
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
   refuse_arrays("flash_attention", mask=mask, bias=bias)
+  q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
   problem, arrays = problem_of(
     q,
     k,
@@ -379,4 +404,5 @@ def flash_attention_reference(
     return_lse=return_lse,
   )
   outs = attention(problem, arrays)
-  return tuple(outs) if return_lse else outs.out
+  out = from_btnh(outs.out, layout)
+  return (out, outs.lse) if return_lse else out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from .._frame import tpu
 from .._frame.tuned import power_of_two, tuned_config
 from . import memory
+from .layout import Layout
 from .memory import Sizes
-from .spec import Arrays, Problem, Segments, has_window
+from .spec import Arrays, Outs, Problem, Segments, has_window
 
 # --- configuration ------------------------------------------------------------
 
@@ -159,6 +160,8 @@ class Call:
     t: how many queries it has.
     first_k: index of its first key.
     s: how many keys it has; the arrays of keys may be padded beyond.
+    layout: how it finds them.
+    head_size: H.
   """
 
   problem: Problem
@@ -171,6 +174,8 @@ class Call:
   t: int
   first_k: int
   s: int
+  layout: Layout
+  head_size: int
 
   @property
   def shift(self) -> int:
@@ -217,26 +222,26 @@ class Call:
     """Its part of [..., S]."""
     return slice(self.first_k, self.first_k + self.s)
 
-  @property
-  def query_rows(self) -> slice:
-    """Its part of [..., T G]."""
-    end = self.first_q + self.t
-    return slice(self.first_q * self.group, end * self.group)
-
 
 def forward_call(p: Problem, x: Sizes) -> Call:
   """The whole problem as one call of the forward kernel."""
   block_q, block_kv = p.tiles.block_q, p.tiles.block_kv
   softmax_rows = math.gcd(block_q * x.group, p.tiles.rows)
   tiles = block_q, block_kv, softmax_rows
-  return Call(p, x.kv_heads, x.group, *tiles, 0, x.t, 0, x.s)
+  return Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
 
 
 def backward_call(p: Problem, x: Sizes) -> Call:
   """The whole problem as one call of the backward kernel."""
   block_q, block_kv = p.tiles.block_q_bwd, p.tiles.block_kv_bwd
   tiles = block_q, block_kv, block_q * x.group
-  return Call(p, x.kv_heads, x.group, *tiles, 0, x.t, 0, x.s)
+  return Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+
+
+def _whole(p: Problem, x: Sizes) -> tuple[Any, ...]:
+  """All queries and keys, and how they lie."""
+  layout = Layout.of(p, x.kv_heads, x.group, x.head_size)
+  return 0, x.t, 0, x.s, layout, x.head_size
 
 
 def forward_keys(call: Call, x: Sizes) -> int:
@@ -275,21 +280,37 @@ def spans(whole: Call, keys: int) -> list[Call]:
   return calls
 
 
-# --- blocks of the operands ---------------------------------------------------
+# --- the operands -------------------------------------------------------------
 
 
-def block_specs(
-  call: Call, q: jax.Array, k: jax.Array
-) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-  """Of rows [B K, T G, H], whole keys [B K, S, H], and lanes [B K, 1, T G]."""
-  once = pl.Buffered(1) if q.shape[0] == 1 else None  # nothing to load ahead
-  return (
-    pl.BlockSpec((None, call.rows, q.shape[2]), lambda b, i, *_: (b, i, 0)),
-    pl.BlockSpec(
-      (None, *k.shape[1:]), lambda b, i, *_: (b, 0, 0), pipeline_mode=once
-    ),
+class Operands(NamedTuple):
+  """q, k and v as a call takes them."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+
+
+class Specs(NamedTuple):
+  """Blocks of queries, of whole keys, and of lanes [B K, 1, rows]."""
+
+  q: pl.BlockSpec
+  k: pl.BlockSpec
+  lanes: pl.BlockSpec
+
+
+def operands(call: Call, a: Arrays) -> tuple[Operands, Specs]:
+  """Of q [B, T, N, H], k and v [B, S, K, H]."""
+  layout, h = call.layout, a.q.shape[3]
+  k, v = (padded(layout.of_keys(x), call) for x in (a.k, a.v))
+  one_head = a.k.shape[0] * call.kv_heads == 1  # nothing to load ahead
+  once = {"pipeline_mode": pl.Buffered(1)} if one_head else {}
+  specs = Specs(
+    layout.query_spec(call.block_q, h),
+    layout.key_spec(k.shape[1], h, **once),
     pl.BlockSpec((None, 1, call.rows), lambda b, i, *_: (b, 0, i)),
   )
+  return Operands(layout.of_queries(a.q), k, v), specs
 
 
 def padded(keys: jax.Array, call: Call) -> jax.Array:
@@ -302,16 +323,20 @@ def padded(keys: jax.Array, call: Call) -> jax.Array:
 
 
 def part_of(arrays: Arrays, call: Call) -> Arrays:
-  """A call's part of q [B K, T G, H], k and v [B K, S, H], and segments."""
+  """A call's part of the arrays."""
   assert arrays.positions is None, "only one call rotates its own inputs"
   segments = arrays.segments
   if segments is not None:
     segments = Segments(segments.q[:, call.queries], segments.k[:, call.keys])
-  return Arrays(
-    arrays.q[:, call.query_rows],
-    arrays.k[:, call.keys],
-    arrays.v[:, call.keys],
-    segments,
-    scale=arrays.scale,
-    window=arrays.window,
+  return arrays._replace(
+    q=arrays.q[:, call.queries],
+    k=arrays.k[:, call.keys],
+    v=arrays.v[:, call.keys],
+    segments=segments,
   )
+
+
+def part_of_outs(outs: Outs, call: Call) -> Outs:
+  """The same of out [B, T, N, H] and lse [B, N, T]; this, by row."""
+  lse = call.layout.of_lse(outs.lse[:, :, call.queries])
+  return Outs(outs.out[:, call.queries], lse)
