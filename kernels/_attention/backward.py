@@ -35,7 +35,8 @@ from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, finite, memory, rotation, tiles
+from . import blocks, departure, finite, memory, rotation, tiles
+from .departure import Departure
 from .layout import Rows
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
@@ -59,8 +60,8 @@ class Outputs(NamedTuple):
   """Refs, in the kernel."""
 
   dq: Any  # as q
-  dk: Any  # [S, H]
-  dv: Any  # [S, H]
+  dk: Any  # all keys of all kv heads, in HBM: the layout has them
+  dv: Any  # likewise
 
 
 class State(NamedTuple):
@@ -73,6 +74,7 @@ class State(NamedTuple):
   dv: Any  # [S, H] likewise
   q: Any  # [R, H] rotated, finite; None if it is as it comes
   dout: Any  # [R, H] finite; None if it is as it comes
+  departure: departure.Scratch
   k: Any  # [S, H] rotated as far as the grid has come; or None
   sin: Any  # [S, H / 2], or None
   cos: Any  # [S, H / 2], or None
@@ -85,6 +87,8 @@ def _kernel(
   scalars: blocks.Scalars, i: Inputs, o: Outputs, s: State, *, call: Call
 ):
   block = blocks.Block.of_step(call, scalars)
+  keys_leave = Departure(call, s.departure, o.dk, o.dv)
+  keys_leave.begin()
   if not _diagonal_starts_dk(call):
     pl.when(pl.program_id(1) == 0)(functools.partial(_clear, s))
   if i.segments is not None:
@@ -107,8 +111,7 @@ def _kernel(
   block.start(on_diagonal, functools.partial(_start_dq, s))
   block.for_other_keys(on_others)
   _finish_dq(block, i, o, s)
-  last = pl.program_id(1) == pl.num_programs(1) - 1
-  pl.when(last)(functools.partial(_finish_dk_and_dv, block, o, s))
+  keys_leave.end(functools.partial(_dk_and_dv, block, o, s))
 
 
 def _diagonal_starts_dk(call: Call) -> bool:
@@ -292,14 +295,15 @@ def _finish_dq(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   _rows(call, o.dq).store(0, dq)
 
 
-def _finish_dk_and_dv(block: blocks.Block, o: Outputs, s: State) -> None:
-  dk = _scaled(block.call.problem, s.dk[...])
+def _dk_and_dv(
+  block: blocks.Block, o: Outputs, s: State, keys: Any
+) -> tuple[jax.Array, jax.Array]:
+  dk = _scaled(block.call.problem, s.dk[keys, :])
   if block.scale is not None:
     dk *= block.scale
   if s.sin is not None:
-    dk = _rotate_back(dk, s.sin[...], s.cos[...])
-  o.dk[...] = dk.astype(o.dk.dtype)
-  o.dv[...] = s.dv[...].astype(o.dv.dtype)
+    dk = _rotate_back(dk, s.sin[keys, :], s.cos[keys, :])
+  return dk.astype(o.dk.dtype), s.dv[keys, :].astype(o.dv.dtype)
 
 
 def _scaled(p: Problem, sums: jax.Array) -> jax.Array:
@@ -321,6 +325,7 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
   bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
   mixed = finite.mixed_segments(call, a.segments, bounds)
   rope, rope_specs = blocks.rope_operands(call, a)
+  in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope)
   (gradients,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
@@ -331,7 +336,7 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
       in_specs=[
         Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
       ],
-      out_specs=[Outputs(row, whole, whole)],
+      out_specs=[Outputs(row, in_hbm, in_hbm)],
       scratch_shapes=[_state(call, inputs)],
     ),
     out_shape=[
@@ -367,6 +372,7 @@ def _state(call: Call, i: Inputs) -> State:
     dv=of_keys,
     q=of_rows if call.has_ragged_end or is_rotated else None,
     dout=of_rows if call.has_ragged_end else None,
+    departure=departure.scratch(s, h, i.k.dtype),
     k=pltpu.VMEM((s, h), i.k.dtype) if is_rotated else None,
     sin=of_phases if is_rotated else None,
     cos=of_phases if is_rotated else None,

@@ -223,6 +223,14 @@ class Layout:
       (None, keys, head_size), lambda b, i, *_: (b, 0, 0), **how
     )
 
+  def key_place(self, head: Any, keys: Any, head_size: int) -> tuple[Any, ...]:
+    """Where some keys of a kv head, of all B K, are in the whole array."""
+    if self.kind != "flat":
+      return head, keys, slice(None)
+    batch = jax.lax.div(head, self.kv_heads)
+    first = jax.lax.rem(head, self.kv_heads) * head_size
+    return batch, keys, pl.ds(pl.multiple_of(first, head_size), head_size)
+
   def block(self, ref: Any, head_size: int) -> Rows:
     """A block of queries, inside a kernel, by row."""
     return Rows(ref, self, head_size)

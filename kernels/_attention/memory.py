@@ -116,8 +116,8 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   of_rows, wide = rows * h * x.itemsize, rows * h * 4
   fixed = 2 * 3 * of_rows + 2 * wide  # q, o, do; dq, which of spans is float32
   fixed += wide  # dq, transposed
-  # k, v, dk and dv, and the sums of the latter two in float32.
-  per_key = (4 * x.key_buffers * x.itemsize + 2 * 4) * h
+  # k and v; dk and dv, and their sums in float32.
+  per_key = (2 * (x.key_buffers + 1) * x.itemsize + 2 * 4) * h
   # A span of a window may end anywhere.
   is_ragged = x.t % config.block_q_bwd != 0 or x.has_window
   if x.has_segments:
