@@ -160,11 +160,18 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
   groups = [pl.ds(start, call.softmax_rows) for start in starts]
   # All groups' products before any softmax: the matrix unit works on one group
   # while the vector unit works on another.
-  products = [
-    tpu.dot(_q(call, i, s, g), k[pl.ds(keys.key0, width), :], tpu.NT)
-    for g, width in zip(groups, keys.widths, strict=True)
-  ]
-  for g, product in zip(groups, products, strict=True):
+
+  def product_of(n: int) -> jax.Array:
+    q, width = _q(call, i, s, groups[n]), keys.widths[n]
+    return tpu.dot(q, k[pl.ds(keys.key0, width), :], tpu.NT)
+
+  # A group's product before the softmax of the one before it: the matrix unit
+  # works on one group while the vector unit works on another.
+  coming = product_of(0)
+  for n, g in enumerate(groups):
+    product = coming
+    if n + 1 < len(groups):
+      coming = product_of(n + 1)
     width = product.shape[1]
     v = i.v[pl.ds(keys.key0, width), :]
     logits = block.logits(product)
