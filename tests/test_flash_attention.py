@@ -32,6 +32,7 @@ def page(name):
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
 LAYOUT = page("layout")
 MEMORY, ROTATION = page("memory"), page("rotation")
+SPANS = page("spans")
 FORWARD, BACKWARD = page("forward"), page("backward")
 TPU = FORWARD.tpu
 SMALL = FlashAttentionConfig(
@@ -401,11 +402,9 @@ def test_spans_of_keys(h, kwargs, monkeypatch):
 
 def test_each_span_has_the_queries_that_see_it():
   problem = SPEC.Problem(scale=1.0, is_causal=True, window=(50, 0))
-  layout = LAYOUT.Layout("packed", 1, 2, 128)
-  whole = TILES.Call(
-    problem, 1, 2, 128, 128, 128, 0, 300, 0, 300, layout, head_size=64
-  )
-  spans = TILES.spans(whole, 128)
+  layout = LAYOUT.Layout("packed", 1, 2, 128, 64)
+  whole = TILES.Call(problem, 1, 2, 128, 128, 128, 0, 300, 0, 300, layout)
+  spans = SPANS.of_call(whole, 128)
   assert [(s.keys.start, s.queries) for s in spans] == [
     (0, slice(0, 178)),
     (128, slice(128, 300)),
@@ -474,10 +473,8 @@ def test_a_window_that_hides_nothing_is_no_window():
 
 def test_blocks_of_other_segments_are_skipped():
   problem = SPEC.Problem(scale=1.0, is_causal=True)
-  layout = LAYOUT.Layout("packed", 1, 1, 128)
-  call = TILES.Call(
-    problem, 1, 1, 128, 128, 128, 0, 512, 0, 512, layout, head_size=64
-  )
+  layout = LAYOUT.Layout("packed", 1, 1, 128, 64)
+  call = TILES.Call(problem, 1, 1, 128, 128, 128, 0, 512, 0, 512, layout)
   ids = ids_of(128, 256, 100, 28)
   bounds, *_ = BLOCKS.segment_operands(call, SPEC.Segments(ids, ids))
   assert bounds.reshape(-1, 2).tolist() == [[0, 1], [1, 3], [1, 3], [3, 4]]

@@ -34,8 +34,8 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
-from .._sincos import phases, rotate
-from . import blocks, departure, finite, memory, rotation, tiles
+from .._sincos import phases, rotate, width
+from . import blocks, departure, finite, memory, rotation, spans, tiles
 from .departure import Departure
 from .layout import Rows
 from .spec import Arrays, Outs, Problem
@@ -76,8 +76,8 @@ class State(NamedTuple):
   dout: Any  # [R, H] finite; None if it is as it comes
   departure: departure.Scratch
   k: Any  # [S, H] rotated as far as the grid has come; or None
-  sin: Any  # [S, H / 2], or None
-  cos: Any  # [S, H / 2], or None
+  sin: Any  # [S, W], see `_sincos.width`; or None
+  cos: Any  # [S, W], or None
 
 
 # --- the kernel ---------------------------------------------------------------
@@ -92,7 +92,7 @@ def _kernel(
   if not _diagonal_starts_dk(call):
     pl.when(pl.program_id(1) == 0)(functools.partial(_clear, s))
   if i.segments is not None:
-    _clear_unseen(block, i)
+    finite.clear_unseen(block, i)
   _take_statistics(call, i, s)
   _take_rows(call, i, s)
   if i.rope is not None:
@@ -128,24 +128,10 @@ def _start_dq(s: State) -> None:
   s.dq_transposed[...] = jnp.zeros_like(s.dq_transposed)
 
 
-def _clear_unseen(block: blocks.Block, i: Inputs) -> None:
-  """Before all else: what stands on two sides of a branch cannot overlap."""
-  keys = functools.partial(finite.clear_keys, i.k, i.v, block.call.block_kv)
-  pl.when(pl.program_id(1) == 0)(functools.partial(keys, mark=False))
-  call = block.call
-  q, dout = _rows(call, i.q), _rows(call, i.dout)
-  rows = functools.partial(finite.clear_rows, q, dout, i.lse)
-  pl.when(block.mixed)(rows)
-
-
-def _rows(call: Call, ref: Any) -> Rows:
-  return call.layout.block(ref, call.head_size)
-
-
 def _take_statistics(call: Call, i: Inputs, s: State) -> None:
   """di and lse of every row."""
   columns = []
-  both = [_rows(call, x) for x in (i.out, i.dout)]
+  both = [call.layout.by_rows(x) for x in (i.out, i.dout)]
   for r in range(0, call.rows, tpu.LANES):
     out, dout = (x.load(r, tpu.LANES).astype(jnp.float32) for x in both)
     di = jnp.sum(out * dout, axis=1, keepdims=True)
@@ -179,8 +165,8 @@ def _take_rows(call: Call, i: Inputs, s: State) -> None:
   s.lse[...] = jnp.where(lane, s.lse[...], jnp.inf)
   s.di[...] = jnp.where(lane, s.di[...], 0.0)
   row = is_inside(s.q.shape, 0)
-  s.q[...] = _zero_unless(row, _rows(call, i.q))
-  s.dout[...] = _zero_unless(row, _rows(call, i.dout))
+  s.q[...] = _zero_unless(row, call.layout.by_rows(i.q))
+  s.dout[...] = _zero_unless(row, call.layout.by_rows(i.dout))
 
 
 def _zero_unless(inside: jax.Array, rows: Rows) -> jax.Array:
@@ -198,7 +184,7 @@ def _rotate(block: blocks.Block, i: Inputs, s: State) -> None:
   sin, cos = s.sin[own, :], s.cos[own, :]
   call = block.call
   # Without what lies past the end.
-  q = _rows(call, i.q).load(0, call.rows) if s.dout is None else s.q[...]
+  q = _taken(call, i.q, None if s.dout is None else s.q, pl.ds(0, call.rows))
   by_row = call.layout.by_row
   s.q[...] = rotate(q, by_row(sin), by_row(cos))
   s.k[own, :] = rotate(i.k[own, :], sin, cos)
@@ -251,7 +237,7 @@ def _taken(call: Call, ref: Any, scratch: Any, here: Any) -> jax.Array:
   """Rows as they come, or as they are in scratch."""
   if scratch is not None:
     return scratch[here, :]
-  return _rows(call, ref).load(here.start, here.size)
+  return call.layout.by_rows(ref).load(here.start, here.size)
 
 
 def _mask(
@@ -292,7 +278,7 @@ def _finish_dq(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
     own = block.own_keys
     sin, cos = (call.layout.by_row(x[own, :]) for x in (s.sin, s.cos))
     dq = _rotate_back(dq.T, sin, cos)
-  _rows(call, o.dq).store(0, dq)
+  call.layout.by_rows(o.dq).store(0, dq)
 
 
 def _dk_and_dv(
@@ -358,12 +344,12 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
 
 def _state(call: Call, i: Inputs) -> State:
   """Types of the scratch for these operands."""
-  s, h = i.k.shape[1], call.head_size
+  s, h = i.k.shape[1], call.layout.head_size
   is_rotated = i.rope is not None
   by_lane = pltpu.VMEM((1, call.rows), jnp.float32)
   of_keys = pltpu.VMEM((s, h), jnp.float32)
   of_rows = pltpu.VMEM((call.rows, h), i.q.dtype)
-  of_phases = pltpu.VMEM((s, h // 2), jnp.float32)
+  of_phases = pltpu.VMEM((s, width(h)), jnp.float32)
   return State(
     lse=by_lane,
     di=by_lane,
@@ -393,7 +379,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   a, outs = rotation.before(p, saved.arrays), saved.outs
   sizes = memory.Sizes.of_problem(p, a)
   whole = tiles.backward_call(p, sizes)
-  calls = tiles.spans(whole, tiles.backward_keys(whole, sizes))
+  calls = spans.of_call(whole, tiles.backward_keys(whole, sizes))
   if calls == [whole]:
     dq_dtype = a.q.dtype if a.scale is None else jnp.float32
     grads = _run(whole, a, outs, d, dq_dtype)
@@ -401,7 +387,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     outs, d = (
       x._replace(lse=whole.layout.to_lse(x.lse, a.q.shape)) for x in (outs, d)
     )
-    grads = _run_and_add(calls, a, outs, d)
+    grads = spans.added(_run, calls, a, outs, d)
   dq, d_scale = grads.q, None
   if a.scale is not None:
     d_scale = (a.q.astype(jnp.float32) * dq).sum(axis=(1, 2, 3))
@@ -413,16 +399,3 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     scale=d_scale,
   )
   return rotation.back(p, grads, saved.arrays, a)
-
-
-def _run_and_add(calls: list[Call], a: Arrays, outs: Outs, d: Outs) -> Arrays:
-  """As `_run`, span by span, lse [B, N, T]; dq is added up in float32."""
-  dq = jnp.zeros(a.q.shape, jnp.float32)
-  dk, dv = jnp.zeros_like(a.k), jnp.zeros_like(a.v)
-  for call in calls:
-    of_call = [tiles.part_of_outs(x, call) for x in (outs, d)]
-    new = _run(call, tiles.part_of(a, call), *of_call, jnp.float32)
-    dq = dq.at[:, call.queries].add(new.q)
-    dk = dk.at[:, call.keys].set(new.k)
-    dv = dv.at[:, call.keys].set(new.v)
-  return Arrays(dq, dk, dv)

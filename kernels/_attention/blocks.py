@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 
 from .._frame import tpu
 from .._rope import rope_timescale
+from .._sincos import timescales
 from .spec import Arrays, Segments
 from .tiles import Call
 
@@ -358,7 +359,7 @@ class RopeRefs(NamedTuple):
   """What a kernel needs to rotate."""
 
   positions: Any  # [1, block_q]
-  timescale: Any  # [1, H / 2]
+  timescale: Any  # [1, W], see `_sincos.timescales`
 
 
 def rope_operands(
@@ -374,12 +375,14 @@ def rope_operands(
   )
   positions = a.positions[:, None, :]
   if a.base is None:
-    timescale = rope_timescale(half, base, jnp.float32)[None, :]
-    of_timescale = pl.BlockSpec((1, half), lambda b, i, *_: (0, 0))
+    timescale = timescales(rope_timescale(half, base, jnp.float32)[None, :])
+    of_timescale = pl.BlockSpec(timescale.shape, lambda b, i, *_: (0, 0))
   else:  # one for each element of the batch
-    timescale = rope_timescale(half, a.base[:, None, None], jnp.float32)
+    by_batch = rope_timescale(half, a.base[:, None, None], jnp.float32)
+    timescale = timescales(by_batch)
     of_timescale = pl.BlockSpec(
-      (None, 1, half), lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, 0)
+      (None, *timescale.shape[1:]),
+      lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, 0),
     )
   specs = RopeRefs(of_positions, of_timescale)
   return RopeRefs(positions, timescale), specs

@@ -83,7 +83,7 @@ class Departure:
     return [
       pltpu.make_async_copy(
         source.at[keys, :],
-        target.at[layout.key_place(head, keys, self.call.head_size)],
+        target.at[layout.key_place(head, keys)],
         self.refs.sent.at[i],
       )
       for i, (source, target) in enumerate(

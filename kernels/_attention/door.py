@@ -21,7 +21,8 @@ from .._frame.check import (
   is_traced,
 )
 from .._rope import Rope, as_base
-from .spec import LayoutName, Segments, to_btnh
+from .shapes import LayoutName, to_btnh
+from .spec import Segments
 
 _LETTERS = {  # of queries and of keys
   "BTNH": ("[B, T, N, H]", "[B, S, K, H]"),

@@ -14,6 +14,7 @@ Who sees NaN must not get a number; it need not be told which number is missing.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -80,6 +81,17 @@ def clear_keys(k: Any, v: Any, block: int, mark: bool) -> None:
     v[here, :] = cleared(values)
 
   jax.lax.fori_loop(0, k.shape[0] // block, one, None)
+
+
+def clear_unseen(block: blocks.Block, i: Any) -> None:
+  """Of the backward's inputs, at the start of a grid step.
+
+  Before all else: what stands on two sides of a branch cannot overlap.
+  """
+  keys = functools.partial(clear_keys, i.k, i.v, block.call.block_kv)
+  pl.when(pl.program_id(1) == 0)(functools.partial(keys, mark=False))
+  q, dout = (block.call.layout.by_rows(x) for x in (i.q, i.dout))
+  pl.when(block.mixed)(functools.partial(clear_rows, q, dout, i.lse))
 
 
 def mixed_segments(call: Call, segments: Segments | None, bounds: Any) -> Any:

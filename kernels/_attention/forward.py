@@ -26,8 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, finite, memory, rotation, tiles
-from .layout import Rows
+from . import blocks, finite, memory, rotation, spans, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -110,12 +109,8 @@ def _take(block: blocks.Block, i: Inputs, s: State) -> None:
 def _rotated_q(
   call: Call, i: Inputs, sin: jax.Array, cos: jax.Array
 ) -> jax.Array:
-  q = _rows(call, i.q).load(0, call.rows)
+  q = call.layout.by_rows(i.q).load(0, call.rows)
   return rotate(q, call.layout.by_row(sin), call.layout.by_row(cos))
-
-
-def _rows(call: Call, ref: Any) -> Rows:
-  return call.layout.block(ref, call.head_size)
 
 
 def _rotated_k(
@@ -196,7 +191,7 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
 def _q(call: Call, i: Inputs, s: State, g: Any) -> jax.Array:
   if i.rope is not None:
     return s.q[g, :]
-  return _rows(call, i.q).load(g.start, g.size)
+  return call.layout.by_rows(i.q).load(g.start, g.size)
 
 
 def _mask(
@@ -235,13 +230,13 @@ def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   call, p = block.call, block.call.problem
   may_see_nothing = not call.sees_itself or i.segments is not None
   parts = [pl.ds(r, tpu.LANES) for r in range(0, call.rows, tpu.LANES)]
-  out = _rows(call, o.out)
+  out = call.layout.by_rows(o.out)
   totals = [jnp.sum(s.total[r, :], axis=1, keepdims=True) for r in parts]
   for r, total in zip(parts, totals, strict=True):
     inverse = _reciprocal(total, o.out.dtype)
     if may_see_nothing:
       inverse = jnp.where(s.m[r, :1] <= MASKED / 2, 0.0, inverse)
-    out.store(r.start, s.acc[r, :] * inverse)
+    out.store(int(r.start), s.acc[r, :] * inverse)
   columns = [jnp.broadcast_to(t, (tpu.LANES, tpu.LANES)) for t in totals]
   m, total = jnp.split(
     tpu.columns_to_lanes([s.m[r, :] for r in parts] + columns), 2
@@ -306,7 +301,7 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
 
 def _state(call: Call, i: Inputs) -> State:
   """Types of the scratch for these operands."""
-  h = call.head_size
+  h = call.layout.head_size
   by_row = pltpu.VMEM((call.rows, tpu.LANES), jnp.float32)
   ids = pltpu.VMEM((call.rows, tpu.LANES), jnp.int32)
   return State(
@@ -337,37 +332,8 @@ def forward(p: Problem, a: Arrays) -> Outs:
   sizes = memory.Sizes.of_problem(p, a)
   whole = tiles.forward_call(p, sizes)
   keys = tiles.forward_keys(whole, sizes)
-  calls = tiles.spans(whole, keys)
+  calls = spans.of_call(whole, keys)
   if calls == [whole]:
     return _run(whole, a, a.q.dtype)
-  outs = _run_and_merge(calls, a)
+  outs = spans.merged(_run, calls, a)
   return outs._replace(lse=whole.layout.of_lse(outs.lse))
-
-
-def _run_and_merge(calls: Sequence[Call], arrays: Arrays) -> Outs:
-  """Span by span; the sums are float32, and lse is [B, N, T]."""
-  q = arrays.q
-  b, t, n, _ = q.shape
-  out = jnp.zeros(q.shape, jnp.float32)
-  lse = jnp.full((b, n, t), -jnp.inf)
-  for call in calls:
-    part = tiles.part_of(arrays, call)
-    new = _run(call, part, jnp.float32)
-    new = new._replace(lse=call.layout.to_lse(new.lse, part.q.shape))
-    old = Outs(out[:, call.queries], lse[:, :, call.queries])
-    merged = _merged(call.problem, old, new)
-    out = out.at[:, call.queries].set(merged.out)
-    lse = lse.at[:, :, call.queries].set(merged.lse)
-  return Outs(out.astype(q.dtype), lse)
-
-
-def _merged(p: Problem, old: Outs, new: Outs) -> Outs:
-  """Attention over two sets of keys, from that over each."""
-  top = jnp.maximum(old.lse, new.lse)
-  top = jnp.where(top > -jnp.inf, top, 0.0)
-  a, b = (jnp.exp2((o.lse - top) * p.to_base_2) for o in (old, new))
-  total = a + b
-  scale = jnp.where(total > 0, 1 / total, 0.0)
-  a, b = (jnp.swapaxes(x * scale, 1, 2)[..., None] for x in (a, b))
-  lse = top + jnp.log2(total) / p.to_base_2
-  return Outs(old.out * a + new.out * b, lse)

@@ -44,12 +44,14 @@ class Layout:
     kv_heads: K.
     group: query heads per kv head, G.
     chunk: tokens of one head that follow each other in the order of rows.
+    head_size: H.
   """
 
   kind: Kind
   kv_heads: int
   group: int
   chunk: int
+  head_size: int
 
   @classmethod
   def of(cls, p: Problem, kv_heads: int, group: int, head_size: int) -> Layout:
@@ -62,7 +64,7 @@ class Layout:
       kind = "flat"
     elif p.layout == "BTNH" and kv_heads == 1:
       kind = "packed"
-    return cls(kind, kv_heads, group, _chunk(p, group))
+    return cls(kind, kv_heads, group, _chunk(p, group), head_size)
 
   @classmethod
   def of_shapes(
@@ -186,9 +188,9 @@ class Layout:
 
   # --- blocks ---
 
-  def query_spec(self, block_q: int, head_size: int) -> pl.BlockSpec:
+  def query_spec(self, block_q: int) -> pl.BlockSpec:
     """`block_q` queries, on a grid (B K, blocks of queries)."""
-    kv_heads, group = self.kv_heads, self.group
+    kv_heads, group, head_size = self.kv_heads, self.group, self.head_size
     if self.kind == "flat":
       return pl.BlockSpec(
         (None, block_q, group * head_size),
@@ -206,9 +208,9 @@ class Layout:
       (None, group, block_q, head_size), lambda b, i, *_: (b, 0, i, 0)
     )
 
-  def key_spec(self, keys: int, head_size: int, **how: Any) -> pl.BlockSpec:
+  def key_spec(self, keys: int, **how: Any) -> pl.BlockSpec:
     """All keys of a kv head, on the same grid."""
-    kv_heads = self.kv_heads
+    kv_heads, head_size = self.kv_heads, self.head_size
     if self.kind == "flat":
       return pl.BlockSpec(
         (None, keys, head_size),
@@ -223,17 +225,18 @@ class Layout:
       (None, keys, head_size), lambda b, i, *_: (b, 0, 0), **how
     )
 
-  def key_place(self, head: Any, keys: Any, head_size: int) -> tuple[Any, ...]:
+  def key_place(self, head: Any, keys: Any) -> tuple[Any, ...]:
     """Where some keys of a kv head, of all B K, are in the whole array."""
     if self.kind != "flat":
       return head, keys, slice(None)
     batch = jax.lax.div(head, self.kv_heads)
-    first = jax.lax.rem(head, self.kv_heads) * head_size
-    return batch, keys, pl.ds(pl.multiple_of(first, head_size), head_size)
+    size = self.head_size
+    first = pl.multiple_of(jax.lax.rem(head, self.kv_heads) * size, size)
+    return batch, keys, pl.ds(first, size)
 
-  def block(self, ref: Any, head_size: int) -> Rows:
-    """A block of queries, inside a kernel, by row."""
-    return Rows(ref, self, head_size)
+  def by_rows(self, ref: Any) -> Rows:
+    """A block of queries, inside a kernel."""
+    return Rows(ref, self)
 
 
 class Rows(NamedTuple):
@@ -241,7 +244,6 @@ class Rows(NamedTuple):
 
   ref: Any
   layout: Layout
-  head_size: int
 
   def load(self, start: int, size: int) -> jax.Array:
     """[size, H]."""
@@ -265,7 +267,7 @@ class Rows(NamedTuple):
       head, first = divmod(rest, layout.chunk)
       count = min(layout.chunk - first, end - row)
       tokens = pl.ds(chunk * layout.chunk + first, count)
-      lanes = pl.ds(head * self.head_size, self.head_size)
+      lanes = pl.ds(head * layout.head_size, layout.head_size)
       flat = layout.kind == "flat"
       part = slice(row - start, row - start + count)
       yield (tokens, lanes) if flat else (head, tokens, slice(None)), part

@@ -20,6 +20,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from .._frame import tpu
+from .._sincos import width
 from .spec import Arrays, Problem, has_window
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   if x.has_segments:
     per_key += 2 * 4
   if x.is_rotated:  # k rotated, and the sine and cosine
-    per_key += h * (x.itemsize + 4)
+    per_key += h * x.itemsize + 2 * tpu.lanes(width(x.head_size)) * 4
   fixed += (is_ragged or x.is_rotated) * of_rows + is_ragged * of_rows  # q, do
   tiles_of_logits = 2 + 2 * x.is_masked
   spilled = tiles_of_logits * rows * config.block_kv_bwd * 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from .._frame import switches
 from .._frame.check import Implementation, is_traced
 from .._rope import Rope, apply_rope_reference
+from .shapes import LayoutName, from_btnh, to_btnh
 
 if TYPE_CHECKING:
   from .tiles import FlashAttentionConfig
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 # Whole numbers, or traced values.
 Window = tuple[Any, Any] | int | None
 SegmentIds = jax.Array | tuple[jax.Array, jax.Array] | None
-# How q, k, v, out and their gradients lie in memory, by the legend's letters.
-LayoutName = Literal["BTNH", "BNTH", "BT(NH)"]
 
 # --- the problem --------------------------------------------------------------
 
@@ -124,23 +123,6 @@ class Problem:
       return products if scale is None else products * scale
     factor = self.scale / self.soft_cap
     return jnp.tanh(products * (factor if scale is None else factor * scale))
-
-
-def to_btnh(x: Any, layout: LayoutName, head_size: int | None) -> Any:
-  """A caller's array of queries or keys as [B, T, N, H]."""
-  if layout == "BNTH":
-    return x.swapaxes(1, 2)
-  if layout == "BT(NH)":
-    assert head_size is not None
-    return x.reshape(*x.shape[:2], x.shape[2] // head_size, head_size)
-  return x
-
-
-def from_btnh(x: Any, layout: LayoutName) -> Any:
-  """The inverse."""
-  if layout == "BNTH":
-    return x.swapaxes(1, 2)
-  return x.reshape(*x.shape[:2], -1) if layout == "BT(NH)" else x
 
 
 def sides(window: Window) -> tuple[Any, Any] | None:

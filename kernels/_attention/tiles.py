@@ -15,7 +15,7 @@ from .._frame.tuned import power_of_two, tuned_config
 from . import memory
 from .layout import Layout
 from .memory import Sizes
-from .spec import Arrays, Outs, Problem, Segments, has_window
+from .spec import Arrays, Problem, has_window
 
 # --- configuration ------------------------------------------------------------
 
@@ -140,9 +140,6 @@ def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
 
 
 # --- calls --------------------------------------------------------------------
-# A call holds all its keys in VMEM.  More than fit are taken in spans, each
-# with the queries that see it: the forward merges the spans' results by their
-# lse, the backward adds up dq.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +158,6 @@ class Call:
     first_k: index of its first key.
     s: how many keys it has; the arrays of keys may be padded beyond.
     layout: how it finds them.
-    head_size: H.
   """
 
   problem: Problem
@@ -175,7 +171,6 @@ class Call:
   first_k: int
   s: int
   layout: Layout
-  head_size: int
 
   @property
   def shift(self) -> int:
@@ -241,7 +236,7 @@ def backward_call(p: Problem, x: Sizes) -> Call:
 def _whole(p: Problem, x: Sizes) -> tuple[Any, ...]:
   """All queries and keys, and how they lie."""
   layout = Layout.of(p, x.kv_heads, x.group, x.head_size)
-  return 0, x.t, 0, x.s, layout, x.head_size
+  return 0, x.t, 0, x.s, layout
 
 
 def forward_keys(call: Call, x: Sizes) -> int:
@@ -254,30 +249,6 @@ def backward_keys(call: Call, x: Sizes) -> int:
   """How many keys one call of the backward holds."""
   sums = memory.backward_bytes(call.problem.tiles, x)
   return memory.keys_that_fit("backward", *sums, call.key_unit)
-
-
-def spans(whole: Call, keys: int) -> list[Call]:
-  """The calls that make up one, `keys` keys at a time."""
-  p, calls = whole.problem, []
-  for first_k in range(0, whole.s, keys):
-    end_k = min(first_k + keys, whole.s)
-    first_q, end_q = 0, whole.t
-    if p.is_causal:
-      first_q = first_k
-    if p.window is not None:
-      left, right = p.window
-      first_q, end_q = max(first_q, first_k - right), min(end_q, end_k + left)
-    if first_q < end_q:
-      calls.append(
-        dataclasses.replace(
-          whole,
-          first_q=first_q,
-          t=end_q - first_q,
-          first_k=first_k,
-          s=end_k - first_k,
-        )
-      )
-  return calls
 
 
 # --- the operands -------------------------------------------------------------
@@ -301,13 +272,13 @@ class Specs(NamedTuple):
 
 def operands(call: Call, a: Arrays) -> tuple[Operands, Specs]:
   """Of q [B, T, N, H], k and v [B, S, K, H]."""
-  layout, h = call.layout, a.q.shape[3]
+  layout = call.layout
   k, v = (padded(layout.of_keys(x), call) for x in (a.k, a.v))
   one_head = a.k.shape[0] * call.kv_heads == 1  # nothing to load ahead
   once = {"pipeline_mode": pl.Buffered(1)} if one_head else {}
   specs = Specs(
-    layout.query_spec(call.block_q, h),
-    layout.key_spec(k.shape[1], h, **once),
+    layout.query_spec(call.block_q),
+    layout.key_spec(k.shape[1], **once),
     pl.BlockSpec((None, 1, call.rows), lambda b, i, *_: (b, 0, i)),
   )
   return Operands(layout.of_queries(a.q), k, v), specs
@@ -320,23 +291,3 @@ def padded(keys: jax.Array, call: Call) -> jax.Array:
   """
   more = -keys.shape[1] % call.key_unit
   return jnp.pad(keys, ((0, 0), (0, more), (0, 0)))
-
-
-def part_of(arrays: Arrays, call: Call) -> Arrays:
-  """A call's part of the arrays."""
-  assert arrays.positions is None, "only one call rotates its own inputs"
-  segments = arrays.segments
-  if segments is not None:
-    segments = Segments(segments.q[:, call.queries], segments.k[:, call.keys])
-  return arrays._replace(
-    q=arrays.q[:, call.queries],
-    k=arrays.k[:, call.keys],
-    v=arrays.v[:, call.keys],
-    segments=segments,
-  )
-
-
-def part_of_outs(outs: Outs, call: Call) -> Outs:
-  """The same of out [B, T, N, H] and lse [B, N, T]; this, by row."""
-  lse = call.layout.of_lse(outs.lse[:, :, call.queries])
-  return Outs(outs.out[:, call.queries], lse)
