@@ -1,4 +1,4 @@
-"""Page 7: which keys a block of queries meets, and which of them it sees.
+"""Page 8: which keys a block of queries meets, and which of them it sees.
 
 A grid step has the queries q0 to q0 + block_q.  By position, of the blocks of
 block_kv keys,

@@ -1,4 +1,4 @@
-"""Page 6: NaN and infinity among what the segments hide.
+"""Page 7: NaN and infinity among what the segments hide.
 
 Padding may hold anything, and so may another segment of a packed row.  A mask
 gives hidden keys the weight 0, but 0 times NaN is NaN.  So with segment ids

@@ -1,4 +1,4 @@
-"""Page 10: the op, its public function, its problems."""
+"""Page 12: the op, its public function, its problems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page 5: where q and k are rotated, if RoPE is part of a problem.
+"""Page 6: where q and k are rotated, if RoPE is part of a problem.
 
 Inside the kernels it costs no traffic.  Where they cannot, the op rotates q and
 k before, by `apply_rope`, and saves them rotated.  Whether they can depends on

@@ -1,4 +1,4 @@
-"""Page 0: the shapes in which a caller may have q, k, v and out."""
+"""The shapes in which a caller may have q, k, v and out."""
 
 from __future__ import annotations
 
