@@ -113,21 +113,20 @@ class Layout:
     b, t, n, h = x.shape
     if self.kind == "flat":
       return x.reshape(b, t, n * h)
-    grouped = x.reshape(b, t, self.kv_heads, self.group, h)
-    if self.kind == "packed" or self.group == 1:
-      return grouped.swapaxes(1, 2).reshape(-1, t * self.group, h)
-    return grouped.transpose(0, 2, 3, 1, 4).reshape(-1, self.group, t, h)
+    if self.kind == "packed":
+      return x.reshape(b, t * n, h)
+    # Not with K and G apart before T is inside: their tiles in memory are small.
+    by_head = x.swapaxes(1, 2)
+    if self.group == 1:
+      return by_head.reshape(b * n, t, h)
+    return by_head.reshape(b * self.kv_heads, self.group, t, h)
 
   def to_queries(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse, to shape [B, T, N, H]."""
-    b, t, _, h = shape
-    if self.kind == "flat":
-      return x.reshape(shape)
-    if self.kind == "packed" or self.group == 1:
-      x = x.reshape(b, self.kv_heads, t, self.group, h)
-      return x.swapaxes(1, 2).reshape(shape)
-    x = x.reshape(b, self.kv_heads, self.group, t, h)
-    return x.transpose(0, 3, 1, 2, 4).reshape(shape)
+    b, t, n, h = shape
+    if self.kind == "heads":
+      return x.reshape(b, n, t, h).swapaxes(1, 2)
+    return x.reshape(shape)
 
   def of_keys(self, x: jax.Array) -> jax.Array:
     """[B, S, K, H] as a kernel takes it."""
