@@ -183,10 +183,9 @@ def _rotate(block: blocks.Block, i: Inputs, s: State) -> None:
   )
   sin, cos = s.sin[own, :], s.cos[own, :]
   call = block.call
-  # Without what lies past the end.
+  # Without what lies past the end, if there is such an end.
   q = _taken(call, i.q, None if s.dout is None else s.q, pl.ds(0, call.rows))
-  by_row = call.layout.by_row
-  s.q[...] = rotate(q, by_row(sin), by_row(cos))
+  s.q[...] = rotate(q, *map(call.layout.by_row, (sin, cos)))
   s.k[own, :] = rotate(i.k[own, :], sin, cos)
 
 
@@ -307,7 +306,7 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
   """dq, dk and dv; lse and its cotangent are by row."""
   layout = call.layout
   (q, k, v), (row, whole, lane) = tiles.operands(call, a)
-  out, dout = layout.of_queries(outs.out), layout.of_queries(d.out)
+  out, dout = map(layout.of_queries, (outs.out, d.out))
   bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
   mixed = finite.mixed_segments(call, a.segments, bounds)
   rope, rope_specs = blocks.rope_operands(call, a)

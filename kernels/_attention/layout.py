@@ -115,7 +115,7 @@ class Layout:
       return x.reshape(b, t, n * h)
     if self.kind == "packed":
       return x.reshape(b, t * n, h)
-    # Not with K and G apart before T is inside: their tiles in memory are small.
+    # K and G come apart at last: inside of T, their tiles would be small.
     by_head = x.swapaxes(1, 2)
     if self.group == 1:
       return by_head.reshape(b * n, t, h)
