@@ -123,7 +123,7 @@ class Gemma(nnx.Module):
     rope = Rope(positions, self.config.rope_base_frequency)
 
     def attend(q, k, v):
-      y = self.ops.flash_attention(
+      y = self.ops.attend(
         q, k, v, is_causal=True, segment_ids=segment_ids, rope=rope
       )
       return y, None
@@ -199,7 +199,7 @@ class Gemma(nnx.Module):
 
     def attend(layer, q, k, v, cache):
       # The padding comes after a prompt's tokens, and no token sees later ones.
-      y = self.ops.flash_attention(q, k, v, is_causal=True)
+      y = self.ops.attend(q, k, v, is_causal=True)
       return y, cache.write_prompts(layer, k, v)
 
     x, cache = self._with_cache(

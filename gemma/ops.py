@@ -44,6 +44,26 @@ class Ops:
   decode_attention: Callable[..., Any]
   linear_cross_entropy: Callable[..., Any]
 
+  def attend(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any
+  ) -> jax.Array:
+    """`flash_attention` between projections.
+
+    XLA has them write and read arrays heads first for nothing; with the heads
+    of a token one below the other it copies all of them.
+
+    Args:
+      q: [B, T, N, H].
+      k: [B, S, K, H].
+      v: [B, S, K, H].
+      **kwargs: as `flash_attention` takes them, but for the layout.
+
+    Returns:
+      [B, T, N, H].
+    """
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return self.flash_attention(q, k, v, layout="BNTH", **kwargs).swapaxes(1, 2)
+
 
 def _ops(default: str | None, **implementations: str) -> Ops:
   return Ops(

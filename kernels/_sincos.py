@@ -27,6 +27,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 from ._frame import tpu
 
@@ -102,30 +103,48 @@ def _polynomial(x: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
 
 
 # --- for kernels that rotate their own inputs ---------------------------------
+# A row is two halves, which a rotation mixes.  Where these are whole registers,
+# sines are needed for one half alone.  Else both halves have theirs, those of
+# the first with the sign that it wants, and the halves change places by a
+# rotation of lanes.
+
+
+def timescales(timescale: jax.Array) -> jax.Array:
+  """[..., H / 2] as `phases` wants it: a negative one gives a negative sine."""
+  if timescale.shape[-1] % tpu.LANES == 0:
+    return timescale
+  return jnp.concatenate([-timescale, timescale], axis=-1)
+
+
+def width(head_size: int) -> int:
+  """Of the sines and cosines of a row: H / 2 or H."""
+  half = head_size // 2
+  return half if half % tpu.LANES == 0 else head_size
 
 
 def phases(
   positions: jax.Array, timescale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """sin and cos [tokens, h] of positions [1, tokens] and timescale [1, h]."""
+  """sin and cos [tokens, W] of positions [1, tokens] and timescale [1, W]."""
   column = tpu.lanes_to_column(positions)
   column = tpu.across(column, timescale.shape[1]).astype(jnp.float32)
   return sin_cos(column / timescale)
 
 
 def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-  """Rotates rows [tokens times heads, H] by sin and cos [tokens, h].
+  """Rotates rows [R, H] by sin and cos [R, W]."""
+  half, wide = x.shape[1] // 2, x.astype(jnp.float32)
+  if sin.shape[1] == x.shape[1]:
+    rotated = wide * cos + _halves_swapped(wide) * sin
+  else:
+    first, second = wide[:, :half], wide[:, half:]
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    rotated = jnp.concatenate(parts, axis=1)
+  return rotated.astype(x.dtype)
 
-  h is a multiple of 128, and heads 1 or a multiple of 8.
-  """
-  tokens, half = sin.shape
-  heads = x.shape[0] // tokens
-  if heads > 1:
-    sin, cos = (
-      jnp.broadcast_to(y[:, None, :], (tokens, heads, half)).reshape(-1, half)
-      for y in (sin, cos)
-    )
-  first = x[:, :half].astype(jnp.float32)
-  second = x[:, half:].astype(jnp.float32)
-  rotated = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(rotated, axis=1).astype(x.dtype)
+
+def _halves_swapped(x: jax.Array) -> jax.Array:
+  half = x.shape[1] // 2
+  if x.shape[1] % tpu.LANES == 0:
+    return pltpu.roll(x, half, 1)
+  return jnp.concatenate([x[:, half:], x[:, :half]], axis=1)

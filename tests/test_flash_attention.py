@@ -32,6 +32,7 @@ def page(name):
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
 LAYOUT = page("layout")
 MEMORY, ROTATION = page("memory"), page("rotation")
+SPANS = page("spans")
 FORWARD, BACKWARD = page("forward"), page("backward")
 TPU = FORWARD.tpu
 SMALL = FlashAttentionConfig(
@@ -177,10 +178,10 @@ def a_block_too_few(meet):
   return first, end - 1
 
 
-def heads_swapped(x, kv_heads):
+def heads_swapped(layout, x, of_queries=LAYOUT.Layout.of_queries):
   b, t, n, h = x.shape
-  x = x.reshape(b, t, -1, kv_heads, h).transpose(0, 3, 1, 2, 4)
-  return x.reshape(b * kv_heads, t * (n // kv_heads), h)
+  grouped = x.reshape(b, t, -1, layout.kv_heads, h)
+  return of_queries(layout, grouped.swapaxes(2, 3).reshape(x.shape))
 
 
 def out_not_rescaled(s, g, decay, total, acc):
@@ -249,7 +250,10 @@ FORWARD_MUTANTS = {
     "rope",
     (FORWARD, "_rotated_k", lambda i, own, sin, cos: i.k[own, :]),
   ),
-  "heads swapped": ("grouped", (LAYOUT, "to_rows", heads_swapped)),
+  "heads swapped": (
+    "grouped",
+    (LAYOUT.Layout, "of_queries", heads_swapped),
+  ),
 }
 BACKWARD_MUTANTS = {
   "no di": ("causal", (BACKWARD, "_minus_di", lambda dw, s, here: dw)),
@@ -269,7 +273,7 @@ BACKWARD_MUTANTS = {
   ),
   "rows past the end": (
     "ragged",
-    (BACKWARD, "_zero_unless", lambda inside, ref: ref[...]),
+    (BACKWARD, "_zero_unless", lambda inside, rows: rows.load(0, len(inside))),
   ),
   "dq and dk rotated the wrong way": (
     "rope",
@@ -398,8 +402,9 @@ def test_spans_of_keys(h, kwargs, monkeypatch):
 
 def test_each_span_has_the_queries_that_see_it():
   problem = SPEC.Problem(scale=1.0, is_causal=True, window=(50, 0))
-  whole = TILES.Call(problem, 1, 2, 128, 128, 128, 0, 300, 0, 300)
-  spans = TILES.spans(whole, 128)
+  layout = LAYOUT.Layout("packed", 1, 2, 128, 64)
+  whole = TILES.Call(problem, 1, 2, 128, 128, 128, 0, 300, 0, 300, layout)
+  spans = SPANS.of_call(whole, 128)
   assert [(s.keys.start, s.queries) for s in spans] == [
     (0, slice(0, 178)),
     (128, slice(128, 300)),
@@ -468,7 +473,8 @@ def test_a_window_that_hides_nothing_is_no_window():
 
 def test_blocks_of_other_segments_are_skipped():
   problem = SPEC.Problem(scale=1.0, is_causal=True)
-  call = TILES.Call(problem, 1, 1, 128, 128, 128, 0, 512, 0, 512)
+  layout = LAYOUT.Layout("packed", 1, 1, 128, 64)
+  call = TILES.Call(problem, 1, 1, 128, 128, 128, 0, 512, 0, 512, layout)
   ids = ids_of(128, 256, 100, 28)
   bounds, *_ = BLOCKS.segment_operands(call, SPEC.Segments(ids, ids))
   assert bounds.reshape(-1, 2).tolist() == [[0, 1], [1, 3], [1, 3], [3, 4]]

@@ -313,6 +313,9 @@ def splash_attention(
   """
   from pallas_gemma.kernels import apply_rope
 
+  if kwargs.pop("layout", "BTNH") == "BNTH":
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return splash_attention(q, k, v, **kwargs).swapaxes(1, 2)
   rope = kwargs.pop("rope", None)
   if not kwargs.pop("is_causal") or any(kwargs.values()):
     raise ValueError(f"splash_attention: wanted is_causal alone, got {kwargs}")

@@ -81,7 +81,7 @@ def _block(
     rope = Rope(positions, config.rope_base_frequency)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, None]:
-      return ops.flash_attention(q, k, v, is_causal=True, rope=rope), None
+      return ops.attend(q, k, v, is_causal=True, rope=rope), None
 
     return layer(x, attend)[0]
 

@@ -24,11 +24,10 @@ one float32 per row, di is recomputed.  With T^2 / 2 visible pairs of H = 256
 the causal forward at T = 8192 does 4,096 flops per byte and is bound by the
 MXU: 2 matmuls forward, 5 backward.
 
-Tiling: the kernels see rows, r = t G + g, the G = N / K query heads of a kv
-head side by side under their token; for multi-query attention [B, T, N, H] lies
-in memory so already.  The keys of a kv head stay in VMEM while the grid,
-(B K, ceil(T / block_q)), walks over its blocks of queries.  A causal forward,
-with block_q = 2 block_kv:
+Tiling: the kernels see rows, the G = N / K query heads of a kv head side by
+side; how they lie in memory is the caller's choice, and nothing is moved.  The
+keys of a kv head stay in VMEM while the grid, (B K, ceil(T / block_q)), walks
+over its blocks of queries.  A causal forward, with block_q = 2 block_kv:
 
             block_kv
             +---+                  d  the diagonal, first: each group of rows as
@@ -42,18 +41,21 @@ with block_q = 2 block_kv:
 
 Read in this order; each page stands on those before it:
 
-    spec      the arrays, the problem, the references
-    layout    rows and keys in memory
-    memory    what fits VMEM
-    tiles     tile sizes, and what one kernel call is
-    rotation  where RoPE is applied, if it is part of a problem
-    finite    what is not a number, behind a mask
-    blocks    which keys a block of queries meets, and the mask
-    forward   the kernel
-    backward  the kernel
-    door      what the public functions are given, checked
-    op        the public function and its registration
-    decode    decode_attention, which so far is its reference
+    shapes     the shapes in which a caller may have the arrays
+    spec       the arrays, the problem, the references
+    layout     queries and keys in memory, and the order of rows
+    memory     what fits VMEM
+    tiles      tile sizes, and what one kernel call is
+    spans      more keys than one call holds
+    rotation   where RoPE is applied, if it is part of a problem
+    finite     what is not a number, behind a mask
+    blocks     which keys a block of queries meets, and the mask
+    forward    the kernel
+    departure  how dk and dv leave for HBM
+    backward   the kernel
+    door       what the public functions are given, checked
+    op         the public function and its registration
+    decode     decode_attention, which so far is its reference
 """
 
 from .decode import DECODE_ATTENTION as DECODE_ATTENTION

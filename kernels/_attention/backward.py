@@ -1,4 +1,4 @@
-"""Page 9: the backward kernel, dq, dk and dv in one.
+"""Page 11: the backward kernel, dq, dk and dv in one.
 
 It works on transposed scores, keys in sublanes and rows in lanes:
 
@@ -34,8 +34,10 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
-from .._sincos import phases, rotate
-from . import blocks, finite, layout, memory, rotation, tiles
+from .._sincos import phases, rotate, width
+from . import blocks, departure, finite, memory, rotation, spans, tiles
+from .departure import Departure
+from .layout import Rows
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -43,11 +45,11 @@ from .tiles import Call
 class Inputs(NamedTuple):
   """Refs, in the kernel; R = block_q G rows; None where a problem has none."""
 
-  q: Any  # [R, H]
+  q: Any  # R rows of H, as the layout has them
   k: Any  # [S, H], the same for all blocks of queries
   v: Any  # [S, H]
-  out: Any  # [R, H]
-  dout: Any  # [R, H]
+  out: Any  # as q
+  dout: Any  # as q
   lse: Any  # [1, R] in units of `Problem.unit`
   dlse: Any  # [1, R] likewise
   segments: blocks.SegmentRefs | None
@@ -57,9 +59,9 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
   """Refs, in the kernel."""
 
-  dq: Any  # [R, H]
-  dk: Any  # [S, H]
-  dv: Any  # [S, H]
+  dq: Any  # as q
+  dk: Any  # all keys of all kv heads, in HBM: the layout has them
+  dv: Any  # likewise
 
 
 class State(NamedTuple):
@@ -72,9 +74,10 @@ class State(NamedTuple):
   dv: Any  # [S, H] likewise
   q: Any  # [R, H] rotated, finite; None if it is as it comes
   dout: Any  # [R, H] finite; None if it is as it comes
+  departure: departure.Scratch
   k: Any  # [S, H] rotated as far as the grid has come; or None
-  sin: Any  # [S, H / 2], or None
-  cos: Any  # [S, H / 2], or None
+  sin: Any  # [S, W], see `_sincos.width`; or None
+  cos: Any  # [S, W], or None
 
 
 # --- the kernel ---------------------------------------------------------------
@@ -84,10 +87,12 @@ def _kernel(
   scalars: blocks.Scalars, i: Inputs, o: Outputs, s: State, *, call: Call
 ):
   block = blocks.Block.of_step(call, scalars)
+  keys_leave = Departure(call, s.departure, o.dk, o.dv)
+  keys_leave.begin()
   if not _diagonal_starts_dk(call):
     pl.when(pl.program_id(1) == 0)(functools.partial(_clear, s))
   if i.segments is not None:
-    _clear_unseen(block, i)
+    finite.clear_unseen(block, i)
   _take_statistics(call, i, s)
   _take_rows(call, i, s)
   if i.rope is not None:
@@ -106,8 +111,7 @@ def _kernel(
   block.start(on_diagonal, functools.partial(_start_dq, s))
   block.for_other_keys(on_others)
   _finish_dq(block, i, o, s)
-  last = pl.program_id(1) == pl.num_programs(1) - 1
-  pl.when(last)(functools.partial(_finish_dk_and_dv, block, o, s))
+  keys_leave.end(functools.partial(_dk_and_dv, block, o, s))
 
 
 def _diagonal_starts_dk(call: Call) -> bool:
@@ -124,20 +128,12 @@ def _start_dq(s: State) -> None:
   s.dq_transposed[...] = jnp.zeros_like(s.dq_transposed)
 
 
-def _clear_unseen(block: blocks.Block, i: Inputs) -> None:
-  """Before all else: what stands on two sides of a branch cannot overlap."""
-  keys = functools.partial(finite.clear_keys, i.k, i.v, block.call.block_kv)
-  pl.when(pl.program_id(1) == 0)(functools.partial(keys, mark=False))
-  rows = functools.partial(finite.clear_rows, i.q, i.dout, i.lse)
-  pl.when(block.mixed)(rows)
-
-
 def _take_statistics(call: Call, i: Inputs, s: State) -> None:
   """di and lse of every row."""
   columns = []
+  both = [call.layout.by_rows(x) for x in (i.out, i.dout)]
   for r in range(0, call.rows, tpu.LANES):
-    part = pl.ds(r, tpu.LANES)
-    out, dout = (x[part, :].astype(jnp.float32) for x in (i.out, i.dout))
+    out, dout = (x.load(r, tpu.LANES).astype(jnp.float32) for x in both)
     di = jnp.sum(out * dout, axis=1, keepdims=True)
     columns.append(jnp.broadcast_to(di, (tpu.LANES, tpu.LANES)))
   tpu.store_lanes(s.di, tpu.columns_to_lanes(columns))
@@ -158,17 +154,24 @@ def _take_rows(call: Call, i: Inputs, s: State) -> None:
   """In the last block, what lies past the end is undefined: clears it."""
   if s.dout is None:
     return
-  inside = call.t * call.group - pl.program_id(1) * call.rows
-  lane = jax.lax.broadcasted_iota(jnp.int32, s.lse.shape, 1)
-  s.lse[...] = jnp.where(lane < inside, s.lse[...], jnp.inf)
-  s.di[...] = jnp.where(lane < inside, s.di[...], 0.0)
-  row = jax.lax.broadcasted_iota(jnp.int32, i.q.shape, 0)
-  s.q[...] = _zero_unless(row < inside, i.q)
-  s.dout[...] = _zero_unless(row < inside, i.dout)
+  inside = call.t - pl.program_id(1) * call.block_q
+
+  def is_inside(shape: tuple[int, ...], axis: int) -> jax.Array:
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    row, factor = call.layout.tokens(index)
+    return row < inside * factor
+
+  lane = is_inside(s.lse.shape, 1)
+  s.lse[...] = jnp.where(lane, s.lse[...], jnp.inf)
+  s.di[...] = jnp.where(lane, s.di[...], 0.0)
+  row = is_inside(s.q.shape, 0)
+  s.q[...] = _zero_unless(row, call.layout.by_rows(i.q))
+  s.dout[...] = _zero_unless(row, call.layout.by_rows(i.dout))
 
 
-def _zero_unless(inside: jax.Array, ref: Any) -> jax.Array:
-  return jnp.where(inside, ref[...], jnp.zeros_like(ref))
+def _zero_unless(inside: jax.Array, rows: Rows) -> jax.Array:
+  x = rows.load(0, inside.shape[0])
+  return jnp.where(inside, x, jnp.zeros_like(x))
 
 
 def _rotate(block: blocks.Block, i: Inputs, s: State) -> None:
@@ -179,8 +182,10 @@ def _rotate(block: blocks.Block, i: Inputs, s: State) -> None:
     i.rope.positions[...], i.rope.timescale[...]
   )
   sin, cos = s.sin[own, :], s.cos[own, :]
-  q = i.q if s.dout is None else s.q  # without what lies past the end
-  s.q[...] = rotate(q[...], sin, cos)
+  call = block.call
+  # Without what lies past the end, if there is such an end.
+  q = _taken(call, i.q, None if s.dout is None else s.q, pl.ds(0, call.rows))
+  s.q[...] = rotate(q, *map(call.layout.by_row, (sin, cos)))
   s.k[own, :] = rotate(i.k[own, :], sin, cos)
 
 
@@ -209,8 +214,8 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   p, rows = block.call.problem, block.call.rows
   keys, here = pl.ds(tile.key0, tile.width), pl.ds(tile.row0, rows - tile.row0)
   k, v = (i.k if s.k is None else s.k)[keys, :], i.v[keys, :]
-  q = (i.q if s.q is None else s.q)[here, :]
-  dout = (i.dout if s.dout is None else s.dout)[here, :]
+  q = _taken(block.call, i.q, s.q, here)
+  dout = _taken(block.call, i.dout, s.dout, here)
   logits = block.logits(tpu.dot(k, q, tpu.NT))
   weights = jnp.exp2((logits - s.lse[:, here]) * p.to_base_2)
   if tile.masked:
@@ -225,6 +230,13 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   _add(s.dv, (keys, whole), dv, starts=tile.starts_dk)
   _add(s.dk, (keys, whole), dk, starts=tile.starts_dk)
   _add(s.dq_transposed, (whole, here), dq_transposed, starts=tile.starts_dq)
+
+
+def _taken(call: Call, ref: Any, scratch: Any, here: Any) -> jax.Array:
+  """Rows as they come, or as they are in scratch."""
+  if scratch is not None:
+    return scratch[here, :]
+  return call.layout.by_rows(ref).load(here.start, here.size)
 
 
 def _mask(
@@ -257,23 +269,26 @@ def _add(ref: Any, at: Any, new: jax.Array, *, starts: bool) -> None:
 
 def _finish_dq(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   # `backward` scales it by a traced scale, whose gradient it needs it for.
-  dq = _scaled(block.call.problem, s.dq_transposed[...])
+  call = block.call
+  dq = _scaled(call.problem, s.dq_transposed[...])
   if i.rope is None:
-    o.dq[...] = dq.astype(o.dq.dtype).T
+    dq = dq.astype(o.dq.dtype).T
   else:
     own = block.own_keys
-    dq = _rotate_back(dq.T, s.sin[own, :], s.cos[own, :])
-    o.dq[...] = dq.astype(o.dq.dtype)
+    sin, cos = (call.layout.by_row(x[own, :]) for x in (s.sin, s.cos))
+    dq = _rotate_back(dq.T, sin, cos)
+  call.layout.by_rows(o.dq).store(0, dq)
 
 
-def _finish_dk_and_dv(block: blocks.Block, o: Outputs, s: State) -> None:
-  dk = _scaled(block.call.problem, s.dk[...])
+def _dk_and_dv(
+  block: blocks.Block, o: Outputs, s: State, keys: Any
+) -> tuple[jax.Array, jax.Array]:
+  dk = _scaled(block.call.problem, s.dk[keys, :])
   if block.scale is not None:
     dk *= block.scale
   if s.sin is not None:
-    dk = _rotate_back(dk, s.sin[...], s.cos[...])
-  o.dk[...] = dk.astype(o.dk.dtype)
-  o.dv[...] = s.dv[...].astype(o.dv.dtype)
+    dk = _rotate_back(dk, s.sin[keys, :], s.cos[keys, :])
+  return dk.astype(o.dk.dtype), s.dv[keys, :].astype(o.dv.dtype)
 
 
 def _scaled(p: Problem, sums: jax.Array) -> jax.Array:
@@ -288,24 +303,25 @@ def _rotate_back(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 
 
 def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
-  """dq, dk and dv, of q [B K, T G, H], k and v [B K, S, H]."""
-  q, k, v = a.q, tiles.padded(a.k, call), tiles.padded(a.v, call)
-  bk, tg, _ = q.shape
-  row, whole, lane = tiles.block_specs(call, q, k)
+  """dq, dk and dv; lse and its cotangent are by row."""
+  layout = call.layout
+  (q, k, v), (row, whole, lane) = tiles.operands(call, a)
+  out, dout = map(layout.of_queries, (outs.out, d.out))
   bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
   mixed = finite.mixed_segments(call, a.segments, bounds)
   rope, rope_specs = blocks.rope_operands(call, a)
-  inputs = Inputs(q, k, v, outs.out, d.out, outs.lse, d.lse, ids, rope)
+  in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+  inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope)
   (gradients,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_bwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(bk, pl.cdiv(tg, call.rows)),
+      grid=(a.q.shape[0] * call.kv_heads, pl.cdiv(call.t, call.block_q)),
       in_specs=[
         Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
       ],
-      out_specs=[Outputs(row, whole, whole)],
+      out_specs=[Outputs(row, in_hbm, in_hbm)],
       scratch_shapes=[_state(call, inputs)],
     ),
     out_shape=[
@@ -318,17 +334,21 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
   )(blocks.Scalars.of(bounds, a, mixed), inputs)
   dq, dk, dv = gradients
-  return Arrays(dq, dk[:, : call.s], dv[:, : call.s])
+  return Arrays(
+    layout.to_queries(dq, a.q.shape),
+    layout.to_keys(dk, a.k.shape),
+    layout.to_keys(dv, a.v.shape),
+  )
 
 
 def _state(call: Call, i: Inputs) -> State:
   """Types of the scratch for these operands."""
-  s, h = i.k.shape[1:]
+  s, h = i.k.shape[1], call.layout.head_size
   is_rotated = i.rope is not None
   by_lane = pltpu.VMEM((1, call.rows), jnp.float32)
   of_keys = pltpu.VMEM((s, h), jnp.float32)
   of_rows = pltpu.VMEM((call.rows, h), i.q.dtype)
-  of_phases = pltpu.VMEM((s, h // 2), jnp.float32)
+  of_phases = pltpu.VMEM((s, width(h)), jnp.float32)
   return State(
     lse=by_lane,
     di=by_lane,
@@ -337,6 +357,7 @@ def _state(call: Call, i: Inputs) -> State:
     dv=of_keys,
     q=of_rows if call.has_ragged_end or is_rotated else None,
     dout=of_rows if call.has_ragged_end else None,
+    departure=departure.scratch(s, h, i.k.dtype),
     k=pltpu.VMEM((s, h), i.k.dtype) if is_rotated else None,
     sin=of_phases if is_rotated else None,
     cos=of_phases if is_rotated else None,
@@ -355,41 +376,25 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     d: the cotangents of these.
   """
   a, outs = rotation.before(p, saved.arrays), saved.outs
-  sizes, kv_heads = memory.Sizes.of_problem(p, a), a.k.shape[2]
+  sizes = memory.Sizes.of_problem(p, a)
   whole = tiles.backward_call(p, sizes)
-  rows = layout.of_arrays(a)
-  outs, d = layout.of_outs(outs, kv_heads), layout.of_outs(d, kv_heads)
-  calls = tiles.spans(whole, tiles.backward_keys(whole, sizes))
+  calls = spans.of_call(whole, tiles.backward_keys(whole, sizes))
   if calls == [whole]:
     dq_dtype = a.q.dtype if a.scale is None else jnp.float32
-    grads = _run(whole, rows, outs, d, dq_dtype)
+    grads = _run(whole, a, outs, d, dq_dtype)
   else:
-    grads = _run_and_add(calls, rows, outs, d)
-  dq, d_scale = layout.from_rows(grads.q, a.q.shape), None
+    outs, d = (
+      x._replace(lse=whole.layout.to_lse(x.lse, a.q.shape)) for x in (outs, d)
+    )
+    grads = spans.added(_run, calls, a, outs, d)
+  dq, d_scale = grads.q, None
   if a.scale is not None:
     d_scale = (a.q.astype(jnp.float32) * dq).sum(axis=(1, 2, 3))
     dq = dq * a.scale[:, None, None, None]
   grads = Arrays(
     q=dq.astype(a.q.dtype),
-    k=layout.from_keys(grads.k, a.k.shape),
-    v=layout.from_keys(grads.v, a.v.shape),
+    k=grads.k,
+    v=grads.v,
     scale=d_scale,
   )
   return rotation.back(p, grads, saved.arrays, a)
-
-
-def _run_and_add(calls: list[Call], a: Arrays, outs: Outs, d: Outs) -> Arrays:
-  """As `_run`, span by span; dq is added up in float32."""
-  dq = jnp.zeros(a.q.shape, jnp.float32)
-  dk, dv = jnp.zeros_like(a.k), jnp.zeros_like(a.v)
-  for call in calls:
-    rows, keys = call.query_rows, call.keys
-    outs_of_call, d_of_call = (
-      Outs(x.out[:, rows], x.lse[:, :, rows]) for x in (outs, d)
-    )
-    a_of_call = tiles.part_of(a, call)
-    new = _run(call, a_of_call, outs_of_call, d_of_call, jnp.float32)
-    dq = dq.at[:, rows].add(new.q)
-    dk = dk.at[:, keys].set(new.k)
-    dv = dv.at[:, keys].set(new.v)
-  return Arrays(dq, dk, dv)

@@ -1,4 +1,4 @@
-"""Page 7: which keys a block of queries meets, and which of them it sees.
+"""Page 8: which keys a block of queries meets, and which of them it sees.
 
 A grid step has the queries q0 to q0 + block_q.  By position, of the blocks of
 block_kv keys,
@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 
 from .._frame import tpu
 from .._rope import rope_timescale
+from .._sincos import timescales
 from .spec import Arrays, Segments
 from .tiles import Call
 
@@ -239,18 +240,18 @@ def visible(
     ids: segment ids, if there are any.
   """
   call, p = block.call, block.call.problem
-  row = row0 + jax.lax.broadcasted_iota(jnp.int32, shape, row_axis)
+  index = row0 + jax.lax.broadcasted_iota(jnp.int32, shape, row_axis)
+  row, factor = call.layout.tokens(index)
   key = key0 + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - row_axis)
-  # How far a key is ahead of the block's first query.  A row's query is its
-  # index over G; multiplying by G on this side spares a division.
+  # How far a key is ahead of the block's first query.
   ahead = key + (call.shift - block.q0)
   mask = _exists(key, call)
   if p.is_causal:
-    mask &= _not_after(ahead, row, call.group)
+    mask &= _not_after(ahead, row, factor)
   if block.window is not None:
     left, right = block.window
-    mask &= _before(row, ahead + (left + 1), call.group)
-    mask &= _not_after(ahead - right, row, call.group)
+    mask &= _before(row, ahead + (left + 1), factor)
+    mask &= _not_after(ahead - right, row, factor)
   if ids is not None:
     mask &= _same_segment(ids)
   return mask
@@ -260,14 +261,14 @@ def _exists(key: jax.Array, call: Call) -> jax.Array:
   return key < call.s
 
 
-def _not_after(ahead: jax.Array, row: jax.Array, group: int) -> jax.Array:
+def _not_after(ahead: jax.Array, row: jax.Array, factor: int) -> jax.Array:
   """Whether the query at `ahead` is not after that of the row."""
-  return ahead * group <= row
+  return ahead * factor <= row
 
 
-def _before(row: jax.Array, ahead: jax.Array, group: int) -> jax.Array:
+def _before(row: jax.Array, ahead: jax.Array, factor: int) -> jax.Array:
   """Whether the row's query is before that at `ahead`."""
-  return row < ahead * group
+  return row < ahead * factor
 
 
 def _same_segment(ids: TileIds) -> jax.Array:
@@ -299,7 +300,7 @@ def segment_operands(
     return None, None, None
   keys = padded_ids(segments.k, call.key_unit)
   operands = SegmentRefs(
-    jnp.repeat(segments.q, call.group, axis=1)[:, None, :],
+    call.layout.repeated(segments.q)[:, None, :],
     keys.reshape(keys.shape[0], -1, 1, tpu.LANES),
   )
   specs = SegmentRefs(
@@ -358,7 +359,7 @@ class RopeRefs(NamedTuple):
   """What a kernel needs to rotate."""
 
   positions: Any  # [1, block_q]
-  timescale: Any  # [1, H / 2]
+  timescale: Any  # [1, W], see `_sincos.timescales`
 
 
 def rope_operands(
@@ -374,12 +375,14 @@ def rope_operands(
   )
   positions = a.positions[:, None, :]
   if a.base is None:
-    timescale = rope_timescale(half, base, jnp.float32)[None, :]
-    of_timescale = pl.BlockSpec((1, half), lambda b, i, *_: (0, 0))
+    timescale = timescales(rope_timescale(half, base, jnp.float32)[None, :])
+    of_timescale = pl.BlockSpec(timescale.shape, lambda b, i, *_: (0, 0))
   else:  # one for each element of the batch
-    timescale = rope_timescale(half, a.base[:, None, None], jnp.float32)
+    by_batch = rope_timescale(half, a.base[:, None, None], jnp.float32)
+    timescale = timescales(by_batch)
     of_timescale = pl.BlockSpec(
-      (None, 1, half), lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, 0)
+      (None, *timescale.shape[1:]),
+      lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, 0),
     )
   specs = RopeRefs(of_positions, of_timescale)
   return RopeRefs(positions, timescale), specs

@@ -21,25 +21,66 @@ from .._frame.check import (
   is_traced,
 )
 from .._rope import Rope, as_base
+from .shapes import LayoutName, to_btnh
 from .spec import Segments
 
+_LETTERS = {  # of queries and of keys
+  "BTNH": ("[B, T, N, H]", "[B, S, K, H]"),
+  "BNTH": ("[B, N, T, H]", "[B, K, S, H]"),
+  "BT(NH)": ("[B, T, N H]", "[B, S, K H]"),
+}
 
-def as_qkv(op: str, q: Any, k: Any, v: Any) -> tuple[jax.Array, ...]:
-  """Arrays that fit, of one dtype: the widest of the three."""
+
+def check_layout(op: str, layout: Any, head_size: Any) -> None:
+  """Whether it is one of the names, and H is given where shapes lack it."""
+  if layout not in _LETTERS:
+    names = ", ".join(map(repr, _LETTERS))
+    raise ValueError(f"{op}: layout must be one of {names}, got {layout!r}")
+  if layout == "BT(NH)":
+    size = head_size
+    is_whole = isinstance(size, int) and not isinstance(size, bool)
+    if not is_whole or size < 1:
+      raise ValueError(
+        f"{op}: head_size must be a positive integer with layout 'BT(NH)', "
+        f"got {head_size!r}"
+      )
+  elif head_size is not None:
+    raise ValueError(
+      f"{op}: head_size must be None with layout {layout!r}, whose shapes "
+      f"have it, got {head_size!r}"
+    )
+
+
+def as_qkv(
+  op: str,
+  q: Any,
+  k: Any,
+  v: Any,
+  layout: LayoutName = "BTNH",
+  head_size: int | None = None,
+) -> tuple[jax.Array, ...]:
+  """Arrays [B, T, N, H] that fit, of one dtype: the widest of the three."""
   q, k, v = as_floats(op, q=q, k=k, v=v)
+  of_queries, of_keys = _LETTERS[layout]
   for name, array in dict(q=q, k=k, v=v).items():
-    if array.ndim != 4:
-      letters = "[B, T, N, H]" if name == "q" else "[B, S, K, H]"
+    if array.ndim != (3 if layout == "BT(NH)" else 4):
+      letters = of_queries if name == "q" else of_keys
       raise ValueError(
         f"{op}: {name} must be {letters}, got shape {array.shape}"
       )
+    if head_size is not None and array.shape[2] % head_size:
+      raise ValueError(
+        f"{op}: the last dimension of {name} must be a multiple of head_size = "
+        f"{head_size}, got shape {array.shape}"
+      )
   check_shape(op, "v", v, k.shape, "the shape of k")
+  given = k.shape
+  q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
   batch, _, n, h = q.shape
   kv_heads = k.shape[2]
   if (k.shape[0], k.shape[3]) != (batch, h):
     raise ValueError(
-      f"{op}: k must be [B, S, K, H] with q's B = {batch} and H = {h}, "
-      f"got {k.shape}"
+      f"{op}: k must be {of_keys} with q's B = {batch} and H = {h}, got {given}"
     )
   if n % kv_heads if kv_heads else n:
     raise ValueError(

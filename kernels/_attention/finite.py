@@ -1,4 +1,4 @@
-"""Page 6: NaN and infinity among what the segments hide.
+"""Page 7: NaN and infinity among what the segments hide.
 
 Padding may hold anything, and so may another segment of a packed row.  A mask
 gives hidden keys the weight 0, but 0 times NaN is NaN.  So with segment ids
@@ -14,6 +14,7 @@ Who sees NaN must not get a number; it need not be told which number is missing.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
-from . import blocks, layout, spec
+from . import blocks, spec
+from .layout import Layout, Rows
 from .spec import Outs, Problem, Segments
 from .tiles import Call
 
@@ -55,17 +57,18 @@ def nan_in_lse(lse: jax.Array, di: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(is_finite, lse, jnp.nan), jnp.where(is_finite, di, 0.0)
 
 
-def clear_rows(q: Any, dout: Any, lse: Any) -> None:
+def clear_rows(q: Rows, dout: Rows, lse: Any) -> None:
   """Clears q and do in place, and has lse be NaN where do was not finite."""
   columns = []
-  for r in range(0, dout.shape[0], tpu.LANES):
-    zeros = dout[pl.ds(r, tpu.LANES), :].astype(jnp.float32) * 0.0  # or NaN
+  for r in range(0, lse.shape[1], tpu.LANES):
+    zeros = dout.load(r, tpu.LANES).astype(jnp.float32) * 0.0  # or NaN
     mark = jnp.sum(zeros, axis=1, keepdims=True)
     columns.append(jnp.broadcast_to(mark, (tpu.LANES, tpu.LANES)))
   marks = tpu.columns_to_lanes(columns)
   for n in range(marks.shape[0]):
     lse[:, pl.ds(n * tpu.LANES, tpu.LANES)] += marks[n : n + 1]
-  q[...], dout[...] = cleared(q[...]), cleared(dout[...])
+  for x in (q.ref, dout.ref):
+    x[...] = cleared(x[...])
 
 
 def clear_keys(k: Any, v: Any, block: int, mark: bool) -> None:
@@ -78,6 +81,17 @@ def clear_keys(k: Any, v: Any, block: int, mark: bool) -> None:
     v[here, :] = cleared(values)
 
   jax.lax.fori_loop(0, k.shape[0] // block, one, None)
+
+
+def clear_unseen(block: blocks.Block, i: Any) -> None:
+  """Of the backward's inputs, at the start of a grid step.
+
+  Before all else: what stands on two sides of a branch cannot overlap.
+  """
+  keys = functools.partial(clear_keys, i.k, i.v, block.call.block_kv)
+  pl.when(pl.program_id(1) == 0)(functools.partial(keys, mark=False))
+  q, dout = (block.call.layout.by_rows(x) for x in (i.q, i.dout))
+  pl.when(block.mixed)(functools.partial(clear_rows, q, dout, i.lse))
 
 
 def mixed_segments(call: Call, segments: Segments | None, bounds: Any) -> Any:
@@ -119,7 +133,8 @@ def plain_backward(reference_vjp: Any, p: Problem, saved: Any, d: Outs) -> Any:
   a = saved.arrays
   if a.segments is None:
     return reference_vjp(p, saved, d)
-  d_lse = layout.lse_from_rows(d.lse, a.q.shape).swapaxes(1, 2)  # [B, T, N]
+  layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
+  d_lse = layout.to_lse(d.lse, a.q.shape).swapaxes(1, 2)  # [B, T, N]
   bad = ~(jnp.isfinite(d.out).all(axis=-1) & jnp.isfinite(d_lse))
   d = Outs(*(jnp.where(jnp.isfinite(x), x, 0) for x in d))
   grads = reference_vjp(p, saved, d)

@@ -1,4 +1,4 @@
-"""Page 8: the forward kernel.
+"""Page 9: the forward kernel.
 
 One grid step is a block of queries, with all G heads of its kv head, against
 every key that it sees:
@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, finite, layout, memory, rotation, tiles
+from . import blocks, finite, memory, rotation, spans, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -39,7 +39,7 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 class Inputs(NamedTuple):
   """Refs, in the kernel; R = block_q G rows; None where a problem has none."""
 
-  q: Any  # [R, H]
+  q: Any  # R rows of H, as the layout has them
   k: Any  # [S, H], the same for all blocks of queries
   v: Any  # [S, H]
   segments: blocks.SegmentRefs | None
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
   """Refs, in the kernel."""
 
-  out: Any  # [R, H]
+  out: Any  # as q
   lse: Any  # [1, R] float32, in units of `Problem.unit`
 
 
@@ -76,7 +76,7 @@ def _kernel(
   def on_diagonal() -> None:
     # Each group of rows up to its last query, in whole registers.
     ends = range(call.softmax_rows, call.rows + 1, call.softmax_rows)
-    widths = [tpu.lanes(pl.cdiv(end, call.group)) for end in ends]
+    widths = [tpu.lanes(call.layout.last_token(end)) for end in ends]
     key0 = block.own_keys.start
     _attend(block, i, s, Keys(key0, widths, masked=True, starts=True))
 
@@ -102,12 +102,15 @@ def _take(block: blocks.Block, i: Inputs, s: State) -> None:
     sin, cos = phases(i.rope.positions[...], i.rope.timescale[...])
     # Keys before the queries' own have been rotated by earlier grid steps.
     own = block.own_keys
-    s.q[...] = _rotated_q(i, sin, cos)
+    s.q[...] = _rotated_q(block.call, i, sin, cos)
     s.k[own, :] = _rotated_k(i, own, sin, cos)
 
 
-def _rotated_q(i: Inputs, sin: jax.Array, cos: jax.Array) -> jax.Array:
-  return rotate(i.q[...], sin, cos)
+def _rotated_q(
+  call: Call, i: Inputs, sin: jax.Array, cos: jax.Array
+) -> jax.Array:
+  q = call.layout.by_rows(i.q).load(0, call.rows)
+  return rotate(q, call.layout.by_row(sin), call.layout.by_row(cos))
 
 
 def _rotated_k(
@@ -147,16 +150,23 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
   acc' = a acc + sum_j w_j v_j
   """
   call, p = block.call, block.call.problem
-  q, k = (i.q, i.k) if i.rope is None else (s.q, s.k)
+  k = i.k if i.rope is None else s.k
   starts = range(0, call.rows, call.softmax_rows)
   groups = [pl.ds(start, call.softmax_rows) for start in starts]
   # All groups' products before any softmax: the matrix unit works on one group
   # while the vector unit works on another.
-  products = [
-    tpu.dot(q[g, :], k[pl.ds(keys.key0, width), :], tpu.NT)
-    for g, width in zip(groups, keys.widths, strict=True)
-  ]
-  for g, product in zip(groups, products, strict=True):
+
+  def product_of(n: int) -> jax.Array:
+    q, width = _q(call, i, s, groups[n]), keys.widths[n]
+    return tpu.dot(q, k[pl.ds(keys.key0, width), :], tpu.NT)
+
+  # A group's product before the softmax of the one before it: the matrix unit
+  # works on one group while the vector unit works on another.
+  coming = product_of(0)
+  for n, g in enumerate(groups):
+    product = coming
+    if n + 1 < len(groups):
+      coming = product_of(n + 1)
     width = product.shape[1]
     v = i.v[pl.ds(keys.key0, width), :]
     logits = block.logits(product)
@@ -176,6 +186,12 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
       total, acc = _add_decayed(s, g, decay, total, acc)
     s.total[g, :] = total
     s.acc[g, :] = acc
+
+
+def _q(call: Call, i: Inputs, s: State, g: Any) -> jax.Array:
+  if i.rope is not None:
+    return s.q[g, :]
+  return call.layout.by_rows(i.q).load(g.start, g.size)
 
 
 def _mask(
@@ -214,12 +230,13 @@ def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   call, p = block.call, block.call.problem
   may_see_nothing = not call.sees_itself or i.segments is not None
   parts = [pl.ds(r, tpu.LANES) for r in range(0, call.rows, tpu.LANES)]
+  out = call.layout.by_rows(o.out)
   totals = [jnp.sum(s.total[r, :], axis=1, keepdims=True) for r in parts]
   for r, total in zip(parts, totals, strict=True):
     inverse = _reciprocal(total, o.out.dtype)
     if may_see_nothing:
       inverse = jnp.where(s.m[r, :1] <= MASKED / 2, 0.0, inverse)
-    o.out[r, :] = (s.acc[r, :] * inverse).astype(o.out.dtype)
+    out.store(int(r.start), s.acc[r, :] * inverse)
   columns = [jnp.broadcast_to(t, (tpu.LANES, tpu.LANES)) for t in totals]
   m, total = jnp.split(
     tpu.columns_to_lanes([s.m[r, :] for r in parts] + columns), 2
@@ -256,10 +273,9 @@ def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
-  """Of q [B K, T G, H], k and v [B K, S, H]; lse is [B K, 1, T G]."""
-  q, k, v = arrays.q, tiles.padded(arrays.k, call), tiles.padded(arrays.v, call)
-  bk, tg, _ = q.shape
-  row, whole, lane = tiles.block_specs(call, q, k)
+  """out [B, T, N, H], and lse by row, [B K, 1, rows]."""
+  (q, k, v), specs = tiles.operands(call, arrays)
+  bk = arrays.q.shape[0] * call.kv_heads
   bounds, ids, id_specs = blocks.segment_operands(call, arrays.segments)
   rope, rope_specs = blocks.rope_operands(call, arrays)
   (outs,) = pl.pallas_call(
@@ -267,25 +283,25 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
     name="flash_attention_fwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(bk, pl.cdiv(tg, call.rows)),
-      in_specs=[Inputs(row, whole, whole, id_specs, rope_specs)],
-      out_specs=[Outputs(row, lane)],
+      grid=(bk, pl.cdiv(call.t, call.block_q)),
+      in_specs=[Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs)],
+      out_specs=[Outputs(specs.q, specs.lanes)],
       scratch_shapes=[_state(call, Inputs(q, k, v, ids, rope))],
     ),
     out_shape=[
       Outputs(
         varying_like(q, q.shape, out_dtype),
-        varying_like(q, (bk, 1, tg), jnp.float32),
+        varying_like(q, (bk, 1, call.layout.rows(call.t)), jnp.float32),
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
   )(blocks.Scalars.of(bounds, arrays), Inputs(q, k, v, ids, rope))
-  return Outs(*outs)
+  return Outs(call.layout.to_queries(outs.out, arrays.q.shape), outs.lse)
 
 
 def _state(call: Call, i: Inputs) -> State:
   """Types of the scratch for these operands."""
-  h = i.q.shape[2]
+  h = call.layout.head_size
   by_row = pltpu.VMEM((call.rows, tpu.LANES), jnp.float32)
   ids = pltpu.VMEM((call.rows, tpu.LANES), jnp.int32)
   return State(
@@ -294,7 +310,7 @@ def _state(call: Call, i: Inputs) -> State:
     acc=pltpu.VMEM((call.rows, h), jnp.float32),
     ids=None if i.segments is None else ids,
     q=None if i.rope is None else pltpu.VMEM((call.rows, h), i.q.dtype),
-    k=None if i.rope is None else pltpu.VMEM(i.k.shape[1:], i.k.dtype),
+    k=None if i.rope is None else pltpu.VMEM((i.k.shape[1], h), i.k.dtype),
   )
 
 
@@ -309,43 +325,15 @@ def forward(p: Problem, a: Arrays) -> Outs:
     a: the arrays; positions if q and k are still to be rotated.
 
   Returns:
-    out [B, T, N, H], and lse [B K, 1, T G] in units of `Problem.unit`.
+    out [B, T, N, H], and lse by row, [B K, 1, rows], in units of
+    `Problem.unit`.
   """
   a = rotation.before(p, a)
   sizes = memory.Sizes.of_problem(p, a)
   whole = tiles.forward_call(p, sizes)
   keys = tiles.forward_keys(whole, sizes)
-  rows = layout.of_arrays(a)
-  calls = tiles.spans(whole, keys)
+  calls = spans.of_call(whole, keys)
   if calls == [whole]:
-    outs = _run(whole, rows, a.q.dtype)
-  else:
-    outs = _run_and_merge(calls, rows)
-  return outs._replace(out=layout.from_rows(outs.out, a.q.shape))
-
-
-def _run_and_merge(calls: Sequence[Call], arrays: Arrays) -> Outs:
-  """Of q in rows, span by span; the sums are float32."""
-  q = arrays.q
-  out = jnp.zeros(q.shape, jnp.float32)
-  lse = jnp.full((q.shape[0], 1, q.shape[1]), -jnp.inf)
-  for call in calls:
-    rows = call.query_rows
-    new = _run(call, tiles.part_of(arrays, call), jnp.float32)
-    old = Outs(out[:, rows], lse[:, :, rows])
-    merged = _merged(call.problem, old, new)
-    out = out.at[:, rows].set(merged.out)
-    lse = lse.at[:, :, rows].set(merged.lse)
-  return Outs(out.astype(q.dtype), lse)
-
-
-def _merged(p: Problem, old: Outs, new: Outs) -> Outs:
-  """Attention over two sets of keys, from that over each."""
-  top = jnp.maximum(old.lse, new.lse)
-  top = jnp.where(top > -jnp.inf, top, 0.0)
-  a, b = (jnp.exp2((o.lse - top) * p.to_base_2) for o in (old, new))
-  total = a + b
-  scale = jnp.where(total > 0, 1 / total, 0.0)
-  a, b = (jnp.swapaxes(x * scale, 1, 2) for x in (a, b))
-  lse = top + jnp.log2(total) / p.to_base_2
-  return Outs(old.out * a + new.out * b, lse)
+    return _run(whole, a, a.q.dtype)
+  outs = spans.merged(_run, calls, a)
+  return outs._replace(lse=whole.layout.of_lse(outs.lse))

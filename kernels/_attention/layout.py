@@ -1,63 +1,286 @@
-"""Page 2: rows and keys in memory.
+"""Page 2: queries and keys in memory, and in which order a kernel takes them.
 
-The kernels see rows: the G = N / K query heads of a kv head lie side by side
-under their token, row r = t G + g, so that one matmul serves all of them.
+A kernel sees rows: the G = N / K query heads of a kv head side by side, so that
+one matmul serves all of them.  It reads and writes them where they lie,
+
+    packed   [B K, T G, H]    the heads of a token one below the other, as
+                              [B, T, N, H] has them with one kv head
+    heads    [B K, G, T, H]   heads first, [B, N, T, H]
+    flat     [B, T, N H]      the heads of a token side by side
+
+and keys as [B K, S, H] or, flat, as [B, S, K H].  Of packed queries, row
+t G + g is token t of head g.  Of the others, whose tokens lie together, `chunk`
+tokens of one head follow each other; then as many of the next head:
+
+    chunk tokens of head 0 | the same tokens of head 1 | ... | the next tokens
+
+so that what a mask cuts off a group of rows are whole rows of few tokens, and a
+register never holds two heads.  lse has this order too, between the passes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from .spec import Arrays, Outs
+from .._frame import tpu
+from .spec import Problem
 
-
-def to_rows(x: jax.Array, kv_heads: int) -> jax.Array:
-  """[B, T, N, H] to [B K, T G, H]; for one kv head and G = 8 or more, free."""
-  b, t, n, h = x.shape
-  x = x.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)
-  return x.reshape(b * kv_heads, t * (n // kv_heads), h)
+Kind = Literal["packed", "heads", "flat"]
 
 
-def from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, T G, H] to shape [B, T, N, H]."""
-  b, t, n, h = shape
-  group = rows.shape[1] // t
-  return rows.reshape(b, n // group, t, group, h).swapaxes(1, 2).reshape(shape)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a kernel finds queries and keys.
+
+  Attributes:
+    kind: see above.
+    kv_heads: K.
+    group: query heads per kv head, G.
+    chunk: tokens of one head that follow each other in the order of rows.
+    head_size: H.
+  """
+
+  kind: Kind
+  kv_heads: int
+  group: int
+  chunk: int
+  head_size: int
+
+  @classmethod
+  def of(cls, p: Problem, kv_heads: int, group: int, head_size: int) -> Layout:
+    """What the caller passes as it is, where a kernel can read it so.
+
+    Else, heads first, which XLA may have to transpose to.
+    """
+    kind: Kind = "heads"
+    if p.layout == "BT(NH)" and head_size % tpu.LANES == 0:
+      kind = "flat"
+    elif p.layout == "BTNH" and kv_heads == 1:
+      kind = "packed"
+    return cls(kind, kv_heads, group, _chunk(p, group), head_size)
+
+  @classmethod
+  def of_shapes(
+    cls, p: Problem, q: tuple[int, ...], k: tuple[int, ...]
+  ) -> Layout:
+    """From the shapes [B, T, N, H] and [B, S, K, H]."""
+    return cls.of(p, k[2], q[2] // k[2], q[3])
+
+  @property
+  def is_by_token(self) -> bool:
+    """Whether all heads of a token come before the next token's."""
+    return self.kind == "packed" or self.group == 1
+
+  def rows(self, tokens: int) -> int:
+    """How many rows so many tokens take; in lse, with whole chunks."""
+    return self.group * (
+      tokens if self.is_by_token else tpu.round_up(tokens, self.chunk)
+    )
+
+  def last_token(self, rows: int) -> int:
+    """The end of the tokens that the first so many rows have among them."""
+    if self.is_by_token:
+      return pl.cdiv(rows, self.group)
+    return pl.cdiv(rows, self.chunk * self.group) * self.chunk
+
+  def tokens(self, row: jax.Array) -> tuple[jax.Array, int]:
+    """What a row's token times a number is at most, and the number.
+
+    A key `ahead` of the block's first token is not after a row's token where
+    ahead * number <= the first result.
+    """
+    if self.is_by_token:  # a row's token is its index over G, which is spared
+      return row, self.group
+    size = self.chunk * self.group
+    if size & (size - 1) == 0:
+      chunk = row >> (size.bit_length() - 1)
+    else:
+      near = (row.astype(jnp.float32) + 0.5) * (1 / size)
+      chunk = near.astype(jnp.int32)
+    return chunk * self.chunk + (row & (self.chunk - 1)), 1
+
+  # --- arrays ---
+
+  def of_queries(self, x: jax.Array) -> jax.Array:
+    """[B, T, N, H] as a kernel takes it."""
+    b, t, n, h = x.shape
+    if self.kind == "flat":
+      return x.reshape(b, t, n * h)
+    if self.kind == "packed":
+      return x.reshape(b, t * n, h)
+    # K and G come apart at last: inside of T, their tiles would be small.
+    by_head = x.swapaxes(1, 2)
+    if self.group == 1:
+      return by_head.reshape(b * n, t, h)
+    return by_head.reshape(b * self.kv_heads, self.group, t, h)
+
+  def to_queries(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse, to shape [B, T, N, H]."""
+    b, t, n, h = shape
+    if self.kind == "heads":
+      return x.reshape(b, n, t, h).swapaxes(1, 2)
+    return x.reshape(shape)
+
+  def of_keys(self, x: jax.Array) -> jax.Array:
+    """[B, S, K, H] as a kernel takes it."""
+    b, s, kv_heads, h = x.shape
+    if self.kind == "flat":
+      return x.reshape(b, s, kv_heads * h)
+    return x.swapaxes(1, 2).reshape(b * kv_heads, s, h)
+
+  def to_keys(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse, to shape [B, S, K, H], without padding."""
+    b, s, kv_heads, h = shape
+    x = x[:, :s]
+    if self.kind == "flat":
+      return x.reshape(shape)
+    return x.reshape(b, kv_heads, s, h).swapaxes(1, 2)
+
+  def of_lse(self, lse: jax.Array) -> jax.Array:
+    """[B, N, T] in the order of rows, [B K, 1, rows]."""
+    b, n, t = lse.shape
+    x = lse.reshape(b * self.kv_heads, self.group, t)
+    if self.is_by_token:
+      x = x.swapaxes(1, 2)
+    else:
+      x = jnp.pad(x, ((0, 0), (0, 0), (0, -t % self.chunk)))
+      x = x.reshape(*x.shape[:2], -1, self.chunk).swapaxes(1, 2)
+    return x.reshape(b * self.kv_heads, 1, -1)
+
+  def to_lse(self, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse, to [B, N, T], given q's shape [B, T, N, H]."""
+    b, t, n, _ = shape
+    chunk = 1 if self.is_by_token else self.chunk
+    x = rows.reshape(b * self.kv_heads, -1, self.group, chunk).swapaxes(1, 2)
+    return x.reshape(b, n, -1)[:, :, :t]
+
+  def repeated(self, by_token: jax.Array) -> jax.Array:
+    """[B, T] in the order of rows, [B, rows], the same for every head."""
+    if self.is_by_token:
+      return jnp.repeat(by_token, self.group, axis=1)
+    b, t = by_token.shape
+    x = jnp.pad(by_token, ((0, 0), (0, -t % self.chunk)))
+    x = x.reshape(b, -1, 1, self.chunk)
+    return jnp.broadcast_to(x, (*x.shape[:2], self.group, self.chunk)).reshape(
+      b, -1
+    )
+
+  def by_row(self, by_token: jax.Array) -> jax.Array:
+    """[tokens, W] by row, [rows, W], in a kernel."""
+    tokens, width = by_token.shape
+    if self.group == 1:
+      return by_token
+    if self.is_by_token:
+      whole = (tokens, self.group, width)
+      return jnp.broadcast_to(by_token[:, None, :], whole).reshape(-1, width)
+    chunks = [
+      by_token[t : t + self.chunk] for t in range(0, tokens, self.chunk)
+    ]
+    return jnp.concatenate([x for x in chunks for _ in range(self.group)])
+
+  # --- blocks ---
+
+  def query_spec(self, block_q: int) -> pl.BlockSpec:
+    """`block_q` queries, on a grid (B K, blocks of queries)."""
+    kv_heads, group, head_size = self.kv_heads, self.group, self.head_size
+    if self.kind == "flat":
+      return pl.BlockSpec(
+        (None, block_q, group * head_size),
+        lambda b, i, *_: (
+          jax.lax.div(b, kv_heads),
+          i,
+          jax.lax.rem(b, kv_heads),
+        ),
+      )
+    if self.kind == "packed" or group == 1:
+      return pl.BlockSpec(
+        (None, block_q * group, head_size), lambda b, i, *_: (b, i, 0)
+      )
+    return pl.BlockSpec(
+      (None, group, block_q, head_size), lambda b, i, *_: (b, 0, i, 0)
+    )
+
+  def key_spec(self, keys: int, **how: Any) -> pl.BlockSpec:
+    """All keys of a kv head, on the same grid."""
+    kv_heads, head_size = self.kv_heads, self.head_size
+    if self.kind == "flat":
+      return pl.BlockSpec(
+        (None, keys, head_size),
+        lambda b, i, *_: (
+          jax.lax.div(b, kv_heads),
+          0,
+          jax.lax.rem(b, kv_heads),
+        ),
+        **how,
+      )
+    return pl.BlockSpec(
+      (None, keys, head_size), lambda b, i, *_: (b, 0, 0), **how
+    )
+
+  def key_place(self, head: Any, keys: Any) -> tuple[Any, ...]:
+    """Where some keys of a kv head, of all B K, are in the whole array."""
+    if self.kind != "flat":
+      return head, keys, slice(None)
+    batch = jax.lax.div(head, self.kv_heads)
+    size = self.head_size
+    first = pl.multiple_of(jax.lax.rem(head, self.kv_heads) * size, size)
+    return batch, keys, pl.ds(first, size)
+
+  def by_rows(self, ref: Any) -> Rows:
+    """A block of queries, inside a kernel."""
+    return Rows(ref, self)
 
 
-def to_keys(x: jax.Array) -> jax.Array:
-  """[B, S, K, H] to [B K, S, H]; for one kv head, free."""
-  b, s, kv_heads, h = x.shape
-  return x.swapaxes(1, 2).reshape(b * kv_heads, s, h)
+class Rows(NamedTuple):
+  """A block of queries in VMEM, to be taken and set by row: static indices."""
+
+  ref: Any
+  layout: Layout
+
+  def load(self, start: int, size: int) -> jax.Array:
+    """[size, H]."""
+    parts = [self.ref[place] for place, _ in self._places(start, size)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+  def store(self, start: int, rows: jax.Array) -> None:
+    """Of rows [size, H]."""
+    for place, part in self._places(start, rows.shape[0]):
+      self.ref[place] = rows[part].astype(self.ref.dtype)
+
+  def _places(self, start: int, size: int) -> Iterator[tuple[Any, slice]]:
+    """Where the rows from `start` on are, and which of these each place has."""
+    layout = self.layout
+    if layout.is_by_token:
+      yield (pl.ds(start, size), slice(None)), slice(None)
+      return
+    row, end = start, start + size
+    while row < end:
+      chunk, rest = divmod(row, layout.chunk * layout.group)
+      head, first = divmod(rest, layout.chunk)
+      count = min(layout.chunk - first, end - row)
+      tokens = pl.ds(chunk * layout.chunk + first, count)
+      lanes = pl.ds(head * layout.head_size, layout.head_size)
+      flat = layout.kind == "flat"
+      part = slice(row - start, row - start + count)
+      yield (tokens, lanes) if flat else (head, tokens, slice(None)), part
+      row += count
 
 
-def from_keys(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, S, H] to shape [B, S, K, H]."""
-  b, s, kv_heads, h = shape
-  return keys.reshape(b, kv_heads, s, h).swapaxes(1, 2)
+def _chunk(p: Problem, group: int) -> int:
+  """Tokens of a head in a row: a power of two, no more than the rows of all
+  heads that go through the forward's softmax together.
 
-
-def lse_to_rows(lse: jax.Array, kv_heads: int) -> jax.Array:
-  """[B, N, T] to [B K, 1, T G]."""
-  b, n, t = lse.shape
-  rows = lse.reshape(b * kv_heads, n // kv_heads, t).swapaxes(1, 2)
-  return rows.reshape(b * kv_heads, 1, t * (n // kv_heads))
-
-
-def lse_from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[B K, 1, T G] to [B, N, T], given q's shape."""
-  b, t, n, _ = shape
-  return (
-    rows.reshape(b, -1, t, rows.shape[2] // t).swapaxes(2, 3).reshape(b, n, t)
-  )
-
-
-def of_arrays(a: Arrays) -> Arrays:
-  """With q in rows, and k and v in keys."""
-  kv_heads = a.k.shape[2]
-  return a._replace(q=to_rows(a.q, kv_heads), k=to_keys(a.k), v=to_keys(a.v))
-
-
-def of_outs(outs: Outs, kv_heads: int) -> Outs:
-  """With out in rows, as lse is between the passes."""
-  return outs._replace(out=to_rows(outs.out, kv_heads))
+  Blocks of either pass have whole chunks.
+  """
+  tiles = p.tiles
+  chunk = math.gcd(tiles.block_q, tiles.block_q_bwd, tpu.LANES)
+  while chunk > tpu.BFLOAT16_SUBLANES and chunk * group > tiles.rows:
+    chunk //= 2
+  return chunk

@@ -20,6 +20,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from .._frame import tpu
+from .._sincos import width
 from .spec import Arrays, Problem, has_window
 
 if TYPE_CHECKING:
@@ -116,14 +117,14 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   of_rows, wide = rows * h * x.itemsize, rows * h * 4
   fixed = 2 * 3 * of_rows + 2 * wide  # q, o, do; dq, which of spans is float32
   fixed += wide  # dq, transposed
-  # k, v, dk and dv, and the sums of the latter two in float32.
-  per_key = (4 * x.key_buffers * x.itemsize + 2 * 4) * h
+  # k and v; dk and dv, and their sums in float32.
+  per_key = (2 * (x.key_buffers + 1) * x.itemsize + 2 * 4) * h
   # A span of a window may end anywhere.
   is_ragged = x.t % config.block_q_bwd != 0 or x.has_window
   if x.has_segments:
     per_key += 2 * 4
   if x.is_rotated:  # k rotated, and the sine and cosine
-    per_key += h * (x.itemsize + 4)
+    per_key += h * x.itemsize + 2 * tpu.lanes(width(x.head_size)) * 4
   fixed += (is_ragged or x.is_rotated) * of_rows + is_ragged * of_rows  # q, do
   tiles_of_logits = 2 + 2 * x.is_masked
   spilled = tiles_of_logits * rows * config.block_kv_bwd * 4

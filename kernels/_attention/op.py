@@ -1,4 +1,4 @@
-"""Page 10: the op, its public function, its problems."""
+"""Page 12: the op, its public function, its problems."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope
 from . import rotation, tiles
 from .backward import backward
-from .door import as_qkv, as_rope, as_segments, as_window
+from .door import as_qkv, as_rope, as_segments, as_window, check_layout
 from .finite import plain_backward
 from .forward import forward
-from .layout import lse_from_rows, lse_to_rows
+from .layout import Layout
+from .shapes import LayoutName, from_btnh, to_btnh
 from .spec import (
   Arrays,
   Outs,
@@ -53,7 +54,8 @@ from .tiles import FlashAttentionConfig
 def _plain_forward(p: Problem, a: Arrays) -> Outs:
   """The reference, with lse as the kernel gives it."""
   outs = attention(dataclasses.replace(p, return_lse=True), a)
-  return outs._replace(lse=lse_to_rows(outs.lse / p.unit, a.k.shape[2]))
+  layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
+  return outs._replace(lse=layout.of_lse(outs.lse / p.unit))
 
 
 def _plain_linear(p: Problem, saved: Saved, d: Outs) -> Arrays:
@@ -99,7 +101,8 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
   outs = op(p, a)
   if not p.return_lse:
     return outs._replace(lse=None)
-  return outs._replace(lse=lse_from_rows(outs.lse, a.q.shape) * p.unit)
+  layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
+  return outs._replace(lse=layout.to_lse(outs.lse, a.q.shape) * p.unit)
 
 
 def _with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
@@ -170,6 +173,8 @@ def flash_attention(
   logits_soft_cap: float | None = None,
   rope: Rope | None = None,
   return_lse: bool = False,
+  layout: LayoutName = "BTNH",
+  head_size: int | None = None,
   mask: None = None,
   bias: None = None,
   implementation: Implementation = None,
@@ -204,6 +209,14 @@ def flash_attention(
     rope: rotates q and k by their positions first; needs T = S.  Its base may
       be a traced scalar, which has a gradient in the reference alone.
     return_lse: also return the log of the sum of exponentials.
+    layout: how q, k, v and out lie in memory; the shapes above are "BTNH".
+      "BNTH" is heads first, q and out [B, N, T, H], k and v [B, K, S, H], what
+      projections write and read for nothing; "BT(NH)" is flat, [B, T, N H] and
+      [B, S, K H].  The kernels read and write all three in place, and their
+      gradients, with two exceptions, where XLA transposes to heads first and
+      back: "BTNH" with several kv heads, and "BT(NH)" with a head size that is
+      no multiple of 128.
+    head_size: H, with "BT(NH)"; None with the others.
     mask: None; an array is refused, as flax's attention modules pass one.
     bias: None, likewise.
     implementation: "pallas", "xla" (the reference), or None for the kernel
@@ -211,8 +224,8 @@ def flash_attention(
     config: tile sizes; None picks them from the shape.
 
   Returns:
-    out [B, T, N, H] of q's dtype, or (out, lse [B, N, T] float32).  A query
-    that sees no key gives 0, zero gradient, and an lse of -inf.
+    out of q's shape and dtype, or (out, lse [B, N, T] float32).  A query that
+    sees no key gives 0, zero gradient, and an lse of -inf.
 
   Raises:
     ValueError: on wrong shapes, dtypes or values.
@@ -222,7 +235,8 @@ def flash_attention(
   check_config(op, config, FlashAttentionConfig)
   refuse_arrays(op, mask=mask, bias=bias)
   dtype = as_array(op, "q", q).dtype
-  q, k, v = as_qkv(op, q, k, v)
+  check_layout(op, layout, head_size)
+  q, k, v = as_qkv(op, q, k, v, layout, head_size)
   cap = logits_soft_cap
   cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
   check_positive(op, logits_soft_cap=cap)
@@ -237,12 +251,13 @@ def flash_attention(
     soft_cap=cap,
     rope=as_rope(op, rope, q, k),
     return_lse=bool(return_lse),
+    layout=layout,
     implementation=implementation,
     config=config,
   )
   outs = _flash(problem, arrays)
-  outs = outs._replace(out=outs.out.astype(dtype))
-  return tuple(outs) if return_lse else outs.out
+  out = from_btnh(outs.out.astype(dtype), layout)
+  return (out, outs.lse) if return_lse else out
 
 
 # --- registration -------------------------------------------------------------
@@ -264,10 +279,22 @@ def _visible(t: int, s: int, is_causal: bool, window: Window) -> int:
 
 
 def _cost(
-  q, k, v, *, is_causal=False, local_window_size=None, segment_ids=None, **_
+  q,
+  k,
+  v,
+  *,
+  is_causal=False,
+  local_window_size=None,
+  segment_ids=None,
+  layout: LayoutName = "BTNH",
+  head_size=None,
+  **_,
 ) -> tuple[Cost, Cost]:
-  batch, t, n, h = q.shape
-  pairs = _visible(t, k.shape[1], is_causal, local_window_size)
+  shapes = jax.eval_shape(
+    lambda *xs: [to_btnh(x, layout, head_size) for x in xs], q, k
+  )
+  (batch, t, n, h), (_, s, *_) = (x.shape for x in shapes)
+  pairs = _visible(t, s, is_causal, local_window_size)
   if isinstance(segment_ids, Integers):
     ids = segment_ids.draw(np.random.default_rng(0))[0]
     lengths = np.bincount(ids)[1:]
@@ -293,9 +320,21 @@ def _rope_at(shape: tuple[int, int]) -> Any:
 def _case(name, shape, dtype=jnp.bfloat16, s=None, **kwargs) -> Case:
   """Of shape (B, T, N, K, H) and S keys, T of them by default."""
   b, t, n, k, h = shape
-  q = jax.ShapeDtypeStruct((b, t, n, h), dtype)
-  kv = jax.ShapeDtypeStruct((b, s or t, k, h), dtype)
+  of_layout = functools.partial(from_btnh, layout=kwargs.get("layout", "BTNH"))
+  q, kv = (
+    jax.eval_shape(of_layout, jax.ShapeDtypeStruct((b, *dims, h), dtype))
+    for dims in ((t, n), (s or t, k))
+  )
+  if kwargs.get("layout") == "BT(NH)":
+    kwargs["head_size"] = h
   return Case(name, (q, kv, kv), kwargs)
+
+
+def _in_other_layouts(name: str, shape: tuple[int, ...]) -> tuple[Case, ...]:
+  return (
+    _causal(f"{name}_heads_first", shape, layout="BNTH"),
+    _causal(f"{name}_flat", shape, layout="BT(NH)"),
+  )
 
 
 _causal = functools.partial(_case, is_causal=True)
@@ -303,6 +342,8 @@ _small = functools.partial(_causal, dtype=jnp.float32)
 _WINDOW = {"local_window_size": (16, 0), "logits_soft_cap": 20.0}
 _PACKED = {"segment_ids": _packed((2, 64), 3), "rope": _rope_at((2, 64))}
 _GEMMA_2B = (1, 8192, 8, 1, 256)
+_GEMMA_7B = (1, 8192, 16, 16, 256)
+_LLAMA = (1, 8192, 32, 8, 128)
 
 FLASH_ATTENTION = Op(
   name="flash_attention",
@@ -311,7 +352,9 @@ FLASH_ATTENTION = Op(
   cost=_cost,
   through_softmax=True,
   # Heads first; those of a single kv head lie so in either.
-  own_layout=lambda q, k, *_, **__: k.shape[2] > 1,
+  own_layout=lambda q, k, *_, **kwargs: (
+    "layout" not in kwargs and k.shape[2] > 1
+  ),
   baselines=("attention",),
   tests=(
     _small("mqa_causal", (1, 128, 4, 1, 128)),
@@ -319,16 +362,21 @@ FLASH_ATTENTION = Op(
     _small("window_cap", (1, 96, 2, 2, 128), **_WINDOW),
     _small("packed_rope", (2, 64, 2, 1, 128), **_PACKED),
     _causal("bf16", (1, 128, 2, 1, 256)),
+    _small("heads_first", (1, 140, 4, 2, 64), layout="BNTH"),
+    _case("flat", (2, 37, 4, 2, 128), jnp.float32, s=50, layout="BT(NH)"),
   ),
   benches=(
     _causal("gemma_2b_8k", _GEMMA_2B),
     _causal("gemma_2b_4k", (1, 4096, 8, 1, 256)),
     _causal("gemma_2b_4x2k", (4, 2048, 8, 1, 256)),
-    _causal("gemma_7b_8k", (1, 8192, 16, 16, 256)),
+    _causal("gemma_7b_8k", _GEMMA_7B),
     _causal("gemma_2b_32k", (1, 32768, 8, 1, 256)),
-    _causal("llama_gqa_8k", (1, 8192, 32, 8, 128)),
+    _causal("llama_gqa_8k", _LLAMA),
     _causal("window_1024", _GEMMA_2B, local_window_size=(1024, 0)),
     _causal("packed_8x1024", _GEMMA_2B, segment_ids=_packed((1, 8192), 8)),
     _causal("gemma_2b_8k_rope", _GEMMA_2B, rope=_rope_at((1, 8192))),
+    *_in_other_layouts("gemma_2b_8k", _GEMMA_2B),
+    *_in_other_layouts("gemma_7b_8k", _GEMMA_7B),
+    *_in_other_layouts("llama_gqa_8k", _LLAMA),
   ),
 )

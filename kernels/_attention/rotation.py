@@ -1,4 +1,4 @@
-"""Page 5: where q and k are rotated, if RoPE is part of a problem.
+"""Page 6: where q and k are rotated, if RoPE is part of a problem.
 
 Inside the kernels it costs no traffic.  Where they cannot, the op rotates q and
 k before, by `apply_rope`, and saves them rotated.  Whether they can depends on
@@ -22,15 +22,15 @@ def is_inside(p: Problem, a: Arrays) -> bool:
   """Whether the attention kernels do the rotation.
 
   They rotate a key with the query of its position: on a diagonal, with all the
-  keys in one call, and halves and heads that are whole registers.
+  keys in one call, and heads of a token that are whole registers or apart.
   """
   x = memory.Sizes.of_problem(p, a)
-  whole_halves = x.head_size // 2 % tpu.LANES == 0
-  whole_groups = x.group == 1 or x.group % tpu.SUBLANES == 0
   forward, backward = tiles.forward_call(p, x), tiles.backward_call(p, x)
-  if not (whole_halves and whole_groups):
-    return False
-  if not (forward.has_diagonal and backward.has_diagonal):
+  layout = forward.layout
+  whole_groups = (
+    x.group % tpu.SUBLANES == 0 or x.group == 1 or not layout.is_by_token
+  )
+  if not (whole_groups and forward.has_diagonal and backward.has_diagonal):
     return False
   return x.s <= min(
     tiles.forward_keys(forward, x), tiles.backward_keys(backward, x)

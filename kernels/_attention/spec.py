@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from .._frame import switches
 from .._frame.check import Implementation, is_traced
 from .._rope import Rope, apply_rope_reference
+from .shapes import LayoutName, from_btnh, to_btnh
 
 if TYPE_CHECKING:
   from .tiles import FlashAttentionConfig
@@ -75,6 +76,8 @@ class Problem:
     soft_cap: cap of the logits, or None.
     base_frequency: of the rotation, if positions come along without a base.
     return_lse: whether the log of the sum of exponentials is a result.
+    layout: how the caller's arrays lie in memory; `Arrays` is always [B, T, N,
+      H], of which XLA makes the caller's, and nothing is moved.
     implementation: as the caller gave it.
     config: tile sizes, None for the op's own choice.
   """
@@ -85,6 +88,7 @@ class Problem:
   soft_cap: float | None = None
   base_frequency: float = 10_000.0
   return_lse: bool = False
+  layout: LayoutName = "BTNH"
   implementation: Implementation = None
   config: FlashAttentionConfig | None = None
 
@@ -361,11 +365,14 @@ def flash_attention_reference(
   logits_soft_cap: float | None = None,
   rope: Rope | None = None,
   return_lse: bool = False,
+  layout: LayoutName = "BTNH",
+  head_size: int | None = None,
   mask: None = None,
   bias: None = None,
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
   refuse_arrays("flash_attention", mask=mask, bias=bias)
+  q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
   problem, arrays = problem_of(
     q,
     k,
@@ -379,4 +386,5 @@ def flash_attention_reference(
     return_lse=return_lse,
   )
   outs = attention(problem, arrays)
-  return tuple(outs) if return_lse else outs.out
+  out = from_btnh(outs.out, layout)
+  return (out, outs.lse) if return_lse else out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from .._frame import tpu
 from .._frame.tuned import power_of_two, tuned_config
 from . import memory
+from .layout import Layout
 from .memory import Sizes
-from .spec import Arrays, Problem, Segments, has_window
+from .spec import Arrays, Problem, has_window
 
 # --- configuration ------------------------------------------------------------
 
@@ -139,9 +140,6 @@ def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
 
 
 # --- calls --------------------------------------------------------------------
-# A call holds all its keys in VMEM.  More than fit are taken in spans, each
-# with the queries that see it: the forward merges the spans' results by their
-# lse, the backward adds up dq.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +157,7 @@ class Call:
     t: how many queries it has.
     first_k: index of its first key.
     s: how many keys it has; the arrays of keys may be padded beyond.
+    layout: how it finds them.
   """
 
   problem: Problem
@@ -171,6 +170,7 @@ class Call:
   t: int
   first_k: int
   s: int
+  layout: Layout
 
   @property
   def shift(self) -> int:
@@ -217,26 +217,26 @@ class Call:
     """Its part of [..., S]."""
     return slice(self.first_k, self.first_k + self.s)
 
-  @property
-  def query_rows(self) -> slice:
-    """Its part of [..., T G]."""
-    end = self.first_q + self.t
-    return slice(self.first_q * self.group, end * self.group)
-
 
 def forward_call(p: Problem, x: Sizes) -> Call:
   """The whole problem as one call of the forward kernel."""
   block_q, block_kv = p.tiles.block_q, p.tiles.block_kv
   softmax_rows = math.gcd(block_q * x.group, p.tiles.rows)
   tiles = block_q, block_kv, softmax_rows
-  return Call(p, x.kv_heads, x.group, *tiles, 0, x.t, 0, x.s)
+  return Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
 
 
 def backward_call(p: Problem, x: Sizes) -> Call:
   """The whole problem as one call of the backward kernel."""
   block_q, block_kv = p.tiles.block_q_bwd, p.tiles.block_kv_bwd
   tiles = block_q, block_kv, block_q * x.group
-  return Call(p, x.kv_heads, x.group, *tiles, 0, x.t, 0, x.s)
+  return Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+
+
+def _whole(p: Problem, x: Sizes) -> tuple[Any, ...]:
+  """All queries and keys, and how they lie."""
+  layout = Layout.of(p, x.kv_heads, x.group, x.head_size)
+  return 0, x.t, 0, x.s, layout
 
 
 def forward_keys(call: Call, x: Sizes) -> int:
@@ -251,45 +251,37 @@ def backward_keys(call: Call, x: Sizes) -> int:
   return memory.keys_that_fit("backward", *sums, call.key_unit)
 
 
-def spans(whole: Call, keys: int) -> list[Call]:
-  """The calls that make up one, `keys` keys at a time."""
-  p, calls = whole.problem, []
-  for first_k in range(0, whole.s, keys):
-    end_k = min(first_k + keys, whole.s)
-    first_q, end_q = 0, whole.t
-    if p.is_causal:
-      first_q = first_k
-    if p.window is not None:
-      left, right = p.window
-      first_q, end_q = max(first_q, first_k - right), min(end_q, end_k + left)
-    if first_q < end_q:
-      calls.append(
-        dataclasses.replace(
-          whole,
-          first_q=first_q,
-          t=end_q - first_q,
-          first_k=first_k,
-          s=end_k - first_k,
-        )
-      )
-  return calls
+# --- the operands -------------------------------------------------------------
 
 
-# --- blocks of the operands ---------------------------------------------------
+class Operands(NamedTuple):
+  """q, k and v as a call takes them."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
 
 
-def block_specs(
-  call: Call, q: jax.Array, k: jax.Array
-) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-  """Of rows [B K, T G, H], whole keys [B K, S, H], and lanes [B K, 1, T G]."""
-  once = pl.Buffered(1) if q.shape[0] == 1 else None  # nothing to load ahead
-  return (
-    pl.BlockSpec((None, call.rows, q.shape[2]), lambda b, i, *_: (b, i, 0)),
-    pl.BlockSpec(
-      (None, *k.shape[1:]), lambda b, i, *_: (b, 0, 0), pipeline_mode=once
-    ),
+class Specs(NamedTuple):
+  """Blocks of queries, of whole keys, and of lanes [B K, 1, rows]."""
+
+  q: pl.BlockSpec
+  k: pl.BlockSpec
+  lanes: pl.BlockSpec
+
+
+def operands(call: Call, a: Arrays) -> tuple[Operands, Specs]:
+  """Of q [B, T, N, H], k and v [B, S, K, H]."""
+  layout = call.layout
+  k, v = (padded(layout.of_keys(x), call) for x in (a.k, a.v))
+  one_head = a.k.shape[0] * call.kv_heads == 1  # nothing to load ahead
+  once = {"pipeline_mode": pl.Buffered(1)} if one_head else {}
+  specs = Specs(
+    layout.query_spec(call.block_q),
+    layout.key_spec(k.shape[1], **once),
     pl.BlockSpec((None, 1, call.rows), lambda b, i, *_: (b, 0, i)),
   )
+  return Operands(layout.of_queries(a.q), k, v), specs
 
 
 def padded(keys: jax.Array, call: Call) -> jax.Array:
@@ -299,19 +291,3 @@ def padded(keys: jax.Array, call: Call) -> jax.Array:
   """
   more = -keys.shape[1] % call.key_unit
   return jnp.pad(keys, ((0, 0), (0, more), (0, 0)))
-
-
-def part_of(arrays: Arrays, call: Call) -> Arrays:
-  """A call's part of q [B K, T G, H], k and v [B K, S, H], and segments."""
-  assert arrays.positions is None, "only one call rotates its own inputs"
-  segments = arrays.segments
-  if segments is not None:
-    segments = Segments(segments.q[:, call.queries], segments.k[:, call.keys])
-  return Arrays(
-    arrays.q[:, call.query_rows],
-    arrays.k[:, call.keys],
-    arrays.v[:, call.keys],
-    segments,
-    scale=arrays.scale,
-    window=arrays.window,
-  )

@@ -1,0 +1,115 @@
+"""Page 5: more keys than VMEM holds.
+
+A call holds all its keys in VMEM.  More than fit are taken in spans, each with
+the queries that see it: the forward merges the spans' results by their lse, the
+backward adds up dq.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from .spec import Arrays, Outs, Problem, Segments
+from .tiles import Call
+
+Run = Callable[..., Any]
+"""A pass of one call: of the call, its part of the arrays, of the forward's
+results and of their cotangents, and the dtype of out or dq."""
+
+
+def of_call(whole: Call, keys: int) -> list[Call]:
+  """The calls that make up one, `keys` keys at a time."""
+  p, calls = whole.problem, []
+  for first_k in range(0, whole.s, keys):
+    end_k = min(first_k + keys, whole.s)
+    first_q, end_q = 0, whole.t
+    if p.is_causal:
+      first_q = first_k
+    if p.window is not None:
+      left, right = p.window
+      first_q, end_q = max(first_q, first_k - right), min(end_q, end_k + left)
+    if first_q < end_q:
+      calls.append(
+        dataclasses.replace(
+          whole,
+          first_q=first_q,
+          t=end_q - first_q,
+          first_k=first_k,
+          s=end_k - first_k,
+        )
+      )
+  return calls
+
+
+def part_of(arrays: Arrays, call: Call) -> Arrays:
+  """A call's part of the arrays."""
+  assert arrays.positions is None, "only one call rotates its own inputs"
+  segments = arrays.segments
+  if segments is not None:
+    segments = Segments(segments.q[:, call.queries], segments.k[:, call.keys])
+  return arrays._replace(
+    q=arrays.q[:, call.queries],
+    k=arrays.k[:, call.keys],
+    v=arrays.v[:, call.keys],
+    segments=segments,
+  )
+
+
+def part_of_outs(outs: Outs, call: Call) -> Outs:
+  """The same of out [B, T, N, H] and lse [B, N, T]; this, by row."""
+  lse = call.layout.of_lse(outs.lse[:, :, call.queries])
+  return Outs(outs.out[:, call.queries], lse)
+
+
+# --- forward ---
+
+
+def merged(run: Run, calls: Sequence[Call], arrays: Arrays) -> Outs:
+  """Span by span; the sums are float32, and lse is [B, N, T]."""
+  q = arrays.q
+  b, t, n, _ = q.shape
+  out = jnp.zeros(q.shape, jnp.float32)
+  lse = jnp.full((b, n, t), -jnp.inf)
+  for call in calls:
+    part = part_of(arrays, call)
+    new = run(call, part, jnp.float32)
+    new = new._replace(lse=call.layout.to_lse(new.lse, part.q.shape))
+    old = Outs(out[:, call.queries], lse[:, :, call.queries])
+    both = _merged(call.problem, old, new)
+    out = out.at[:, call.queries].set(both.out)
+    lse = lse.at[:, :, call.queries].set(both.lse)
+  return Outs(out.astype(q.dtype), lse)
+
+
+def _merged(p: Problem, old: Outs, new: Outs) -> Outs:
+  """Attention over two sets of keys, from that over each."""
+  top = jnp.maximum(old.lse, new.lse)
+  top = jnp.where(top > -jnp.inf, top, 0.0)
+  a, b = (jnp.exp2((o.lse - top) * p.to_base_2) for o in (old, new))
+  total = a + b
+  scale = jnp.where(total > 0, 1 / total, 0.0)
+  a, b = (jnp.swapaxes(x * scale, 1, 2)[..., None] for x in (a, b))
+  lse = top + jnp.log2(total) / p.to_base_2
+  return Outs(old.out * a + new.out * b, lse)
+
+
+# --- backward ---
+
+
+def added(
+  run: Run, calls: Sequence[Call], a: Arrays, outs: Outs, d: Outs
+) -> Arrays:
+  """As `_run`, span by span, lse [B, N, T]; dq is added up in float32."""
+  dq = jnp.zeros(a.q.shape, jnp.float32)
+  dk, dv = jnp.zeros_like(a.k), jnp.zeros_like(a.v)
+  for call in calls:
+    of_call = [part_of_outs(x, call) for x in (outs, d)]
+    new = run(call, part_of(a, call), *of_call, jnp.float32)
+    dq = dq.at[:, call.queries].add(new.q)
+    dk = dk.at[:, call.keys].set(new.k)
+    dv = dv.at[:, call.keys].set(new.v)
+  return Arrays(dq, dk, dv)
