@@ -112,9 +112,7 @@ def _equation(
     return _branch(eqn, inputs, found) or unknown
   if name == "scan":
     closed = eqn.params["jaxpr"]
-    constant = inputs[: eqn.params["num_consts"]]
-    rest = [_Lazy(_unknown)] * (len(closed.jaxpr.invars) - len(constant))
-    _walk(closed.jaxpr, _constants(closed), constant + rest, found)
+    _walk(closed.jaxpr, _constants(closed), _first_turn(eqn, inputs), found)
     return unknown
   inner = next(
     (eqn.params[key] for key in _SUBPROGRAMS if key in eqn.params), None
@@ -131,6 +129,29 @@ def _equation(
   return [
     _Lazy(functools.partial(lambda i: results()[i], i))
     for i in range(len(eqn.outvars))
+  ]
+
+
+def _first_turn(eqn: Any, inputs: list[_Lazy]) -> list[_Lazy]:
+  """What the body of a scan is called with at first; it stands for all turns.
+
+  That is what the scan is called with, but for the arrays that it runs over:
+  they have a dimension more than the body's, of which the first (or last, if
+  the scan runs backwards) entry counts.
+  """
+  entry = -1 if eqn.params["reverse"] else 0
+
+  def argument(value: _Lazy, outer: Any, inner: Any) -> _Lazy:
+    if outer.aval.shape == inner.aval.shape:
+      return value
+    if getattr(outer.aval, "size", 0) > _MAX_SIZE:
+      return _Lazy(_unknown)
+    return _Lazy(lambda: value()[entry])
+
+  body = eqn.params["jaxpr"].jaxpr.invars
+  return [
+    argument(value, outer, inner)
+    for value, outer, inner in zip(inputs, eqn.invars, body, strict=True)
   ]
 
 
