@@ -19,7 +19,7 @@ from pallas_gemma.kernels import Case, Cost, Integers, Op
 
 from ..v5e import ONE_CHIP, V5E, Chip, Placement
 
-Pass = Literal["fwd", "fwd+bwd"]
+Pass = Literal["fwd", "fwd+bwd", "step"]
 
 
 class Built(typing.NamedTuple):
@@ -46,7 +46,8 @@ class Program:
     op: what it computes.
     case: the problem, named.
     implementation: whose it is: `pallas`, `xla`, or a baseline's name.
-    which: `fwd`, or `fwd+bwd`: the result and every gradient.
+    which: `fwd`; `fwd+bwd`, the result and every gradient; or `step`, with the
+      update of weights by the gradient.
     build: makes the function and describes its arguments.
     costs: of each pass, for the bound.
     default: whether the table shows it unless asked for more: not if it is of

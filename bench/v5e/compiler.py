@@ -155,12 +155,14 @@ class Placement:
       chips; None if each chip has all of them.
     results: the same of the results, a prefix of their tree.
     donated: indices of the arguments whose memory results may take.
+    options: of the compiler, by name, that are not its defaults.
   """
 
   topology: str = "v5e:1x1"
   arguments: tuple[PartitionSpec, ...] | None = None
   results: Any = PartitionSpec()
   donated: tuple[int, ...] = ()
+  options: tuple[tuple[str, str], ...] = ()
 
   def mesh(self) -> Mesh:
     """All chips of the slice in a row."""
@@ -203,7 +205,7 @@ def compile_program(
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = jitted.lower(*specs)
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(dict(placement.options) or None)
     seconds = time.perf_counter() - start
   memory: Any = compiled.memory_analysis()
   return Compiled(

@@ -12,7 +12,7 @@ _DEFINITION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
-_METADATA = re.compile(r",? metadata=\{[^}]*\}")
+_METADATA = re.compile(r",? (?:metadata=\{[^}]*\}|channel_id=\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLS = re.compile(
   r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
@@ -66,11 +66,6 @@ class Instruction:
   def is_free(self) -> bool:
     """Whether it takes no time: it names, allocates or views memory."""
     return self.opcode in FREE or self.target in FREE_TARGETS
-
-  @property
-  def is_scalar(self) -> bool:
-    """Whether its result is a single number, which the scalar unit computes."""
-    return [array.dims for array in self.arrays] == [""]
 
   def called(self, role: str) -> str | None:
     """The computation that it calls as its `body`, its `condition`, ..."""

@@ -28,23 +28,49 @@ from .copies import Copies
 CODE = "hbm_to_code"  # the kind of copy
 
 
+def load_cycles(overlay: range, chip: Chip) -> float:
+  """Cycles that it takes to load an overlay, with HBM to itself."""
+  return Loads(1, len(overlay) * chip.bundle_bytes).unhidden(chip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """The overlays that a listing lies in, as it starts to run.
+
+  Attributes:
+    overlays: in their order, counted from the listing's first bundle; the first
+      may start before it, and the last end behind it.
+    is_ahead: whether the second is there already.
+  """
+
+  overlays: tuple[range, ...]
+  is_ahead: bool = False
+
+
 class CodeMemory:
   """The overlay that runs and the one that is loaded ahead.
 
   Attributes:
     present: bundles of the overlay that runs.
     entered: the cycle in which it was entered.
+    count: overlays that were loaded.
   """
 
-  def __init__(self, overlays: Sequence[range], copies: Copies, chip: Chip):
+  def __init__(self, part: Part, copies: Copies, chip: Chip):
     """The first of the overlays is loaded; they follow one another."""
-    self._overlays, self._copies, self._chip = overlays, copies, chip
-    self._starts = [overlay.start for overlay in overlays]
+    self._overlays, self._copies, self._chip = part.overlays, copies, chip
+    self._starts = [overlay.start for overlay in part.overlays]
     self._followed: dict[int, int] = {}
     self._ahead: tuple[int, int] | None = None  # which, and when it is there
     self._current = 0
-    self.present, self.entered = overlays[0], 0
-    self._load_ahead(0)
+    self.present, self.entered = part.overlays[0], 0
+    self.count = 0
+    if part.is_ahead:
+      self._ahead = 1, 0
+      self.count += 1
+      copies.bytes[CODE] += self._size(1)
+    else:
+      self._load_ahead(0)
 
   def enter(self, bundle: int, now: int) -> int:
     """Goes on at a bundle outside of `present`; returns when it can."""
@@ -64,8 +90,11 @@ class CodeMemory:
       self._ahead = following, self._load(following, now)
 
   def _load(self, index: int, now: int) -> int:
-    size = len(self._overlays[index]) * self._chip.bundle_bytes
-    return self._copies.issue(CODE, size, 0, None, now)
+    self.count += 1
+    return self._copies.issue(CODE, self._size(index), 0, None, now)
+
+  def _size(self, index: int) -> int:
+    return len(self._overlays[index]) * self._chip.bundle_bytes
 
 
 @dataclasses.dataclass
@@ -73,17 +102,25 @@ class Loads:
   """What loading amounts to.
 
   Attributes:
-    nbytes: of code.
-    cycles: that the program waits for it.
+    count: overlays that are loaded.
+    nbytes: that they are.
+    cycles: that the program waits for them.
   """
 
-  nbytes: float = 0.0
+  count: int = 0
+  nbytes: int = 0
   cycles: float = 0.0
 
-  def add(self, other: Loads, times: float = 1) -> None:
+  def add(self, other: Loads, times: int = 1) -> None:
     """Adds others, so many times."""
+    self.count += times * other.count
     self.nbytes += times * other.nbytes
     self.cycles += times * other.cycles
+
+  def unhidden(self, chip: Chip) -> float:
+    """Cycles that it would wait if it did nothing else meanwhile."""
+    transfer = self.nbytes / chip.hbm_bytes_per_cycle
+    return self.count * chip.read_latency + transfer
 
 
 @dataclasses.dataclass
@@ -148,9 +185,15 @@ class Route:
       if after.overlay == before.overlay or after.is_counted:
         continue
       nbytes = len(after.overlay) * chip.bundle_bytes
-      cycles = chip.read_latency + nbytes / chip.hbm_bytes_per_cycle
-      found.add(Loads(nbytes, max(0.0, cycles - before.cycles)))
+      waits = load_cycles(after.overlay, chip) - before.cycles
+      found.add(Loads(1, nbytes, max(0.0, waits)))
     return found
+
+  def since_entered(self, overlay: range) -> float:
+    """Cycles since an overlay was entered, 0 if another one runs."""
+    if not self.stays or self.stays[-1].overlay != overlay:
+      return 0.0
+    return self.stays[-1].cycles
 
   def _steps(self, around: bool) -> Iterator[tuple[Stay, Stay]]:
     yield from zip(self.stays, self.stays[1:], strict=False)

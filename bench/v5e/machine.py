@@ -19,14 +19,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from .chip import V5E, Chip
 from .copies import Copies
 from .listing import Instruction, Listing, ListingError, branch_target
-from .loading import CodeMemory
+from .loading import CodeMemory, Part
 from .scalar import Scalars, signed
 from .stretches import Bundle, Stretch, ends_of_stretches, runs_of_idle
 from .units import (
@@ -59,6 +59,7 @@ class Cycles:
     result_stall: cycles in which it waited for a unit's result.
     copied: bytes by kind of copy.
     visits: how often each bundle was issued.
+    loads: overlays that were loaded.
     in_last_overlay: cycles since the overlay in which it ends was entered.
     notes: what the model did not know; the total may then be too low.
   """
@@ -70,6 +71,7 @@ class Cycles:
   result_stall: int
   copied: Mapping[str, int]
   visits: tuple[int, ...] = dataclasses.field(repr=False)
+  loads: int
   in_last_overlay: int
   notes: tuple[str, ...]
 
@@ -87,7 +89,7 @@ def count_cycles(
   listing: Listing,
   operands: Mapping[int, np.ndarray] | None = None,
   chip: Chip = V5E,
-  overlays: Sequence[range] = (),
+  part: Part | None = None,
 ) -> Cycles:
   """Executes a listing.
 
@@ -95,13 +97,12 @@ def count_cycles(
     listing: the program.
     operands: values of its integer operands, by index, where they are known.
     chip: whose bandwidth and latencies to assume.
-    overlays: its bundles, cut into what is loaded at a time, in their order;
-      none if all of it is loaded already.
+    part: the overlays that it lies in; None if all of it is loaded already.
 
   Raises:
     Undecidable: if a branch depends on a value that is not known.
   """
-  return _Machine(listing, operands, chip, overlays).run()
+  return _Machine(listing, operands, chip, part).run()
 
 
 class _Machine:
@@ -110,7 +111,7 @@ class _Machine:
     listing: Listing,
     operands: Mapping[int, np.ndarray] | None,
     chip: Chip,
-    overlays: Sequence[range],
+    part: Part | None,
   ):
     self._scalars = Scalars(operands)
     self._copies = Copies(chip)
@@ -122,9 +123,9 @@ class _Machine:
       i.opcode for bundle in listing.bundles for i in bundle
     )
     self._code = [self._bundle(bundle) for bundle in listing.bundles]
-    overlays = overlays or (range(len(self._code)),)
-    self._memory = CodeMemory(overlays, self._copies, chip)
-    cuts = {overlay.start for overlay in overlays}
+    part = part or Part((range(len(self._code)),))
+    self._memory = CodeMemory(part, self._copies, chip)
+    cuts = {overlay.start for overlay in part.overlays}
     self._idle_ahead = runs_of_idle(self._code, cuts)
     self._ends = ends_of_stretches(self._code, cuts)
     self._stretches: dict[int, Stretch] = {}
@@ -171,6 +172,7 @@ class _Machine:
       result_stall=self._units.result_stall,
       copied=dict(self._copies.bytes),
       visits=tuple(itertools.accumulate(entered[:-1])),
+      loads=self._memory.count,
       in_last_overlay=self._now - self._memory.entered,
       notes=tuple(sorted(notes)),
     )

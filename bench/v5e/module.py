@@ -27,11 +27,11 @@ import numpy as np
 from . import hlo, listing, machine
 from .chip import V5E, Chip
 from .copies import InFlight
+from .loading import Part
 from .overlays import PROGRAM, WHOLE, Overlays, place
 from .program_code import Code, CodeSum
 
 Operands = Mapping[str, Mapping[int, np.ndarray]]
-_Printed = tuple[str, tuple[range, ...]]  # a listing, and how it is cut
 _CHEAP = (
   "iota",
   "copy",
@@ -125,7 +125,7 @@ class _Module:
   ):
     self._module = hlo.parse(text)
     self._listings, self._operands, self._chip = listings, operands, chip
-    self._counted: dict[_Printed, machine.Cycles | None] = {}
+    self._counted: dict[tuple[str, Part | None], machine.Cycles | None] = {}
     self._twins: dict[str, str] | None = None
     self._flight = InFlight()
     self._result = Total()
@@ -139,7 +139,7 @@ class _Module:
     between, result = self._code.between, self._result
     cycles += between.cycles
     result.cycles = round(cycles)
-    result.hbm_bytes += round(between.nbytes)
+    result.hbm_bytes += between.nbytes
     result.notes = sorted(set(result.notes))
     if self._is_cut:
       result.code = self._code.total(cycles, result.hbm_bytes)
@@ -237,10 +237,10 @@ class _Module:
   # --- instructions -----------------------------------------------------------
 
   def _compute(self, instruction: hlo.Instruction, times: int) -> float:
-    overlays = self._code.overlays(instruction.name)
     if_loaded = cycles = self._count(instruction)
-    if len(overlays) > 1:
-      cycles = self._count(instruction, overlays)
+    part = self._code.part(instruction.name)
+    if len(part.overlays) > 1:
+      cycles = self._count(instruction, part)
     if cycles is None or if_loaded is None:
       return 0.0
     self._code.run(instruction.name, times, cycles, if_loaded)
@@ -287,7 +287,7 @@ class _Module:
   # --- listings ---------------------------------------------------------------
 
   def _count(
-    self, instruction: hlo.Instruction, overlays: tuple[range, ...] = ()
+    self, instruction: hlo.Instruction, part: Part | None = None
   ) -> machine.Cycles | None:
     """One run of an instruction, from its own listing or that of its twin."""
     name = instruction.name
@@ -295,28 +295,27 @@ class _Module:
       return None
     printed = self._printed(name)
     if printed is None:
-      if instruction.opcode not in _CHEAP and not instruction.is_scalar:
+      # What a program does not call is done in its own few bundles.
+      if not self._is_cut and instruction.opcode not in _CHEAP:
         what = instruction.target or instruction.opcode
         self._note(f"{name}: no listing for this {what}")
       return None
-    key = printed, overlays
+    key = printed, part
     if key not in self._counted:
-      self._counted[key] = self._execute(printed, overlays)
+      self._counted[key] = self._execute(printed, part)
     cycles = self._counted[key]
     for note in cycles.notes if cycles else ():
       self._note(f"{name}: {note}")
     return cycles
 
-  def _execute(
-    self, name: str, overlays: tuple[range, ...]
-  ) -> machine.Cycles | None:
+  def _execute(self, name: str, part: Part | None) -> machine.Cycles | None:
     text = self._listings[name].read_text(errors="replace")
     try:
       return machine.count_cycles(
         listing.parse_listing(text, name),
         self._kernel_operands(name),
         self._chip,
-        overlays,
+        part,
       )
     except machine.Undecidable as error:
       self._note(f"{name}: not counted, {error}")

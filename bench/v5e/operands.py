@@ -21,6 +21,7 @@ from jax.core import eval_jaxpr
 _MAX_SIZE = 1 << 22
 _SUBPROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 _NOT_INLINED = ("pallas_call", "while", "scan", "cond")
+_OF_A_MESH = ("axis_index", "psum", "psum_invariant", "all_gather", "pvary")
 
 
 class _Unknown(Exception):
@@ -120,10 +121,13 @@ def _equation(
   if inner is not None and name not in _NOT_INLINED:
     body = getattr(inner, "jaxpr", inner)
     consts = _constants(inner) if hasattr(inner, "consts") else []
-    if len(body.invars) == len(inputs):
-      return _walk(body, consts, inputs, found)
-    return unknown
-  if _too_large(eqn):
+    if len(body.invars) != len(inputs):
+      return unknown
+    if name == "shard_map":
+      _walk(body, consts, _first_blocks(body, inputs), found)
+      return unknown
+    return _walk(body, consts, inputs, found)
+  if _too_large(eqn) or name in _OF_A_MESH:
     return unknown
   results = _Lazy(lambda: _evaluate(jaxpr, eqn, inputs))
   return [
@@ -153,6 +157,16 @@ def _first_turn(eqn: Any, inputs: list[_Lazy]) -> list[_Lazy]:
     argument(value, outer, inner)
     for value, outer, inner in zip(inputs, eqn.invars, body, strict=True)
   ]
+
+
+def _first_blocks(body: Any, inputs: list[_Lazy]) -> list[_Lazy]:
+  """What the first device gets of the arguments of a `shard_map`."""
+
+  def block(value: _Lazy, inner: Any) -> _Lazy:
+    part = tuple(slice(size) for size in inner.aval.shape)
+    return _Lazy(lambda: value()[part])
+
+  return [block(*pair) for pair in zip(inputs, body.invars, strict=True)]
 
 
 def _too_large(eqn: Any) -> bool:

@@ -19,8 +19,10 @@ reads that log:
     OverlayPartitioner (regular/jumbo/hlo overlay size 21744/65232/48928, ...):
     OverlayPartition 35: [0, 165):165, kind=0, fallthrough, cond branch ...
 
-Bundles are counted over the whole program, whose HLO instructions stand in it
-one behind the other: `place` finds out where.
+Bundles are counted over the whole program.  Its HLO instructions stand in it
+one behind the other, in place of a call; or they are functions behind it, each
+in an overlay of its own (`Call entry [1464, 1634)`, and `378 : branch to 1464
+(uncond)` where it is called).  `place` finds out where each one is.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ _BUNDLES = re.compile(r"ControlFlow \((\d+) bundles\)")
 _BRANCH = re.compile(r"branch to (\d+)")
 _POINT = re.compile(r"\s*(\d+) : ")
 _OVERLAY = re.compile(r"OverlayPartition \d+: \[(\d+), (\d+)\)")
-_CALL = re.compile(r"inlined_call[^/]*/\* (?:%([\w.\-]+) = |(<[\w\-]+>))")
+_FUNCTION = re.compile(r"Call entry \[(\d+), (\d+)\)")
+_CALL = re.compile(
+  r"= (?:inlined_)?call [^/]*/\* (?:%([\w.\-]+) = |(<[\w\-]+>))"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +73,12 @@ class Overlays:
   Attributes:
     overlays: bundles of each, in their order.
     branches: the bundle of each branch, and that which it leads to.
+    functions: bundles of the HLO instructions that are functions.
   """
 
   overlays: tuple[range, ...]
   branches: frozenset[tuple[int, int]]
+  functions: frozenset[range] = frozenset()
 
   @property
   def bundles(self) -> int:
@@ -121,17 +128,22 @@ def parse_log(text: str) -> Overlays:
   except ValueError:
     raise _unknown("no partitions") from None
   bundles = _BUNDLES.match(flow[1])
-  overlays = [
-    range(int(match[1]), int(match[2]))
-    for line in flow[last:]
-    if (match := _OVERLAY.match(line))
-  ]
+  overlays = sorted(_ranges(_OVERLAY, flow[last:]), key=lambda o: o.start)
   ends = [0, *(overlay.stop for overlay in overlays)]
   if bundles is None or ends[-1] != int(bundles[1]):
     raise _unknown(f"overlays end at {ends[-1]}, after {flow[1]!r}")
   if [overlay.start for overlay in overlays] != ends[:-1]:
     raise _unknown("overlays with gaps between them")
-  return Overlays(tuple(overlays), frozenset(_branches(flow[2:first])))
+  points = [line for line in flow[2:first] if not _FUNCTION.match(line)]
+  functions = _ranges(_FUNCTION, flow[2:first])
+  return Overlays(
+    tuple(overlays), frozenset(_branches(points)), frozenset(functions)
+  )
+
+
+def _ranges(pattern: re.Pattern[str], lines: Sequence[str]) -> list[range]:
+  found = filter(None, map(pattern.match, lines))
+  return [range(int(match[1]), int(match[2])) for match in found]
 
 
 def _branches(lines: Sequence[str]) -> list[tuple[int, int]]:
@@ -158,8 +170,9 @@ def place(
 
   The compiler prints a listing of its own, `TLP`, for what is left of a program
   without its instructions: loops, conditions, copies between memories, and a
-  bundle `inlined_call /* %NAME = ... */` for each instruction.  In the program
-  the instruction's own bundles stand in its place.
+  bundle `call ... /* %NAME = ... */` for each instruction.  If the log has a
+  branch to a function there, that is the instruction; if not, its bundles stand
+  in place of that one.
 
   Args:
     program: the listing `TLP`.
@@ -168,8 +181,14 @@ def place(
     cut: of the same program.
 
   Raises:
-    ListingError: if that leads to other branches than the log has.
+    ListingError: if listings and log do not agree.
   """
+  functions = {function.start: function for function in cut.functions}
+  called = {
+    source: functions[target]
+    for source, target in cut.branches
+    if target in functions
+  }
   places: dict[str, range] = {}
   starts: list[int] = []
   position = 0
@@ -183,17 +202,39 @@ def place(
     length = lengths(name)
     if length is None:
       raise ListingError(f"{name}: called, but no listing of it was printed")
-    places[name] = range(position, position + length)
-    position += length
-  for i, bundle in enumerate(program.bundles):
+    function = called.get(position)
+    if function is None:
+      places[name] = range(position, position + length)
+      position += length
+    elif length == len(function):
+      places[name] = function
+      position += 1
+    else:
+      raise ListingError(
+        f"{name}: {length} bundles, but {len(function)} by the compiler's log"
+      )
+  _check_branches(program, starts, cut)
+  return places
+
+
+def _check_branches(
+  program: Listing, starts: Sequence[int], cut: Overlays
+) -> None:
+  """Raises if the branches of `TLP` are not those of the log.
+
+  Args:
+    program: the listing `TLP`.
+    starts: where each of its bundles stands in the program.
+    cut: of the program.
+  """
+  for start, bundle in zip(starts, program.bundles, strict=True):
     for instruction in bundle:
       region = branch_target(instruction)
       if region is None:
         continue
-      branch = starts[i], starts[program.regions[region]]
+      branch = start, starts[program.regions[region]]
       if branch not in cut.branches:
         raise ListingError(
           f"a branch from bundle {branch[0]} to {branch[1]} of the program is "
           "not in the compiler's log: its instructions stand elsewhere"
         )
-  return places

@@ -5,7 +5,8 @@
     best_cycles   if all of it were hidden: HBM has to move the code besides the
                   data, so that the program takes at least
                   (bytes of data + bytes of code) / bandwidth
-    worst_cycles  if nothing were hidden: bytes of code / bandwidth
+    worst_cycles  if nothing were hidden: bytes of code / bandwidth, and the
+                  latency of a read for each overlay
 
 The first overlay is loaded with the program and is not counted.
 """
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .chip import Chip
-from .loading import CODE, Loads, Route
+from .loading import CODE, Loads, Part, Route, load_cycles
 from .machine import Cycles
 from .overlays import Overlays
 
@@ -92,16 +93,19 @@ class CodeSum:
     self._loops: list[CodeLoop] = []
     self.between, self.within = Loads(), Loads()
 
-  def overlays(self, name: str) -> tuple[range, ...]:
-    """An instruction's bundles as they are cut, counted from its first."""
+  def part(self, name: str) -> Part:
+    """What of the program an instruction lies in, as it starts to run."""
     place = self._places.get(name, range(0))
-    return tuple(
-      range(
-        max(overlay.start, place.start) - place.start,
-        min(overlay.stop, place.stop) - place.start,
-      )
-      for overlay in self._cut.over(place)
+    overlays = self._cut.over(place)
+    is_ahead = len(overlays) > 1 and (
+      self._route.since_entered(overlays[0])
+      >= load_cycles(overlays[1], self._chip)
     )
+    shifted = (
+      range(overlay.start - place.start, overlay.stop - place.start)
+      for overlay in overlays
+    )
+    return Part(tuple(shifted), is_ahead)
 
   def run(
     self, name: str, times: int, cycles: Cycles, if_loaded: Cycles
@@ -120,8 +124,8 @@ class CodeSum:
     overlays = self._cut.over(place)
     self._route.run(overlays, cycles.total, cycles.in_last_overlay)
     if len(overlays) > 1:
-      waits = cycles.total - if_loaded.total
-      self.within.add(Loads(cycles.copied.get(CODE, 0), waits), times)
+      nbytes, waits = cycles.copied[CODE], cycles.total - if_loaded.total
+      self.within.add(Loads(cycles.loads, nbytes, waits), times)
       self._add_loops(name, place, times, cycles)
 
   def _add_loops(
@@ -137,8 +141,7 @@ class CodeSum:
     self, name: str, bundles: int, overlays: tuple[range, ...], turns: int
   ) -> None:
     nbytes = sum(map(len, overlays)) * self._chip.bundle_bytes
-    found = CodeLoop(name, bundles, len(overlays), turns, nbytes)
-    self._loops.append(found)
+    self._loops.append(CodeLoop(name, bundles, len(overlays), turns, nbytes))
 
   @contextlib.contextmanager
   def loop(self, name: str, turns: int, times: int) -> Iterator[None]:
@@ -150,18 +153,22 @@ class CodeSum:
     self.between.add(again, times * (turns - 1))
     outside.extend(turn)
     if again.nbytes:
-      overlays = tuple({stay.overlay: None for stay in turn.stays})
-      bundles = self._around(overlays)
-      self._add_loop(name, len(bundles), overlays, times * turns)
+      self._add_loop(name, *self._around(turn), times * turns)
 
-  def _around(self, overlays: tuple[range, ...]) -> range:
-    """The smallest loop of the program that runs through overlays."""
+  def _around(self, turn: Route) -> tuple[int, tuple[range, ...]]:
+    """Bundles and overlays of the loop whose turn runs through overlays.
+
+    It is the smallest of the program that does; or, if these are of functions,
+    all that it calls.
+    """
+    overlays = {stay.overlay: None for stay in turn.stays}
     around = [
-      loop.bundles
-      for loop in self._cut.loops
-      if set(overlays) <= set(loop.overlays)
+      loop for loop in self._cut.loops if set(overlays) <= set(loop.overlays)
     ]
-    return min(around, key=len, default=range(0))
+    if around:
+      loop = min(around, key=lambda loop: len(loop.bundles))
+      return len(loop.bundles), loop.overlays
+    return sum(map(len, overlays)), tuple(overlays)
 
   @contextlib.contextmanager
   def branch(self) -> Iterator[Route]:
@@ -198,9 +205,9 @@ class CodeSum:
     return Code(
       bundles=self._cut.bundles,
       overlays=len(self._cut.overlays),
-      loaded_bytes=round(loads.nbytes),
+      loaded_bytes=loads.nbytes,
       cycles=round(loads.cycles),
       best_cycles=round(max(0.0, hbm_bytes / per_cycle - if_loaded)),
-      worst_cycles=round(loads.nbytes / per_cycle),
+      worst_cycles=round(loads.unhidden(self._chip)),
       loops=tuple(self._loops),
     )
