@@ -239,7 +239,8 @@ HloModule jit_f, is_scheduled=true
   %x = f32[8] get-tuple-element(%p), index=1
   %inner = f32[8] fusion(%x), kind=kLoop, calls=%work
   %outer = f32[8] fusion(%inner), kind=kOutput, calls=%work
-  %next = s32[]{:T(128)} add(%i, %one)
+  %k = s32[]{:T(128)} copy(%i)
+  %next = s32[]{:T(128)} add(%k, %one)
   ROOT %both = (s32[]{:T(128)}, f32[8]) tuple(%next, %outer)
 }
 
@@ -309,7 +310,7 @@ def test_a_loop_that_counts_tells_how_often_it_runs(listings, turns):
   [
     ("direction=LT", "direction=NE"),
     ("tuple(%start, %a)", "tuple(%p9, %a)"),
-    ("add(%i, %one)", "add(%one, %one)"),
+    ("add(%k, %one)", "add(%one, %one)"),
     ("constant(7)", "parameter(1)"),
   ],
 )
@@ -351,6 +352,34 @@ def test_an_instruction_over_overlays_loads_them_too(listings):
   first, second = (len(cut) * V5E.bundle_bytes for cut in cuts)
   assert got.code.loaded_bytes == 7 * second + 6 * first
   assert got.code.cycles == got.cycles - 7 * (INNER + OUTER)
+
+
+def test_what_communicates_is_apart_and_has_twins_on_other_channels(listings):
+  hlo = """\
+%sum (p: f32[64]) -> f32[8] {
+  %p = f32[64]{0} parameter(0)
+  %all = f32[64]{0} all-reduce(%p), channel_id=1, to_apply=%add
+  ROOT %own = f32[8]{0} dynamic-slice(%all), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %inner = f32[64]{0} all-gather(%a), channel_id=2, dimensions={0}
+  %again = f32[64]{0} all-gather(%a), channel_id=3, dimensions={0}
+  ROOT %part = f32[8]{0} fusion(%again), kind=kCustom, calls=%sum
+}
+"""
+  got = estimate_module(hlo, listings)
+  assert not got.cycles and not got.notes
+  assert [(c.name, c.nbytes) for c in got.collectives] == [
+    ("inner", 256),
+    ("again", 256),
+    ("part", 32),
+  ]
+  program = TLP.replace("%outer", "%again")
+  listings["TLP"].write_text(program)
+  cut = bench.Overlays((range(2003),), frozenset([(2001, 1)]))
+  assert estimate_module(hlo, listings, cut=cut).code is not None
 
 
 # --- the log, the table -------------------------------------------------------

@@ -583,7 +583,7 @@ def test_split_over_a_mesh(mode, split, kind):
 
 @pytest.mark.no_interpreter
 def test_what_is_kept_varies_over_a_mesh_on_either_platform():
-  """The platform is open: what stands for the kernel keeps zeros of its type."""
+  """Where the platform is open, also what stands for the kernel there."""
   mesh = mesh_of(AxisType.Auto)
   x, table, labels = draw(8, 64, 256)
 

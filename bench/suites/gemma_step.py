@@ -41,9 +41,12 @@ _SENTENCEPIECE = 256_000  # pieces of Gemma's tokenizer
 _2B = dataclasses.replace(GemmaConfig.gemma_2b(), remat="names")
 _7B = dataclasses.replace(GemmaConfig.gemma_7b(), remat="full")
 _DEPTHS = (2, 4)
-# Else the compiler takes products apart to hide the gathering of their weights
-# behind them, piece by piece.
-_GATHER_FIRST = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),)
+# Else the compiler takes products apart to hide collectives behind the pieces,
+# or makes one instruction of both, and their cycles could not be told apart.
+_COLLECTIVES_APART = (
+  ("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),
+  ("xla_tpu_enable_async_collective_fusion", "false"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +164,7 @@ def step(case: Case) -> Built:
       ),
       results=(partitions[0], PartitionSpec()),
       donated=tuple(range(len(jax.tree.leaves(state)))),
-      options=_GATHER_FIRST,
+      options=_COLLECTIVES_APART,
     ),
   )
 

@@ -127,6 +127,14 @@ class Module:
     """Every instruction by name."""
     return {i.name: i for body in self.computations.values() for i in body}
 
+  def communicates(self, instruction: Instruction) -> bool:
+    """Whether it is a fusion that does what a collective does."""
+    return instruction.opcode == "fusion" and any(
+      inner.opcode in COLLECTIVES
+      for name in instruction.calls
+      for inner in self.computations.get(name, ())
+    )
+
   def trip_count(self, loop: Instruction) -> int | None:
     """How often a `while` runs, None if neither compiler nor text tells.
 
@@ -148,7 +156,7 @@ class Module:
     if index is None:
       return None
     initial = self.instructions[loop.operands[0]]
-    addition = self.instructions[body.operands[index]]
+    addition = self._original(body.operands[index])
     if initial.opcode != "tuple" or addition.opcode != "add":
       return None
     before, step = addition.operands
@@ -167,17 +175,22 @@ class Module:
     body = self.computations.get(computation or "")
     return body[-1] if body else None
 
-  def _element(self, name: str) -> int | None:
-    """Which element of a computation's tuple an instruction takes."""
+  def _original(self, name: str) -> Instruction:
+    """An instruction, or that which it is a copy of."""
     instruction = self.instructions[name]
+    if instruction.opcode in ("copy", "bitcast"):
+      return self._original(instruction.operands[0])
+    return instruction
+
+  def _element(self, name: str) -> int | None:
+    """Which element of a computation's tuple an instruction is."""
+    instruction = self._original(name)
     match = re.search(r"get-tuple-element\(.*\), index=(\d+)", instruction.text)
     return int(match[1]) if match else None
 
   def _constant(self, name: str) -> int | None:
-    """An integer that an instruction is, or is a copy of."""
-    instruction = self.instructions[name]
-    if instruction.opcode in ("copy", "bitcast") and instruction.operands:
-      return self._constant(instruction.operands[0])
+    """The integer that an instruction is."""
+    instruction = self._original(name)
     match = re.search(r"\bconstant\((-?\d+)\)", instruction.text)
     return int(match[1]) if match else None
 

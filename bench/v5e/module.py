@@ -176,7 +176,7 @@ class _Module:
   def _step(self, instruction: hlo.Instruction, times: int) -> float:
     opcode = instruction.opcode
     base = re.sub(r"-(start|done|update)$", "", opcode)
-    if base in hlo.COLLECTIVES:
+    if base in hlo.COLLECTIVES or self._module.communicates(instruction):
       return self._collective(instruction, times)
     control: Mapping[str, Callable[..., float]] = {
       "while": self._loop,
