@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from pallas_gemma import bench
+from pallas_gemma.bench.show import report
 from pallas_gemma.bench.suites import gemma_decode, gemma_layers, gemma_step
 from pallas_gemma.bench.v5e import AXIS
 from pallas_gemma.gemma import GemmaConfig, flops_per_token
@@ -175,3 +176,34 @@ def test_what_counts_as_a_training_steps_work():
 def test_what_takes_minutes_is_for_those_who_ask(op):
   programs = [p for p in PROGRAMS.values() if p.op == op]
   assert programs and not any(p.default for p in programs)
+
+
+def test_two_depths_give_a_layer_and_the_whole_model():
+  def row(depth, cycles, **fields):
+    return bench.Row(
+      op="gemma_train_step",
+      case=f"gemma_2b_{depth}_layers_v5e_8",
+      which="step",
+      implementation="pallas",
+      cycles=cycles,
+      seconds=cycles / 1.5e9,
+      model_flops=cycles * 100_000,
+      peak_bytes=3 << 30,
+      **fields,
+    )
+
+  few, more = row(2, 3_000_000), row(4, 4_500_000)
+  table = report.steps([few, more, dataclasses.replace(few, op="rms_norm")])
+  name = "`gemma_train_step` gemma_2b_v5e_8, step"
+  mfu = f"{1e5 * 1.5e9 / 197e12:.1%}"
+  assert table.splitlines()[2:] == [
+    "| `gemma_train_step` gemma_2b_2_layers_v5e_8, step | 2.000 |  | "
+    f"{mfu} | 3.00 |",
+    "| `gemma_train_step` gemma_2b_4_layers_v5e_8, step | 3.000 |  | "
+    f"{mfu} | 3.00 |",
+    f"| {name}: a layer more | 0.500 | | | |",
+    f"| {name}: 18 layers by a straight line | 10.000 |  | {mfu} |  |",
+  ]
+  assert "≥ 3.000" in report.steps(
+    [few, dataclasses.replace(more, lower_bound=True)]
+  )
