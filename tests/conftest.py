@@ -8,6 +8,12 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# The compiler's log says how it cuts programs for the instruction memory.
+os.environ["LIBTPU_INIT_ARGS"] = (
+  os.environ.get("LIBTPU_INIT_ARGS", "") + " --vmodule=overlay_partitioner=10"
+)
+os.environ.setdefault("TPU_MIN_LOG_LEVEL", "0")
+os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "0")
 # In the interpreter the two cores of all eight devices wait for each
 # other, in threads of XLA's pool.  By default it has one for each device, and
 # they would wait for ever.

@@ -68,7 +68,7 @@ def test_generated_tables_are_those_of_the_results():
   readme = (ROOT / "README.md").read_text()
   assert report.readme_text(readme, rows) == readme
   full = (ROOT / "results" / "README.md").read_text()
-  assert report.insert(full, report.markdown(rows, commands)) == full
+  assert report.full_text(full, rows, commands) == full
 
 
 def row(op, case, which, implementation, seconds):

@@ -582,6 +582,21 @@ def test_split_over_a_mesh(mode, split, kind):
 
 
 @pytest.mark.no_interpreter
+def test_what_is_kept_varies_over_a_mesh_on_either_platform():
+  """Where the platform is open, also what stands for the kernel there."""
+  mesh = mesh_of(AxisType.Auto)
+  x, table, labels = draw(8, 64, 256)
+
+  def total(x):
+    return linear_cross_entropy(
+      x, table, labels, config=config("chunked")
+    ).sum()
+
+  with jax.set_mesh(mesh), kernels.sharding(mesh, SPLITS["tokens"]):
+    assert jax.eval_shape(jax.jit(jax.grad(total)), x).shape == x.shape
+
+
+@pytest.mark.no_interpreter
 def test_one_axis_for_tokens_and_words_is_refused():
   mesh = mesh_of(AxisType.Explicit)
   split = NamedSharding(mesh, PartitionSpec("data"))

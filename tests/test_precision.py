@@ -34,7 +34,7 @@ def instructions(dtype):
   """How often each kernel runs an instruction of the matrix units."""
   counts = {}
   job = bench.Job(SUITE, f"products/{dtype}/fwd/pallas")
-  with bench.compiler_output(job) as folder:
+  with bench.compiler_output(job) as (folder, _):
     for name, path in bench.find_listings(folder).items():
       for kernel in PRODUCTS:
         if kernel in name:

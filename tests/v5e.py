@@ -8,6 +8,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pallas_gemma import bench
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
@@ -33,6 +34,19 @@ def compile(function, *specs):
   ]
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     return jax.jit(function).lower(*placed).compile()
+
+
+def compile_and_cut(folder, function, *specs):
+  """The same, and how the compiler cuts the program into overlays.
+
+  Args:
+    folder: an empty one, for the compiler's log.
+    function: to compile.
+    *specs: of its arguments.
+  """
+  with bench.recorded(folder):
+    compiled = compile(function, *specs)
+  return compiled, bench.parse_log(bench.compiler_log(folder))
 
 
 _COLLECTIVES = r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all)"

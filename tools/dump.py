@@ -3,9 +3,10 @@
     python -P tools/dump.py rms_norm gemma_2b_8k
     python -P tools/dump.py flash_attention gemma_2b_8k --which fwd+bwd --out d
 
-Writes everything into a folder, and prints, for each HLO instruction that
-costs, its stalls, what its hottest loop gives each unit to do, and where the
-loop stands in the listing.
+Writes everything into a folder, and prints how the program is cut for the
+instruction memory and what it takes to load it; then, for each HLO instruction
+that costs, its stalls, what its hottest loop gives each unit to do, and where
+the loop stands in the listing.
 """
 
 from __future__ import annotations
@@ -89,6 +90,20 @@ def hottest(listing: bench.Listing, cycles: bench.Cycles) -> range:
   )
 
 
+def show_code(console: rich.console.Console, code: bench.Code) -> None:
+  """Prints a program's size, and what loading it costs."""
+  console.print(
+    f"code: {code.bundles:,} bundles in {code.overlays} overlays; "
+    f"{code.loaded_bytes / 2**20:,.1f} MiB are loaded while it runs, which "
+    f"takes {code.cycles:,} of the cycles; {code.best_cycles:,} if all of it "
+    f"is hidden, {code.worst_cycles:,} if nothing is"
+  )
+  for loop in code.loops:
+    console.print(bench.describe_loop(loop))
+  if not code.loops:
+    console.print("every loop stays in one overlay")
+
+
 def show(
   console: rich.console.Console, listing: bench.Listing, cycles: bench.Cycles
 ) -> None:
@@ -143,11 +158,12 @@ def main() -> None:
   os.environ["LIBTPU_INIT_ARGS"] = (
     f"--xla_mosaic_dump_to={mosaic} " + os.environ.get("LIBTPU_INIT_ARGS", "")
   )
-  with bench.compiler_output(bench.Job(arguments.suite, key)) as printed:
+  job = bench.Job(arguments.suite, key)
+  with bench.compiler_output(job) as (printed, row):
     shutil.copytree(printed, out / "compiler")
   for path in (out / "compiler").glob("*-TLP-hlo.txt"):
     shutil.copy(path, out / "hlo.txt")
-  operands = bench.kernel_operands(*built)
+  operands = bench.kernel_operands(built.function, built.specs, built.values)
   counted = []
   for name, path in bench.find_listings(out / "compiler").items():
     if name.startswith("<") or name == "TLP":
@@ -161,6 +177,8 @@ def main() -> None:
       "\n".join(["Hottest loop:", *hot, "", "Whole program:", text])
     )
     counted.append((listing, cycles))
+  if row.code:
+    show_code(console, row.code)
   for listing, cycles in sorted(counted, key=lambda pair: -pair[1].total):
     show(console, listing, cycles)
   console.print(f"\nwrote jaxpr, Mosaic, HLO and listings to {out}")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..v5e import StaticModel
+from ..v5e import V5E, Code, StaticModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,14 @@ class Row:
     shapes: of the arguments.
     hbm_bytes: traffic of one run, None where it was not seen.
     temp_bytes: HBM for temporaries at the peak.
+    peak_bytes: HBM for arguments, results and temporaries at the peak.
     vmem_bytes: VMEM of the instruction that needs most.
     spill_bytes: of which holds registers.
     compile_seconds: that the compilation took.
     steps: HLO instructions, those that cost most first.
     collectives: communication that the time leaves out.
+    code: what it takes to load the program, None where it was not seen.
+    model_flops: of the model's formula for MFU, None where there is none.
     notes: what could not be decided.
     samples: seconds of each run, where it was measured.
     error: why there are no numbers, None if there are.
@@ -56,11 +59,14 @@ class Row:
   shapes: Sequence[Sequence[int]] = ()
   hbm_bytes: int | None = None
   temp_bytes: int | None = None
+  peak_bytes: int | None = None
   vmem_bytes: int | None = None
   spill_bytes: int | None = None
   compile_seconds: float = 0.0
   steps: Sequence[Mapping[str, Any]] = ()
   collectives: Sequence[Mapping[str, Any]] = ()
+  code: Code | None = None
+  model_flops: int | None = None
   notes: Sequence[str] = ()
   samples: Sequence[float] = ()
   error: str | None = None
@@ -79,6 +85,16 @@ class Row:
       return None
     return self.bound_cycles / self.cycles
 
+  @property
+  def mfu(self) -> float | None:
+    """Model-FLOPs utilisation: of the chip's 197 TFLOP/s, None where unknown.
+
+    Collectives are no part of the time.
+    """
+    if not self.seconds or self.model_flops is None:
+      return None
+    return self.model_flops / self.seconds / V5E.peak_flops
+
   def to_json(self) -> dict[str, Any]:
     """The fields, as JSON can hold them."""
     return {
@@ -93,6 +109,8 @@ class Row:
       name: tuple(value) if isinstance(value, list) else value
       for name, value in fields.items()
     }
+    if code := values.get("code"):
+      values["code"] = Code.from_json(code)
     return cls(**values)
 
 

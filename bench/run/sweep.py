@@ -92,13 +92,19 @@ def run_job(job: Job, timeout: float = 900.0) -> Result:
       )
     except subprocess.TimeoutExpired:
       return _failure(job, f"gave up after {timeout:.0f} s", transient=True)
-  for line in process.stdout.splitlines():
+    stderr = process.stderr + v5e.compiler_log(folder)
+  if result := _result(process.stdout):
+    return result
+  killed = process.returncode < 0
+  return _failure(job, _reason(stderr, process.returncode), transient=killed)
+
+
+def _result(stdout: str) -> Result | None:
+  """What a worker printed, None if it ended before."""
+  for line in stdout.splitlines():
     if line.startswith(MARK):
       return Result.from_json(json.loads(line.removeprefix(MARK)))
-  killed = process.returncode < 0
-  return _failure(
-    job, _reason(process.stderr, process.returncode), transient=killed
-  )
+  return None
 
 
 def _worker_command(job: Job) -> list[str]:
@@ -131,15 +137,25 @@ def _failure(job: Job, error: str, *, transient: bool) -> Result:
 
 
 @contextlib.contextmanager
-def compiler_output(job: Job, timeout: float = 900.0) -> Iterator[pathlib.Path]:
-  """Runs a job and lends the folder that its compiler printed into."""
+def compiler_output(
+  job: Job, timeout: float = 900.0
+) -> Iterator[tuple[pathlib.Path, Row]]:
+  """Runs a job; lends its row, and the folder that its compiler printed into.
+
+  Raises:
+    subprocess.CalledProcessError: if the job fails.
+  """
   with tempfile.TemporaryDirectory(prefix="pallas-gemma-") as directory:
     folder = pathlib.Path(directory)
-    subprocess.run(
+    process = subprocess.run(
       _worker_command(job),
       env=v5e.environment(folder, ask_compiler=job.ask_compiler),
       capture_output=True,
+      text=True,
+      errors="replace",
       check=True,
       timeout=timeout,
     )
-    yield folder
+    result = _result(process.stdout)
+    assert result is not None  # the last thing that a worker does
+    yield folder, result.row

@@ -68,11 +68,14 @@ def estimate(program: Program) -> Row:
     shapes=[list(spec.shape) for spec in built.specs],
     hbm_bytes=found.hbm_bytes,
     temp_bytes=found.temp_bytes,
+    peak_bytes=found.peak_bytes,
     vmem_bytes=found.vmem.total if found.vmem else None,
     spill_bytes=found.vmem.spilled if found.vmem else None,
     compile_seconds=round(found.compile_seconds, 2),
     steps=[dataclasses.asdict(step) for step in steps[:_STEPS_KEPT]],
     collectives=[dataclasses.asdict(c) for c in found.collectives],
+    code=found.code,
+    model_flops=program.model_flops,
     notes=found.notes,
   )
 

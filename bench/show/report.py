@@ -4,8 +4,9 @@
     python -P -m pallas_gemma.bench.show.report
 
 README.md gets the list of ops, from the registry, and the headline table;
-results/README.md gets every row.  Each stands between two markers,
-`<!-- NAME -->` and `<!-- /NAME -->`, and no number in them is typed.
+results/README.md gets every row, and whole steps of the model.  Each stands
+between two markers, `<!-- NAME -->` and `<!-- /NAME -->`, and no number in them
+is typed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..run.row import Row
 from . import files
 from .plots import draw as draw
 from .problems import OURS, Problem, problems
+from .steps import steps as steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,13 +261,18 @@ def readme_text(text: str, rows: Sequence[Row]) -> str:
   return insert(insert(text, ops_table(), "ops"), headline(rows), "headline")
 
 
+def full_text(text: str, rows: Sequence[Row], commands: Sequence[str]) -> str:
+  """results/README.md with its generated parts as they should be."""
+  return insert(insert(text, markdown(rows, commands)), steps(rows), "steps")
+
+
 def main() -> None:
   """Entry point of `python -m pallas_gemma.bench.show.report`."""
   arguments = tyro.cli(Arguments, prog="pallas_gemma.bench.show.report")
   rows, commands = read(arguments.results)
   readme, full = arguments.readme, arguments.full
   readme.write_text(readme_text(readme.read_text(), rows))
-  full.write_text(insert(full.read_text(), markdown(rows, commands)))
+  full.write_text(full_text(full.read_text(), rows, commands))
   if arguments.plots:
     for path in draw(rows, arguments.results):
       print(f"wrote {path}")

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from pallas_gemma.kernels import Case, Cost, Integers, Op
 
-from ..v5e import V5E, Chip
+from ..v5e import ONE_CHIP, V5E, Chip, Placement
 
-Pass = Literal["fwd", "fwd+bwd"]
+Pass = Literal["fwd", "fwd+bwd", "step"]
 
 
 class Built(typing.NamedTuple):
@@ -29,11 +29,13 @@ class Built(typing.NamedTuple):
     function: of the arrays alone.
     specs: shape and dtype of each array.
     values: of the integer arrays, None for the others.
+    placement: the chips that it is compiled for, and how arrays lie on them.
   """
 
   function: Callable[..., Any]
   specs: tuple[jax.ShapeDtypeStruct, ...]
   values: tuple[np.ndarray | None, ...]
+  placement: Placement = ONE_CHIP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Program:
     op: what it computes.
     case: the problem, named.
     implementation: whose it is: `pallas`, `xla`, or a baseline's name.
-    which: `fwd`, or `fwd+bwd`: the result and every gradient.
+    which: `fwd`; `fwd+bwd`, the result and every gradient; or `step`, with the
+      update of weights by the gradient.
     build: makes the function and describes its arguments.
     costs: of each pass, for the bound.
     default: whether the table shows it unless asked for more: not if it is of
@@ -54,6 +57,8 @@ class Program:
     needs: a package without which it cannot run.
     free_layouts: whether the compiler lays out arguments and results, as it
       does with what a model's other operations make and take; row-major if not.
+    model_flops: of a chip in one run by the model's own formula, for the
+      model-FLOPs utilisation; None where there is none.
   """
 
   op: str
@@ -65,6 +70,7 @@ class Program:
   default: bool = True
   needs: str | None = None
   free_layouts: bool = False
+  model_flops: int | None = None
 
   @property
   def key(self) -> str:
@@ -135,7 +141,7 @@ def passes(
   if backward is not None:
 
     def build_both() -> Built:
-      function, specs, values = build()
+      function, specs, values, _ = build()
       both, cotangents = with_gradients(function, specs)
       none = (None,) * len(cotangents)
       return Built(both, (*cotangents, *specs), (*none, *values))

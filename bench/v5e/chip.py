@@ -18,6 +18,8 @@ class Chip:
     read_latency: cycles from the issue of a copy from HBM to its first byte.
     write_latency: the same of a copy to HBM, or within the core.
     shared_channel: whether copies under way together share HBM's bandwidth.
+    bundle_bytes: of a bundle in memory.
+    peak_flops: bfloat16 operations per second, from the specification.
   """
 
   name: str
@@ -28,6 +30,8 @@ class Chip:
   read_latency: int
   write_latency: int
   shared_channel: bool = True
+  bundle_bytes: int = 64
+  peak_flops: float = 197e12
 
   @property
   def flops_per_cycle(self) -> int:

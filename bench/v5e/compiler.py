@@ -8,19 +8,23 @@ this process's compiler prints.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import re
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from . import overlays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Compiled:
     seconds: that the compilation took.
     temp_bytes: HBM for temporaries at the peak.
     argument_bytes: HBM for arguments.
-    output_bytes: HBM for results.
+    output_bytes: HBM for results, those left out that lie where arguments lay.
   """
 
   text: str
@@ -41,9 +45,15 @@ class Compiled:
   argument_bytes: int
   output_bytes: int
 
+  @property
+  def peak_bytes(self) -> int:
+    """HBM at the peak, the program's own code left out."""
+    return self.argument_bytes + self.output_bytes + self.temp_bytes
+
 
 _OUTPUT_FLAG = "--xla_jf_dump_to="
 _PROFILES = "static"  # folder of the compiler's own estimates
+_LOG = "compiler.log"
 
 
 def environment(
@@ -60,6 +70,7 @@ def environment(
     f"{_OUTPUT_FLAG}{folder}",
     "--xla_jf_dump_llo_text=true",
     "--xla_jf_dump_llo_pass_label_regex=final_bundles",
+    f"--vmodule={overlays.MODULE}=10",
   ]
   if ask_compiler:
     profiles = folder / _PROFILES
@@ -71,6 +82,9 @@ def environment(
     ),
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
+    # The cut into overlays is told to the log alone; `recorded` keeps it.
+    "TPU_MIN_LOG_LEVEL": "0",
+    "TPU_STDERR_LOG_LEVEL": "0",
     # Else two compilers side by side die on a lock file.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }
@@ -92,6 +106,31 @@ def output_folder() -> pathlib.Path:
   )
 
 
+def compiler_log(folder: pathlib.Path) -> str:
+  """What `recorded` has kept in a folder, empty if it has kept nothing."""
+  path = folder / _LOG
+  return path.read_text(errors="replace") if path.exists() else ""
+
+
+@contextlib.contextmanager
+def recorded(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps what the compiler logs meanwhile.
+
+  It logs to the process's standard error, descriptor 2.  What others write
+  there meanwhile is kept too: where a compilation ends the process, the reason.
+  """
+  sys.stderr.flush()
+  usual = os.dup(2)
+  try:
+    with (folder / _LOG).open("ab") as file:
+      os.dup2(file.fileno(), 2)
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(usual, 2)
+    os.close(usual)
+
+
 def describe(topology: str = "v5e:1x1") -> Sequence[Any]:
   """The chips of a slice that is not there."""
   rows, columns = map(int, topology.partition(":")[2].split("x"))
@@ -103,29 +142,70 @@ def describe(topology: str = "v5e:1x1") -> Sequence[Any]:
   ).devices
 
 
+AXIS = "chips"  # of the mesh of all chips of a slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """The chips that a program is compiled for, and how its arrays lie on them.
+
+  Attributes:
+    topology: a slice, such as "v5e:2x4".
+    arguments: how each argument is split over `AXIS`, the mesh of all its
+      chips; None if each chip has all of them.
+    results: the same of the results, a prefix of their tree.
+    donated: indices of the arguments whose memory results may take.
+    options: of the compiler, by name, that are not its defaults.
+  """
+
+  topology: str = "v5e:1x1"
+  arguments: tuple[PartitionSpec, ...] | None = None
+  results: Any = PartitionSpec()
+  donated: tuple[int, ...] = ()
+  options: tuple[tuple[str, str], ...] = ()
+
+  def mesh(self) -> Mesh:
+    """All chips of the slice in a row."""
+    return Mesh(list(describe(self.topology)), (AXIS,))
+
+
+ONE_CHIP = Placement()
+
+
 def compile_program(
   function: Callable[..., Any],
   specs: Sequence[jax.ShapeDtypeStruct],
+  placement: Placement = ONE_CHIP,
   *,
   free_layouts: bool = False,
 ) -> Compiled:
-  """`function` compiled for one v5e chip.
+  """`function` compiled for a v5e; the sizes are one chip's.
 
   Args:
     function: of arrays.
     specs: of its arguments.
+    placement: the chips, and how arrays lie on them.
     free_layouts: whether the compiler chooses how they, and the results, lie in
-      memory.
+      the memory of a chip.
   """
-  mesh = Mesh([describe()[0]], ("chip",))
-  whole = NamedSharding(mesh, PartitionSpec())
-  # Either says that the arrays are on the chip, and how they lie there.
-  placed: Any = Format(Layout.AUTO, whole) if free_layouts else whole
-  jitted = jax.jit(function, in_shardings=placed, out_shardings=placed)
+  mesh = placement.mesh()
+
+  def placed(partition: PartitionSpec) -> Any:
+    # Either says that an array is on the chips, and how it lies there.
+    sharding = NamedSharding(mesh, partition)
+    return Format(Layout.AUTO, sharding) if free_layouts else sharding
+
+  arguments = placement.arguments or (PartitionSpec(),) * len(specs)
+  jitted = jax.jit(
+    function,
+    in_shardings=tuple(map(placed, arguments)),
+    out_shardings=jax.tree.map(placed, placement.results),
+    donate_argnums=placement.donated,
+  )
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = jitted.lower(*specs)
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(dict(placement.options) or None)
     seconds = time.perf_counter() - start
   memory: Any = compiled.memory_analysis()
   return Compiled(
@@ -133,7 +213,7 @@ def compile_program(
     seconds=seconds,
     temp_bytes=memory.temp_size_in_bytes,
     argument_bytes=memory.argument_size_in_bytes,
-    output_bytes=memory.output_size_in_bytes,
+    output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
   )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 
 from .chip import Chip
 
@@ -66,8 +67,12 @@ class Copies:
 
   def issue(
     self, kind: str, size: int, granules: int, flag: Flag, now: int
-  ) -> None:
-    """Starts a copy of `size` bytes that adds `granules` to a flag."""
+  ) -> int:
+    """Starts a copy of `size` bytes that adds `granules` to a flag.
+
+    Returns:
+      When it ends.
+    """
     self.bytes[kind] += size
     chip = self._chip
     reads = kind.startswith("hbm")
@@ -78,6 +83,7 @@ class Copies:
       self._hbm_free = end
     if flag is not None:
       self._flags[flag].expect(int(end) + 1, granules)
+    return int(end) + 1
 
   def wait(self, flag: Flag, granules: int, now: int) -> int:
     """Blocks until a flag has reached `granules`; returns the time."""
@@ -89,3 +95,35 @@ class Copies:
       ready = now
     self.stall += ready - now
     return ready
+
+
+@dataclasses.dataclass
+class InFlight:
+  """Copies that instructions of a program start and later ones wait for.
+
+  Attributes:
+    remaining: bytes that each has still to move, the oldest first.
+    unused: bytes that could have been moved, but nothing was left to move.
+  """
+
+  remaining: dict[str, float] = dataclasses.field(default_factory=dict)
+  unused: float = 0.0
+
+  def pass_time(self, spare_bytes: float) -> None:
+    """Moves that many bytes, oldest copy first."""
+    for name, left in list(self.remaining.items()):
+      moved = min(left, spare_bytes)
+      spare_bytes -= moved
+      self.remaining[name] = left - moved
+    self.unused += spare_bytes
+
+  def finish(self, name: str) -> float:
+    """Takes a copy and those before it off; returns the bytes they lacked."""
+    if name not in self.remaining:
+      return 0.0
+    lacking = 0.0
+    for earlier in list(self.remaining):
+      lacking += self.remaining.pop(earlier)
+      if earlier == name:
+        break
+    return lacking

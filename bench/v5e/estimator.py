@@ -12,10 +12,13 @@ import numpy as np
 
 from . import compiler
 from .chip import V5E, V5E_AS_COMPILED
+from .compiler import ONE_CHIP, Placement
 from .listing import ListingError, find_listings, parse_listing
 from .machine import count_cycles
 from .module import Collective, Step, estimate_module
 from .operands import kernel_operands
+from .overlays import parse_log
+from .program_code import Code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,32 +30,37 @@ class Estimate:
     lower_bound: whether the truth may be more; `notes` say why.
     hbm_bytes: traffic between HBM and the core.
     temp_bytes: HBM for temporaries at the peak.
+    peak_bytes: HBM for arguments, results and temporaries at the peak.
     vmem: of the instruction that needs most, None where it was not printed.
     compile_seconds: that the compilation took.
     steps: HLO instructions, in the order in which they run.
     collectives: communication that `cycles` leaves out.
     notes: what could not be decided, and where.
+    code: what it takes to load the program's instructions.
   """
 
   cycles: int
   lower_bound: bool
   hbm_bytes: int
   temp_bytes: int
+  peak_bytes: int
   vmem: compiler.Vmem | None
   compile_seconds: float
   steps: tuple[Step, ...]
   collectives: tuple[Collective, ...]
   notes: tuple[str, ...]
+  code: Code | None
 
 
 def estimate(
   function: Callable[..., Any],
   specs: Sequence[jax.ShapeDtypeStruct],
   values: Sequence[np.ndarray | None] | None = None,
+  placement: Placement = ONE_CHIP,
   *,
   free_layouts: bool = False,
 ) -> Estimate:
-  """Compiles a function for one v5e chip and estimates the time of a run.
+  """Compiles a function for a v5e and estimates the time of a run on a chip.
 
   The process must have been started with the variables of
   `environment(folder)`, `folder` being empty, and compile nothing else for a
@@ -64,6 +72,7 @@ def estimate(
     specs: of its arguments.
     values: of its integer arguments, on which kernels may branch; None, as for
       each of the others, where there is none.
+    placement: the chips, and how arrays lie on them; one chip by default.
     free_layouts: whether the compiler chooses how arguments and results lie in
       memory; row-major if not.
 
@@ -77,21 +86,26 @@ def estimate(
       f"v5e.estimate: wanted an empty {folder}, got the listings of an earlier "
       "compilation; estimate one program per process, each in its own folder"
     )
-  compiled = compiler.compile_program(
-    function, specs, free_layouts=free_layouts
-  )
-  operands = kernel_operands(function, specs, values or [None] * len(specs))
-  total = estimate_module(compiled.text, _listings(folder), operands)
+  with compiler.recorded(folder):
+    compiled = compiler.compile_program(
+      function, specs, placement, free_layouts=free_layouts
+    )
+  cut = parse_log(compiler.compiler_log(folder))
+  with jax.sharding.use_abstract_mesh(placement.mesh().abstract_mesh):
+    operands = kernel_operands(function, specs, values or [None] * len(specs))
+  total = estimate_module(compiled.text, _listings(folder), operands, cut=cut)
   return Estimate(
     cycles=total.cycles,
     lower_bound=total.lower_bound,
     hbm_bytes=total.hbm_bytes,
     temp_bytes=compiled.temp_bytes,
+    peak_bytes=compiled.peak_bytes,
     vmem=compiler.vmem(folder),
     compile_seconds=compiled.seconds,
     steps=tuple(total.steps),
     collectives=tuple(total.collectives),
     notes=tuple(total.notes),
+    code=total.code,
   )
 
 

@@ -12,7 +12,7 @@ _DEFINITION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
-_METADATA = re.compile(r",? metadata=\{[^}]*\}")
+_METADATA = re.compile(r",? (?:metadata=\{[^}]*\}|channel_id=\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLS = re.compile(
   r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
@@ -67,11 +67,10 @@ class Instruction:
     """Whether it takes no time: it names, allocates or views memory."""
     return self.opcode in FREE or self.target in FREE_TARGETS
 
-  @property
-  def trip_count(self) -> int | None:
-    """How often a `while` runs, where the compiler knows."""
-    match = _TRIPS.search(self.text)
-    return int(match[1]) if match else None
+  def called(self, role: str) -> str | None:
+    """The computation that it calls as its `body`, its `condition`, ..."""
+    match = re.search(rf"\b{role}=%?([\w.\-]+)", self.text)
+    return match[1] if match else None
 
   @property
   def calls(self) -> list[str]:
@@ -127,6 +126,73 @@ class Module:
   def instructions(self) -> Mapping[str, Instruction]:
     """Every instruction by name."""
     return {i.name: i for body in self.computations.values() for i in body}
+
+  def communicates(self, instruction: Instruction) -> bool:
+    """Whether it is a fusion that does what a collective does."""
+    return instruction.opcode == "fusion" and any(
+      inner.opcode in COLLECTIVES
+      for name in instruction.calls
+      for inner in self.computations.get(name, ())
+    )
+
+  def trip_count(self, loop: Instruction) -> int | None:
+    """How often a `while` runs, None if neither compiler nor text tells.
+
+    The text tells of a loop that counts: its condition compares an element of
+    the loop's tuple with a constant, its body adds a constant to it, and what
+    it starts from is a constant.
+    """
+    if known := _TRIPS.search(loop.text):
+      return int(known[1])
+    condition, body = (
+      self._root(loop.called(role)) for role in ("condition", "body")
+    )
+    if condition is None or body is None or body.opcode != "tuple":
+      return None
+    if condition.opcode != "compare" or "direction=LT" not in condition.text:
+      return None
+    count, end = condition.operands
+    index = self._element(count)
+    if index is None:
+      return None
+    initial = self.instructions[loop.operands[0]]
+    addition = self._original(body.operands[index])
+    if initial.opcode != "tuple" or addition.opcode != "add":
+      return None
+    before, step = addition.operands
+    if self._element(before) != index:
+      return None
+    numbers = [
+      self._constant(name) for name in (initial.operands[index], end, step)
+    ]
+    start, stop, by = numbers
+    if start is None or stop is None or not by:
+      return None
+    return max(0, -((start - stop) // by))
+
+  def _root(self, computation: str | None) -> Instruction | None:
+    """What a computation results in."""
+    body = self.computations.get(computation or "")
+    return body[-1] if body else None
+
+  def _original(self, name: str) -> Instruction:
+    """An instruction, or that which it is a copy of."""
+    instruction = self.instructions[name]
+    if instruction.opcode in ("copy", "bitcast"):
+      return self._original(instruction.operands[0])
+    return instruction
+
+  def _element(self, name: str) -> int | None:
+    """Which element of a computation's tuple an instruction is."""
+    instruction = self._original(name)
+    match = re.search(r"get-tuple-element\(.*\), index=(\d+)", instruction.text)
+    return int(match[1]) if match else None
+
+  def _constant(self, name: str) -> int | None:
+    """The integer that an instruction is."""
+    instruction = self._original(name)
+    match = re.search(r"\bconstant\((-?\d+)\)", instruction.text)
+    return int(match[1]) if match else None
 
   def signature(self, instruction: Instruction) -> str:
     """What an instruction computes, whatever it and its operands are called.

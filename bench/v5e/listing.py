@@ -79,6 +79,7 @@ _BUNDLE = re.compile(
   r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:[\s>]*\{", re.MULTILINE
 )
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_TARGET = re.compile(r"target = \$region(\d+)")
 _KEYWORD = re.compile(r"/\*(\w+)=\*/")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _INSTRUCTION = re.compile(
@@ -105,6 +106,9 @@ def find_listings(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 def parse_listing(text: str, name: str = "listing") -> Listing:
   """The program in a listing's text.
 
+  An empty region that stands behind all others has no bundle with whose comment
+  it could start: it is that of the last bundle, as the compiler's log has it.
+
   Raises:
     ListingError: if no bundle, or a slot that is not an instruction, is found.
   """
@@ -124,7 +128,29 @@ def parse_listing(text: str, name: str = "listing") -> Listing:
       regions.setdefault(int(region), len(bundles))
     bundles.append(_bundle(body, name))
     texts.append(text[head.start() : end].rstrip())
+  if regions:
+    for target in _TARGET.findall(text):
+      regions.setdefault(int(target), len(bundles) - 1)
   return Listing(name, tuple(bundles), regions, tuple(texts))
+
+
+def count_bundles(text: str) -> int:
+  """How many bundles a listing's text has, without reading them."""
+  return sum(1 for _ in _BUNDLE.finditer(text))
+
+
+def branch_target(instruction: Instruction) -> int | None:
+  """The region to which an instruction branches, None if it is no branch.
+
+  Raises:
+    ListingError: if it branches to anything else.
+  """
+  if instruction.opcode != "sbr.rel":
+    return None
+  region = instruction.keywords.get("target", "").removeprefix("$region")
+  if not region.isdigit():
+    raise ListingError(f"a branch to no region: {instruction}")
+  return int(region)
 
 
 def _bundle(body: str, name: str) -> tuple[Instruction, ...]:

@@ -6,13 +6,12 @@ A program's time is the bundles that it issues, one per cycle, and its stalls:
     copies   `dma.done.wait` blocks until the bytes have arrived (copies.py)
     units    a bundle waits while the queue of a matrix or transpose unit is
              full, and for results that are not there yet (units.py)
+    code     where the compiler has cut the program into overlays, the next has
+             to be loaded before it runs (loading.py)
 
 A branch takes effect four bundles after it was issued.
-
-Most of a listing is stretches of bundles without branches and copies.  How long
-one takes depends on the state of the units alone, and a loop soon finds them in
-a state that it found them in before: what the stretch did then is remembered,
-and is done again without looking at its bundles (_Stretch).
+Stretches of bundles without branches and copies are looked at once
+(stretches.py).
 """
 
 from __future__ import annotations
@@ -26,10 +25,11 @@ import numpy as np
 
 from .chip import V5E, Chip
 from .copies import Copies
-from .listing import Instruction, Listing, ListingError
+from .listing import Instruction, Listing, ListingError, branch_target
+from .loading import CodeMemory, Part
 from .scalar import Scalars, signed
+from .stretches import Bundle, Stretch, ends_of_stretches, runs_of_idle
 from .units import (
-  State,
   Units,
   Work,
   popped,
@@ -59,6 +59,8 @@ class Cycles:
     result_stall: cycles in which it waited for a unit's result.
     copied: bytes by kind of copy.
     visits: how often each bundle was issued.
+    loads: overlays that were loaded.
+    in_last_overlay: cycles since the overlay in which it ends was entered.
     notes: what the model did not know; the total may then be too low.
   """
 
@@ -69,6 +71,8 @@ class Cycles:
   result_stall: int
   copied: Mapping[str, int]
   visits: tuple[int, ...] = dataclasses.field(repr=False)
+  loads: int
+  in_last_overlay: int
   notes: tuple[str, ...]
 
   @property
@@ -85,6 +89,7 @@ def count_cycles(
   listing: Listing,
   operands: Mapping[int, np.ndarray] | None = None,
   chip: Chip = V5E,
+  part: Part | None = None,
 ) -> Cycles:
   """Executes a listing.
 
@@ -92,11 +97,12 @@ def count_cycles(
     listing: the program.
     operands: values of its integer operands, by index, where they are known.
     chip: whose bandwidth and latencies to assume.
+    part: the overlays that it lies in; None if all of it is loaded already.
 
   Raises:
     Undecidable: if a branch depends on a value that is not known.
   """
-  return _Machine(listing, operands, chip).run()
+  return _Machine(listing, operands, chip, part).run()
 
 
 class _Machine:
@@ -105,6 +111,7 @@ class _Machine:
     listing: Listing,
     operands: Mapping[int, np.ndarray] | None,
     chip: Chip,
+    part: Part | None,
   ):
     self._scalars = Scalars(operands)
     self._copies = Copies(chip)
@@ -116,15 +123,20 @@ class _Machine:
       i.opcode for bundle in listing.bundles for i in bundle
     )
     self._code = [self._bundle(bundle) for bundle in listing.bundles]
-    self._idle_ahead = _runs_of_idle(self._code)
-    self._ends = _ends_of_stretches(self._code)
-    self._stretches: dict[int, _Stretch] = {}
+    part = part or Part((range(len(self._code)),))
+    self._memory = CodeMemory(part, self._copies, chip)
+    cuts = {overlay.start for overlay in part.overlays}
+    self._idle_ahead = runs_of_idle(self._code, cuts)
+    self._ends = ends_of_stretches(self._code, cuts)
+    self._stretches: dict[int, Stretch] = {}
 
   def run(self) -> Cycles:
     pc = bundles = 0
     entered = [0] * (len(self._code) + 1)  # of runs: +1 at the start, -1 after
     countdown, target, jumped = 0, 0, False
     while pc < len(self._code):
+      if pc not in self._memory.present:
+        self._now = self._memory.enter(pc, self._now)
       step = self._idle_ahead[pc]
       if not countdown and self._ends[pc] - pc >= _SHORTEST_STRETCH:
         step = self._ends[pc] - pc
@@ -160,10 +172,12 @@ class _Machine:
       result_stall=self._units.result_stall,
       copied=dict(self._copies.bytes),
       visits=tuple(itertools.accumulate(entered[:-1])),
+      loads=self._memory.count,
+      in_last_overlay=self._now - self._memory.entered,
       notes=tuple(sorted(notes)),
     )
 
-  def _issue(self, bundle: _Bundle, jumped: bool) -> None:
+  def _issue(self, bundle: Bundle, jumped: bool) -> None:
     if bundle.phis:
       self._scalars.assign_phis(bundle.phis, jumped)
     for step in bundle.steps:
@@ -173,7 +187,7 @@ class _Machine:
     """The bundles from one on to the end of its stretch."""
     stretch = self._stretches.get(pc)
     if stretch is None:
-      stretch = _Stretch.of(self._code[pc : self._ends[pc]])
+      stretch = Stretch.of(self._code[pc : self._ends[pc]])
       self._stretches[pc] = stretch
     for step in stretch.scalar:
       step()
@@ -201,7 +215,7 @@ class _Machine:
 
   # --- what a bundle has to execute, found once -------------------------------
 
-  def _bundle(self, instructions: tuple[Instruction, ...]) -> _Bundle:
+  def _bundle(self, instructions: tuple[Instruction, ...]) -> Bundle:
     phis = [i for i in instructions if i.opcode in ("sphi", "pphi")]
     steps, scalar, timed = [], [], []
     is_plain = not phis
@@ -217,7 +231,7 @@ class _Machine:
         scalar.append(step)
       if step:
         steps.append(step)
-    return _Bundle(phis, steps, scalar, timed, is_plain)
+    return Bundle(phis, steps, scalar, timed, is_plain)
 
   def _timed(self, instruction: Instruction) -> Callable[[], None] | None:
     """What takes time by itself, whatever the scalars are."""
@@ -256,10 +270,10 @@ class _Machine:
     return functools.partial(self._scalars.execute, instruction)
 
   def _target(self, branch: Instruction) -> int:
-    region = branch.keywords.get("target", "").removeprefix("$region")
-    if not region.isdigit() or int(region) not in self._regions:
+    region = branch_target(branch)
+    if region is None or region not in self._regions:
       raise ListingError(f"a branch to no known region: {branch}")
-    return self._regions[int(region)]
+    return self._regions[region]
 
   def _delay(self, cycles: int) -> None:
     self._now += cycles
@@ -331,69 +345,3 @@ class _Machine:
       self._scalars.unknown.add("the size of a wait")
       return
     self._now = self._copies.wait(flag, granules, self._now)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bundle:
-  """What of a bundle has to be executed.
-
-  Attributes:
-    phis: loop variables, which take their values first.
-    steps: everything else, in order.
-    scalar: those of the steps that change the scalars alone.
-    timed: those that take time, whatever the scalars are.
-    is_plain: whether there is nothing else, and no predicate on what is timed.
-  """
-
-  phis: list[Instruction]
-  steps: list[Callable[[], None]]
-  scalar: list[Callable[[], None]]
-  timed: list[Callable[[], None]]
-  is_plain: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stretch:
-  """Plain bundles one after the other.
-
-  Attributes:
-    scalar: what they do to the scalars.
-    timed: what takes time, each after so many bundles since the one before.
-    rest: bundles from the last of these on.
-    seen: by the state of the units before: the cycles that it took, those of
-      them that waited for room and for results, and the state after.
-  """
-
-  scalar: list[Callable[[], None]]
-  timed: list[tuple[int, Callable[[], None]]]
-  rest: int
-  seen: dict[State, tuple[int, int, int, State]] = dataclasses.field(
-    default_factory=dict
-  )
-
-  @classmethod
-  def of(cls, bundles: list[_Bundle]) -> _Stretch:
-    scalar = [step for bundle in bundles for step in bundle.scalar]
-    timed, gap = [], 0
-    for bundle in bundles:
-      for step in bundle.timed:
-        timed.append((gap, step))
-        gap = 0
-      gap += 1
-    return cls(scalar, timed, gap)
-
-
-def _ends_of_stretches(code: list[_Bundle]) -> list[int]:
-  """For each bundle, where the plain ones from it on end; itself for none."""
-  ends = [len(code)]
-  for pc in reversed(range(len(code))):
-    ends.append(ends[-1] if code[pc].is_plain else pc)
-  return ends[:0:-1]
-
-
-def _runs_of_idle(code: list[_Bundle]) -> list[int]:
-  """For each bundle, how many from it on have nothing to execute here."""
-  ahead = [0]
-  for bundle in reversed(code):
-    ahead.append(0 if bundle.phis or bundle.steps else ahead[-1] + 1)
-  return ahead[::-1]

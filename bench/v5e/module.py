@@ -3,7 +3,9 @@
     loops         their body times the trip count
     conditionals  the longest branch, and a note
     async copies  use the bandwidth that the instructions between their start
-                  and their end leave; what is left is waited for
+                  and their end leave, each turn of a loop among them; what is
+                  left is waited for
+    code          an overlay is loaded while the one before it runs
     collectives   apart: their links are not modelled
     duplicates    instructions that compute the same are printed once; the
                   listing of one serves all
@@ -14,6 +16,7 @@ lower bound.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pathlib
 import re
@@ -23,8 +26,17 @@ import numpy as np
 
 from . import hlo, listing, machine
 from .chip import V5E, Chip
+from .copies import InFlight
+from .loading import Part
+from .overlays import PROGRAM, WHOLE, Overlays, place
+from .program_code import Code, CodeSum
 
 Operands = Mapping[str, Mapping[int, np.ndarray]]
+_CHEAP = (
+  "iota",
+  "copy",
+  "broadcast",
+)  # not printed where there is little to do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Total:
     collectives: what was left out.
     notes: what could not be decided, and where.
     lower_bound: whether the truth may be more, because of one of the notes.
+    code: what it takes to load its instructions, None if that is not known.
   """
 
   cycles: int = 0
@@ -79,6 +92,7 @@ class Total:
   collectives: list[Collective] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
   lower_bound: bool = False
+  code: Code | None = None
 
 
 def estimate_module(
@@ -86,6 +100,7 @@ def estimate_module(
   listings: Mapping[str, pathlib.Path],
   operands: Operands | None = None,
   chip: Chip = V5E,
+  cut: Overlays | None = None,
 ) -> Total:
   """The time of a compiled program, from what the compiler printed of it.
 
@@ -94,35 +109,9 @@ def estimate_module(
     listings: the bundle listings that the compiler printed with it.
     operands: values of integer operands by kernel name and operand index.
     chip: what it runs on.
+    cut: how it is cut into overlays; None if all of it is loaded already.
   """
-  return _Module(module_text, listings, operands or {}, chip).run()
-
-
-@dataclasses.dataclass
-class _InFlight:
-  """Asynchronous copies on their way, oldest first: bytes still to move."""
-
-  remaining: dict[str, float] = dataclasses.field(default_factory=dict)
-
-  def pass_time(self, spare_bytes: float) -> None:
-    """Moves that many bytes, oldest copy first."""
-    for name, left in list(self.remaining.items()):
-      moved = min(left, spare_bytes)
-      spare_bytes -= moved
-      self.remaining[name] = left - moved
-      if spare_bytes <= 0:
-        return
-
-  def finish(self, name: str) -> float:
-    """Takes a copy and those before it off; returns the bytes they lacked."""
-    if name not in self.remaining:
-      return 0.0
-    lacking = 0.0
-    for earlier in list(self.remaining):
-      lacking += self.remaining.pop(earlier)
-      if earlier == name:
-        break
-    return lacking
+  return _Module(module_text, listings, operands or {}, chip, cut).run()
 
 
 class _Module:
@@ -132,18 +121,46 @@ class _Module:
     listings: Mapping[str, pathlib.Path],
     operands: Operands,
     chip: Chip,
+    cut: Overlays | None,
   ):
     self._module = hlo.parse(text)
     self._listings, self._operands, self._chip = listings, operands, chip
-    self._counted: dict[str, machine.Cycles | None] = {}
+    self._counted: dict[tuple[str, Part | None], machine.Cycles | None] = {}
     self._twins: dict[str, str] | None = None
-    self._flight = _InFlight()
+    self._flight = InFlight()
     self._result = Total()
+    self._is_cut = cut is not None
+    places = {} if cut is None else self._places(cut)
+    self._code = CodeSum(cut or WHOLE, places, chip)
 
   def run(self) -> Total:
-    self._result.cycles = round(self._walk(self._module.entry, 1))
-    self._result.notes = sorted(set(self._result.notes))
-    return self._result
+    cycles = self._walk(self._module.entry, 1)
+    self._code.end()
+    between, result = self._code.between, self._result
+    cycles += between.cycles
+    result.cycles = round(cycles)
+    result.hbm_bytes += between.nbytes
+    result.notes = sorted(set(result.notes))
+    if self._is_cut:
+      result.code = self._code.total(cycles, result.hbm_bytes)
+    return result
+
+  def _places(self, cut: Overlays) -> Mapping[str, range]:
+    """Where the instructions stand in a program that is cut so."""
+    path = self._listings.get(PROGRAM)
+    if path is None:
+      raise listing.ListingError(f"no listing of the program, {PROGRAM}")
+    text = path.read_text(errors="replace")
+    return place(listing.parse_listing(text, PROGRAM), self._length, cut)
+
+  def _length(self, name: str) -> int | None:
+    """Bundles of an instruction, None if they were not printed."""
+    printed = self._printed(name)
+    if printed is None:
+      return None
+    return listing.count_bundles(
+      self._listings[printed].read_text(errors="replace")
+    )
 
   def _note(self, text: str, *, lower_bound: bool = True) -> None:
     self._result.notes.append(text)
@@ -159,7 +176,7 @@ class _Module:
   def _step(self, instruction: hlo.Instruction, times: int) -> float:
     opcode = instruction.opcode
     base = re.sub(r"-(start|done|update)$", "", opcode)
-    if base in hlo.COLLECTIVES:
+    if base in hlo.COLLECTIVES or self._module.communicates(instruction):
       return self._collective(instruction, times)
     control: Mapping[str, Callable[..., float]] = {
       "while": self._loop,
@@ -177,20 +194,31 @@ class _Module:
   # --- control flow -----------------------------------------------------------
 
   def _loop(self, instruction: hlo.Instruction, times: int) -> float:
-    body = re.search(r"body=%?([\w.\-]+)", instruction.text)
-    trips = instruction.trip_count
+    body = instruction.called("body")
+    trips = self._module.trip_count(instruction)
     if trips is None:
       self._note(f"{instruction.name}: trip count unknown, counted once")
       trips = 1
-    return trips * self._walk(body[1], times * trips) if body else 0.0
+    if body is None:
+      return 0.0
+    # What is under way from before the loop uses what its turns leave.
+    outside, self._flight = self._flight, InFlight()
+    with self._code.loop(instruction.name, trips, times):
+      cycles = self._walk(body, times * trips)
+    outside.pass_time(trips * self._flight.unused)
+    self._flight = outside
+    return trips * cycles
 
   def _conditional(self, instruction: hlo.Instruction, times: int) -> float:
-    before = self._result
+    before, flight = self._result, self._flight
     choices = []
     for branch in instruction.calls:
-      self._result = Total()
-      choices.append((self._walk(branch, times), self._result))
-    cycles, taken = max(choices, key=lambda choice: choice[0])
+      self._result, self._flight = Total(), copy.deepcopy(flight)
+      with self._code.branch() as route:
+        cycles = self._walk(branch, times)
+      choices.append((cycles, self._result, self._flight, route))
+    cycles, taken, self._flight, route = max(choices, key=lambda c: c[0])
+    self._code.follow(route)
     self._result = before
     before.steps += taken.steps
     before.collectives += taken.collectives
@@ -209,9 +237,13 @@ class _Module:
   # --- instructions -----------------------------------------------------------
 
   def _compute(self, instruction: hlo.Instruction, times: int) -> float:
-    cycles = self._count(instruction)
-    if cycles is None:
+    if_loaded = cycles = self._count(instruction)
+    part = self._code.part(instruction.name)
+    if len(part.overlays) > 1:
+      cycles = self._count(instruction, part)
+    if cycles is None or if_loaded is None:
       return 0.0
+    self._code.run(instruction.name, times, cycles, if_loaded)
     step = Step(
       instruction.name,
       instruction.opcode,
@@ -254,33 +286,36 @@ class _Module:
 
   # --- listings ---------------------------------------------------------------
 
-  def _count(self, instruction: hlo.Instruction) -> machine.Cycles | None:
+  def _count(
+    self, instruction: hlo.Instruction, part: Part | None = None
+  ) -> machine.Cycles | None:
     """One run of an instruction, from its own listing or that of its twin."""
-    printed = instruction.name
-    if printed not in self._listings:
-      if instruction.is_free:
-        return None
-      twin = self._twin(instruction)
-      if twin is None:
-        if instruction.opcode not in ("iota", "copy", "broadcast"):
-          what = instruction.target or instruction.opcode
-          self._note(f"{printed}: no listing for this {what}")
-        return None
-      printed = twin
-    if printed not in self._counted:
-      self._counted[printed] = self._execute(printed)
-    cycles = self._counted[printed]
+    name = instruction.name
+    if name not in self._listings and instruction.is_free:
+      return None
+    printed = self._printed(name)
+    if printed is None:
+      # What a program does not call is done in its own few bundles.
+      if not self._is_cut and instruction.opcode not in _CHEAP:
+        what = instruction.target or instruction.opcode
+        self._note(f"{name}: no listing for this {what}")
+      return None
+    key = printed, part
+    if key not in self._counted:
+      self._counted[key] = self._execute(printed, part)
+    cycles = self._counted[key]
     for note in cycles.notes if cycles else ():
-      self._note(f"{instruction.name}: {note}")
+      self._note(f"{name}: {note}")
     return cycles
 
-  def _execute(self, name: str) -> machine.Cycles | None:
+  def _execute(self, name: str, part: Part | None) -> machine.Cycles | None:
     text = self._listings[name].read_text(errors="replace")
     try:
       return machine.count_cycles(
         listing.parse_listing(text, name),
         self._kernel_operands(name),
         self._chip,
+        part,
       )
     except machine.Undecidable as error:
       self._note(f"{name}: not counted, {error}")
@@ -294,11 +329,17 @@ class _Module:
     names = [kernel for kernel in self._operands if kernel in name]
     return self._operands[max(names, key=len)] if names else None
 
-  def _twin(self, instruction: hlo.Instruction) -> str | None:
+  def _printed(self, name: str) -> str | None:
+    """The instruction whose listing is that of another: itself or its twin."""
+    if name in self._listings:
+      return name
+    instruction = self._module.instructions.get(name)
+    if instruction is None:
+      return None
     if self._twins is None:
       self._twins = {
-        self._module.signature(known): name
-        for name in self._listings
-        if (known := self._module.instructions.get(name))
+        self._module.signature(known): printed
+        for printed in self._listings
+        if (known := self._module.instructions.get(printed))
       }
     return self._twins.get(self._module.signature(instruction))

@@ -21,6 +21,7 @@ from jax.core import eval_jaxpr
 _MAX_SIZE = 1 << 22
 _SUBPROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 _NOT_INLINED = ("pallas_call", "while", "scan", "cond")
+_OF_A_MESH = ("axis_index", "psum", "psum_invariant", "all_gather")
 
 
 class _Unknown(Exception):
@@ -108,13 +109,13 @@ def _equation(
     return unknown
   if name == "platform_index":
     return [_known(_tpu_branch(eqn.params["platforms"]))]
+  if name == "pvary":  # the same values, of another type
+    return inputs
   if name == "cond":
     return _branch(eqn, inputs, found) or unknown
   if name == "scan":
     closed = eqn.params["jaxpr"]
-    constant = inputs[: _num_consts(eqn.params)]
-    rest = [_Lazy(_unknown)] * (len(closed.jaxpr.invars) - len(constant))
-    _walk(closed.jaxpr, _constants(closed), constant + rest, found)
+    _walk(closed.jaxpr, _constants(closed), _first_turn(eqn, inputs), found)
     return unknown
   inner = next(
     (eqn.params[key] for key in _SUBPROGRAMS if key in eqn.params), None
@@ -122,10 +123,13 @@ def _equation(
   if inner is not None and name not in _NOT_INLINED:
     body = getattr(inner, "jaxpr", inner)
     consts = _constants(inner) if hasattr(inner, "consts") else []
-    if len(body.invars) == len(inputs):
-      return _walk(body, consts, inputs, found)
-    return unknown
-  if _too_large(eqn):
+    if len(body.invars) != len(inputs):
+      return unknown
+    if name == "shard_map":
+      _walk(body, consts, _first_blocks(body, inputs), found)
+      return unknown
+    return _walk(body, consts, inputs, found)
+  if _too_large(eqn) or name in _OF_A_MESH:
     return unknown
   results = _Lazy(lambda: _evaluate(jaxpr, eqn, inputs))
   return [
@@ -134,11 +138,37 @@ def _equation(
   ]
 
 
-def _num_consts(params: Any) -> int:
-  """How many operands of a scan are the same at every step."""
-  if "num_consts" in params:
-    return params["num_consts"]
-  return len(params["ft_in"].unpack()[0])  # since JAX 0.11
+def _first_turn(eqn: Any, inputs: list[_Lazy]) -> list[_Lazy]:
+  """What the body of a scan is called with at first; it stands for all turns.
+
+  That is what the scan is called with, but for the arrays that it runs over:
+  they have a dimension more than the body's, of which the first (or last, if
+  the scan runs backwards) entry counts.
+  """
+  entry = -1 if eqn.params["reverse"] else 0
+
+  def argument(value: _Lazy, outer: Any, inner: Any) -> _Lazy:
+    if outer.aval.shape == inner.aval.shape:
+      return value
+    if getattr(outer.aval, "size", 0) > _MAX_SIZE:
+      return _Lazy(_unknown)
+    return _Lazy(lambda: value()[entry])
+
+  body = eqn.params["jaxpr"].jaxpr.invars
+  return [
+    argument(value, outer, inner)
+    for value, outer, inner in zip(inputs, eqn.invars, body, strict=True)
+  ]
+
+
+def _first_blocks(body: Any, inputs: list[_Lazy]) -> list[_Lazy]:
+  """What the first device gets of the arguments of a `shard_map`."""
+
+  def block(value: _Lazy, inner: Any) -> _Lazy:
+    part = tuple(slice(size) for size in inner.aval.shape)
+    return _Lazy(lambda: value()[part])
+
+  return [block(*pair) for pair in zip(inputs, body.invars, strict=True)]
 
 
 def _too_large(eqn: Any) -> bool:

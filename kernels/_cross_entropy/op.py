@@ -132,6 +132,7 @@ def _plain_forward(
     return statistics, None
   types = exponentials_types(p, a)
   zeros = Exponentials(*(jnp.zeros(t.shape, t.dtype) for t in types))
+  _, zeros = vary_alike((a.x, zeros))
   return statistics, Kept(zeros)
 
 

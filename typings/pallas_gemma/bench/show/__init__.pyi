@@ -1,3 +1,4 @@
 from bench.show import compare as compare
 from bench.show import files as files
 from bench.show import report as report
+from bench.show import table as table

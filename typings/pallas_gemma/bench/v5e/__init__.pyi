@@ -1,1 +1,3 @@
 from bench.v5e import *
+from bench.v5e import loading as loading
+from bench.v5e import overlays as overlays

@@ -1,0 +1,102 @@
+"""A step of decoding: one more token for every row, and the logits of the next.
+
+`Gemma.decode` and `Gemma.logits` of a model cast to bfloat16, whose cache is
+given away, so that it can be written in place.  Its bound is HBM: every weight
+is read once, and of the cache the keys and values that a row has.
+
+7B does not fit a v5e, which has 16 GB where its weights alone are 17: it has
+half of its layers here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from pallas_gemma.gemma import KERNELS, Cache, Gemma, GemmaConfig
+from pallas_gemma.kernels import Cost
+
+from ..v5e import Placement
+from .program import Built, Program
+
+_LENGTH = 8192  # of the cache
+_SHORTEST = 256
+_2B = GemmaConfig.gemma_2b()
+_HALF_7B = dataclasses.replace(GemmaConfig.gemma_7b(), num_layers=14)
+_FULL = (_LENGTH,)
+_MIXED = tuple(np.linspace(_SHORTEST, _LENGTH, 32).astype(int).tolist())
+_CASES = (  # of tokens in each row's cache, the new one included
+  ("gemma_2b_1x8k", _2B, _FULL),
+  ("gemma_2b_32x8k", _2B, 32 * _FULL),
+  ("gemma_2b_32_mixed", _2B, _MIXED),
+  ("gemma_7b_14_layers_1x8k", _HALF_7B, _FULL),
+)
+
+
+def programs() -> Iterator[Program]:
+  """One step for a row, for many rows, and for rows of many lengths."""
+  for i, (name, config, lengths) in enumerate(_CASES):
+    yield Program(
+      op="gemma_decode",
+      case=name,
+      which="fwd",
+      implementation="pallas",
+      build=functools.partial(step, config, lengths, _LENGTH),
+      costs=(cost(config, lengths),),
+      default=i == 0,
+    )
+
+
+def step(config: GemmaConfig, lengths: Sequence[int], size: int) -> Built:
+  """Logits and cache after one step, of the model, tokens and the cache.
+
+  Args:
+    config: of the model.
+    lengths: of each row, the new token included.
+    size: that the cache has room for.
+  """
+  model = nnx.eval_shape(
+    lambda: Gemma(config, rngs=nnx.Rngs(0), ops=KERNELS).cast()
+  )
+  batch = len(lengths)
+  tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  cache = jax.eval_shape(lambda: Cache.empty(config, batch, size))
+  leaves, treedef = jax.tree.flatten((model, tokens, cache))
+  before = np.asarray(lengths, np.int32) - 1
+  given = jax.tree.leaves(
+    (
+      jax.tree.map(lambda _: False, (model, tokens)),
+      jax.tree.map(lambda _: True, cache),
+    )
+  )
+
+  def decode(*arrays: jax.Array) -> tuple[jax.Array, Cache]:
+    model, tokens, cache = jax.tree.unflatten(treedef, arrays)
+    hidden, cache = model.decode(tokens, cache)
+    return model.logits(hidden), cache
+
+  return Built(
+    decode,
+    tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves),
+    tuple(before if x is cache.lengths else None for x in leaves),
+    Placement(donated=tuple(i for i, is_given in enumerate(given) if is_given)),
+  )
+
+
+def cost(config: GemmaConfig, lengths: Sequence[int]) -> Cost:
+  """Every weight once, and the keys and values that there are."""
+  d, h = config.width, config.head_size
+  heads, kv_heads = config.num_heads, config.num_kv_heads
+  layer = d * (2 * h * (heads + kv_heads) + 3 * config.hidden_size)
+  weights = config.num_layers * layer + config.vocab_size * d
+  tokens = config.num_layers * sum(lengths)
+  size = jnp.dtype(config.dtype).itemsize
+  return Cost(
+    flops=2 * len(lengths) * weights + 4 * tokens * heads * h,
+    hbm_bytes=size * (weights + 2 * tokens * kv_heads * h),
+  )

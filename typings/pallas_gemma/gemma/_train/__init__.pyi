@@ -1,0 +1,1 @@
+from gemma._train import step as step
