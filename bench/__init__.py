@@ -4,8 +4,8 @@ Without a TPU the compiler is asked: it prints the final program bundle by
 bundle, and a bundle is a cycle.
 
     v5e/     a cycle model of the chip; stands alone, `estimate` is its door
-    suites/  what is timed: the registry, the best that there is elsewhere, a
-             block of the model, programs of known time
+    suites/  what is timed: the registry, the best that there is elsewhere, the
+             model from a block to whole steps, programs of known time
     run/     one process per compile, the cache of results, and the clock
     show/    tables, comparisons and the README's report
     _cli     the command `pallas-gemma-bench`

@@ -3,7 +3,7 @@
     program      a pass of an implementation on a problem, and its bound
     registry     every op of the registry, on its own cases: the kernel and XLA
     baselines    the strongest alternatives to our kernels
-    gemma        a block of the model
+    gemma        the model: a block, layers, steps of training and decoding
     calibration  programs whose time is known from elsewhere
 
 Each of the last four is a suite: a module that defines `programs()`.
