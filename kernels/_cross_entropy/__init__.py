@@ -34,7 +34,8 @@ More rows than fit take turns in blocks, each of which adds to dE in HBM.
 Read in this order:
 
     spec      the arrays, what is static, the reference in plain jnp
-    tiles     the config, and a model of VMEM that picks one
+    tiles     the config, and the choice of one
+    memory    the model of VMEM that it goes by
     forward   the statistics of every row: maximum, sum, logit of the label
     backward  both gradients in one kernel
     labels    those that are not vocabulary, an error under `checkify`

@@ -1,7 +1,7 @@
-"""How linear cross-entropy is cut into tiles, and what fits VMEM.
+"""How linear cross-entropy is cut into tiles.
 
 First the config, all that a caller may choose; then the sizes of one pass; at
-the end a model of VMEM, and the choice by this model.
+the end the choice, by a model of VMEM and of the program's length.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .._frame import tpu
+from .memory import backward_bytes, forward_bytes
 
 Mode = Literal["recompute", "chunked"]
 
@@ -184,12 +185,12 @@ def tiles_of(
 
 
 # Columns of D per product of dE: more would spill, fewer start too often.
-_GRADIENT_COLUMNS = 512
+GRADIENT_COLUMNS = 512
 
 
 def for_columns(d: int, body: Callable[[Any], None]) -> None:
   """Calls body(slice) over the columns of D in pieces of at most 512."""
-  size = _GRADIENT_COLUMNS
+  size = GRADIENT_COLUMNS
 
   @pl.loop(0, d // size)
   def _(i):
@@ -217,62 +218,6 @@ def _body_rows(chunk: int, n: int) -> int:
   return chunk if n <= chunk else 2 * chunk
 
 
-# --- a model of VMEM ----------------------------------------------------------
-
-# A float32 number per row, in VMEM: a vector along the lanes fills all the
-# sublanes of its registers.
-_ROW_BYTES = 4 * tpu.SUBLANES
-
-
-def _value_bytes(tiles: Tiles, d: int, x_dtype: jnp.dtype) -> int:
-  """A loop body's: three float32 tiles a chunk; a float32 product's parts."""
-  factors = (tiles.vocab_block + tiles.chunk) * (x_dtype == jnp.float32)
-  parts = 3 * 2 * factors * tpu.lanes(d)  # three of bfloat16
-  return 3 * 4 * tiles.vocab_block * tiles.body_rows + parts
-
-
-def forward_bytes(
-  tiles: Tiles,
-  d: int,
-  x_dtype: jnp.dtype,
-  table_dtype: jnp.dtype,
-  *,
-  keep: bool,
-) -> int:
-  """VMEM of the forward pass: its operands' buffers, scratch and values."""
-  x_size, table_size = x_dtype.itemsize, table_dtype.itemsize
-  cast = x_size if x_dtype != table_dtype else 0
-  table = tiles.vocab_block * tpu.lanes(d) * (2 * table_size + cast)
-  rows = tiles.rows * (tpu.lanes(d) * x_size + 7 * _ROW_BYTES)
-  kept = 2 * tiles.rows * (tiles.vocab_block * x_size + _ROW_BYTES) * keep
-  return table + rows + kept + _value_bytes(tiles, d, x_dtype)
-
-
-def backward_bytes(
-  tiles: Tiles,
-  d: int,
-  x_dtype: jnp.dtype,
-  table_dtype: jnp.dtype,
-  *,
-  keep: bool,
-  blocks: int,
-) -> int:
-  """VMEM of the backward pass, whose rows come in so many blocks."""
-  d, block = tpu.lanes(d), tiles.vocab_block
-  x_size, table_size = x_dtype.itemsize, table_dtype.itemsize
-  # Two buffers; from several blocks of rows, in float32 in and out.
-  gradient = 2 * table_size if blocks == 1 else 2 * 2 * 4
-  copies = x_size * (1 if keep else 2)
-  table = block * d * (2 * table_size + copies + gradient)
-  rows = tiles.rows * (d * (x_size + 4) + block * x_size + 2 * _ROW_BYTES)
-  kept = 2 * (block * tiles.body_rows * x_size + tiles.rows * _ROW_BYTES)
-  values = _value_bytes(tiles, d, x_dtype) + 2 * 4 * block * min(
-    _GRADIENT_COLUMNS, d
-  )
-  stage = tiles.chunk * d * x_size
-  return table + rows + stage + values + (kept if keep else 0)
-
-
 # --- the choice of a config ---------------------------------------------------
 
 # Vocabulary blocks to choose from; wider ones only compile more slowly.
@@ -281,7 +226,7 @@ _VOCAB_BLOCKS = (768, 512, 384, 256, 128)
 _WIDEST_FLOAT32_BLOCK = 256
 _CHUNKS, _FLOAT32_CHUNKS = (256, 128), (128,)
 # What a product of one chunk, and a step over one vocabulary block, take to
-# start and to stop: as long as so many more of their rows would.
+# start and to stop, in rows of theirs.
 _CHUNK_START_ROWS = 8
 _BLOCK_START_ROWS = 10
 # One block of rows is preferred to several even if the vocabulary block must
@@ -310,10 +255,17 @@ class _Candidate(NamedTuple):
 
 
 def _vocab_blocks(sizes: _Sizes) -> list[int]:
-  """Those to choose from, the widest first."""
+  """Those whose loop body fits the instruction memory, the widest first."""
   is_float32 = sizes.x_dtype == jnp.float32
-  widest = _WIDEST_FLOAT32_BLOCK if is_float32 else max(_VOCAB_BLOCKS)
-  return [block for block in _VOCAB_BLOCKS if block <= widest]
+  passes = tpu.FLOAT32_PASSES if is_float32 else 1
+  rows = _body_rows(_chunk(sizes), sizes.n)
+  # A fifth more bundles than cycles of the three products, with 768 columns.
+  bundles = 1.2 * 3 * passes * rows * sizes.d / tpu.PRODUCTS_PER_CYCLE
+  widest = min(
+    tpu.INSTRUCTION_BUNDLES / bundles,
+    _WIDEST_FLOAT32_BLOCK if is_float32 else max(_VOCAB_BLOCKS),
+  )
+  return [b for b in _VOCAB_BLOCKS if b <= widest] or [min(_VOCAB_BLOCKS)]
 
 
 def _chunk(sizes: _Sizes) -> int:
@@ -347,6 +299,7 @@ def _fits(sizes: _Sizes, c: _Candidate) -> bool:
     sizes.table_dtype,
     keep=sizes.keep,
     blocks=c.blocks,
+    gradient_columns=GRADIENT_COLUMNS,
   )
   return needed <= tpu.KERNEL_VMEM_BYTES and _fits_forward(
     sizes, c, min(_VOCAB_BLOCKS)
