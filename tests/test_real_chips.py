@@ -1,6 +1,7 @@
 """What others measured, and what whoever has a v5e can measure."""
 
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -12,7 +13,6 @@ from importlib import metadata
 import pytest
 import rich.console
 from pallas_gemma import bench
-from pallas_gemma.bench import _cli as cli
 from pallas_gemma.bench.show import beside
 from pallas_gemma.bench.show import published as shown
 from pallas_gemma.bench.suites import published
@@ -146,7 +146,7 @@ def test_files_to_stand_beside_must_be_there(monkeypatch, tmp_path):
   absent = ["--beside", str(tmp_path / "none.json")]
   monkeypatch.setattr(sys, "argv", arguments + absent)
   with pytest.raises(SystemExit, match="--beside: results: no such file"):
-    cli.main()
+    importlib.import_module("pallas_gemma.bench._cli").main()
 
 
 # --- the notebook -------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -252,9 +253,8 @@ def _pallas_forge() -> Iterator[Measurement]:
 
 
 def _forge(name: str, **blocks: int) -> Callable[..., Any]:
-  import pallas_forge
-
-  return functools.partial(getattr(pallas_forge, name), **blocks)
+  package = importlib.import_module(PALLAS_FORGE.module)
+  return functools.partial(getattr(package, name), **blocks)
 
 
 # --- gdn2-pallas --------------------------------------------------------------
@@ -281,13 +281,12 @@ def _gdn2_pallas() -> Iterator[Measurement]:
 
 
 def _gated_delta(preset: str, which: Pass) -> Callable[..., Any]:
-  import atomic_ops
-
-  config = getattr(atomic_ops, preset)
+  package = importlib.import_module(GDN2_PALLAS.module)
+  config = getattr(package, preset)
 
   def forward(*arrays: jax.Array) -> Any:
     *qkvwbg, h0 = arrays
-    return atomic_ops.gdn2_pallas_forward_trainable(
+    return package.gdn2_pallas_forward_trainable(
       *qkvwbg, qkvwbg[0].shape[-1] ** -0.5, h0=h0, config=config
     )
 
@@ -307,7 +306,6 @@ _TOKENS = 8192
 # one number a head, and the times forward and with gradients.
 _LAYERS = {
   "gdn2": ("chunk_gdn2", 12, 24, None, 6.413, 14.428),
-  "gdn2_scan": ("chunk_gdn2", 12, 24, None, 11.853, 44.901),
   "qwen3_5_2b": ("chunk_gdn", 16, 16, 16, 7.256, 17.084),
   "qwen3_5_4b": ("chunk_gdn", 16, 32, 32, 15.925, 37.033),
   "kimi_linear": ("chunk_kda", 32, 32, None, 15.973, 36.701),
@@ -324,7 +322,6 @@ def _deltanet_tpu() -> Iterator[Measurement]:
       "chunk_gdn": (gate, gate),
       "chunk_kda": (k, gate),
     }[name]
-    options = {"fallback_scan": True} if case.endswith("_scan") else {}
     passes: tuple[Pass, ...] = ("fwd", "fwd+bwd")
     for which, ms in zip(passes, times, strict=True):
       yield _measurement(
@@ -332,18 +329,15 @@ def _deltanet_tpu() -> Iterator[Measurement]:
         "delta_rule",
         f"{case}_{_TOKENS}",
         ms,
-        functools.partial(_delta_rule, name, which, **options),
+        functools.partial(_delta_rule, name, which),
         (k, k, v, *last),
         which=which,
       )
 
 
-def _delta_rule(name: str, which: Pass, **options: Any) -> Callable[..., Any]:
-  import deltanet_tpu
-
-  forward = functools.partial(
-    getattr(deltanet_tpu, name), precision="bf16", **options
-  )
+def _delta_rule(name: str, which: Pass) -> Callable[..., Any]:
+  package = importlib.import_module(DELTANET_TPU.module)
+  forward = functools.partial(getattr(package, name), precision="bf16")
 
   def both(*arrays: jax.Array) -> Any:
     def loss(*arrays: jax.Array) -> jax.Array:

@@ -1,3 +1,5 @@
+from bench.show import beside as beside
 from bench.show import compare as compare
 from bench.show import files as files
+from bench.show import published as published
 from bench.show import report as report

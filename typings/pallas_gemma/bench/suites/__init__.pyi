@@ -1,0 +1,1 @@
+from bench.suites import published as published
