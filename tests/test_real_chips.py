@@ -101,7 +101,10 @@ def test_an_estimate_stands_beside_its_measurement():
   assert "≥ 0.500" in shown.line(bench.Result(loose), measurement)
   failed = dataclasses.replace(result.row, error="ListingError: no")
   cells = shown.line(bench.Result(failed), measurement)
-  assert cells[2] == "ListingError: no" and cells[-3:-1] == ["", ""]
+  assert cells == [key, "no estimate", "", "0.890", "0.740", "", "", "[1]"]
+  assert f"{key}: ListingError: no" in printed(
+    shown.show, [bench.Result(failed)]
+  )
 
 
 def test_the_sources_are_said(monkeypatch):

@@ -40,7 +40,7 @@ def missing() -> Iterator[str]:
 
 
 def show(console: rich.console.Console, results: Sequence[Result]) -> None:
-  """Prints the table, and below it who measured what and how.
+  """Prints the table, below it what could not be counted, and the sources.
 
   Args:
     console: where to print.
@@ -49,6 +49,11 @@ def show(console: rich.console.Console, results: Sequence[Result]) -> None:
   by_key = {m.program.key: m for m in published.measurements()}
   if results:
     console.print(_table(results, by_key))
+  for result in results:
+    row = result.row
+    for note in [row.error] if row.error else row.notes:
+      text = f"{row.key}: {note}"
+      console.print(text, style="dim", highlight=False, markup=False)
   for i, source in enumerate(published.SOURCES, start=1):
     if source.installed:
       console.print(
@@ -87,7 +92,7 @@ def line(result: Result, measurement: Measurement) -> list[str]:
   number = published.SOURCES.index(source) + 1
   measured = [f"{measurement.ms:.3f}", f"{device:.3f}"]
   if row.error:
-    cells = ["", row.error, *measured, "", ""]
+    cells = ["no estimate", "", *measured, "", ""]
   else:
     ms = V5E.seconds(row.cycles) * 1e3
     at_least = "≥ " if row.lower_bound else ""

@@ -26,7 +26,7 @@ from .program import Built, Pass, Program
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Who measured, what, and how.
+  """Who measured, what, and how; with a compiler that is not ours.
 
   Attributes:
     package: its name on PyPI.
@@ -74,7 +74,7 @@ PALLAS_FORGE = Source(
   file="notebooks/05_reproduce_figures.ipynb of github.com/linhkid/"
   "pallas-forge, commit 090510b; its outputs",
   machine="Colab v5e-1",
-  timing="median of 15 runs by the host's clock, each waited for; dispatch "
+  timing="Median of 15 runs by the host's clock, each waited for; dispatch "
   "included",
   dispatch_ms=0.15,
   dispatch="XLA's product of 2048 took 0.24 ms, of which the chip needs 0.087",
@@ -84,8 +84,8 @@ GDN2_PALLAS = Source(
   version="0.1.1",
   module="atomic_ops",
   file="README.md, Benchmarks",
-  machine="one chip of a Kaggle v5e-8; JAX 0.11.1, libtpu 0.0.46.1",
-  timing="mean of 2 repeats of 4 runs by the host's clock, each waited for; "
+  machine="One chip of a Kaggle v5e-8; JAX 0.11.1, libtpu 0.0.46.1",
+  timing="Mean of 2 repeats of 4 runs by the host's clock, each waited for; "
   "dispatch included",
   dispatch_ms=0.1,
   dispatch="assumed",
@@ -95,8 +95,8 @@ DELTANET_TPU = Source(
   version="0.1.0",
   module="deltanet_tpu",
   file="benchmarks/results/public_shapes_v5e.json of the source distribution",
-  machine="v5e, one chip; JAX 0.11.2, libtpu 0.0.48",
-  timing="median of 20 runs by the host's clock, each waited for; dispatch "
+  machine="One chip of a v5e; JAX 0.11.2, libtpu 0.0.48",
+  timing="Median of 20 runs by the host's clock, each waited for; dispatch "
   "included",
   dispatch_ms=0.19,
   dispatch="its decoding step takes 0.242 ms if each is waited for, 0.052 if "
