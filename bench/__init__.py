@@ -8,6 +8,7 @@ bundle, and a bundle is a cycle.
              model from a block to whole steps, programs of known time
     run/     one process per compile, the cache of results, and the clock
     show/    tables, comparisons and the README's report
+    notebooks/  for who has a v5e: its times beside the estimates
     _cli     the command `pallas-gemma-bench`
     bench_ops, conftest: the same for pytest
 

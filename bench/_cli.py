@@ -20,7 +20,7 @@ import tyro
 from .run import measured, sweep
 from .run.job import Job
 from .run.row import Result, Row
-from .show import calibration, compare, files
+from .show import beside, calibration, compare, files, published
 from .show import table as tables
 from .suites.program import Program, suite
 
@@ -75,9 +75,14 @@ class Arguments:
   against: tuple[pathlib.Path, ...] = ()
   """With --compare: files or folders of later results, to run nothing."""
 
+  beside: tuple[pathlib.Path, ...] = ()
+  """Files that --json wrote, or folders of them: also show each time beside the
+  one in them, such as what a v5e measures beside the estimates in results."""
+
   calibrate: bool = False
-  """Show the cycle model beside published measurements and the compiler's own
-  static model, and nothing else."""
+  """Show the cycle model beside published measurements, of kernels of other
+  packages too where these are installed, and beside the compiler's own static
+  model, and nothing else."""
 
   timeout: float = 900.0
   """Seconds after which a compilation is given up."""
@@ -263,12 +268,34 @@ def _show(arguments: Arguments, console: rich.console.Console) -> None:
     for choice in choices:
       console.print(choice.program.key, highlight=False)
     return
+  earlier = [line.row for line in _read_beside(arguments)]
   rows = run_choices(arguments, choices)
   tables.show(console, rows)
   console.print(tables.versions(rows), highlight=False)
   _write(arguments, rows)
+  if both := beside.pairs(earlier, rows):
+    console.print(f"earlier: {tables.versions([p.earlier for p in both])}")
+    beside.show(console, both)
+  elif arguments.beside:
+    sys.exit("pallas-gemma-bench: --beside: no program in common")
   if any(row.error for row in rows):
     sys.exit(1)
+
+
+def _read_beside(arguments: Arguments) -> list[files.Line]:
+  """The lines to show beside those of now; exits if there are none."""
+  try:
+    return files.read(arguments.beside)
+  except ValueError as error:
+    sys.exit(f"pallas-gemma-bench: --beside: {error}")
+
+
+def _calibrate(arguments: Arguments, console: rich.console.Console) -> None:
+  """Shows the cycle model beside what is known from elsewhere."""
+  for sentence in published.missing():
+    print(sentence, file=sys.stderr)
+  console.print(calibration.table(_results(arguments, calibration.jobs())))
+  published.show(console, _results(arguments, published.jobs()))
 
 
 def main() -> None:
@@ -287,8 +314,7 @@ def main() -> None:
     )
   try:
     if arguments.calibrate:
-      results = _results(arguments, calibration.jobs())
-      console.print(calibration.table(results))
+      _calibrate(arguments, console)
     elif arguments.compare:
       _compare(arguments, console)
     else:

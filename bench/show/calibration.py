@@ -1,10 +1,11 @@
 """How far the cycle model is to be trusted: `pallas-gemma-bench --calibrate`.
 
-It stands beside measurements that were published for a v5e, and beside the
-compiler's own static model, which unrolls every loop.  The static model assumes
-slower copies (1,133 cycles to the first byte, 90 % of the bandwidth, but that
-for each of those under way), so programs that wait for copies differ; the last
-column is our model with copies like that.
+It stands beside measurements that were published for a v5e (those of other
+packages' kernels are in `show.published`), and beside the compiler's own static
+model, which unrolls every loop.  The static model assumes slower copies (1,133
+cycles to the first byte, 90 % of the bandwidth, but that for each of those
+under way), so programs that wait for copies differ; the last column is our
+model with copies like that.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
     baselines    the strongest alternatives to our kernels
     gemma        the model: a block, layers, steps of training and decoding
     calibration  programs whose time is known from elsewhere
+    published    kernels of other packages, and the times they published
 
-Each of the last four is a suite: a module that defines `programs()`.
+Each of the last five is a suite: a module that defines `programs()`.
 """
