@@ -132,13 +132,11 @@ def measurements() -> Iterator[Measurement]:
 
 def _measurement(
   source: Source,
-  op: str,
-  case: str,
+  problem: str,
   ms: float,
   load: Callable[[], Callable[..., Any]],
-  shapes: tuple[tuple[int, ...], ...],
+  specs: tuple[jax.ShapeDtypeStruct, ...],
   *,
-  dtype: Any = jnp.float32,
   flops: int = 0,
   which: Pass = "fwd",
   implementation: str | None = None,
@@ -147,18 +145,16 @@ def _measurement(
 
   Args:
     source: the package.
-    op: what is computed.
-    case: the problem.
+    problem: what is computed, and of which sizes: "OP/CASE".
     ms: as published.
     load: imports the package and gives the function of the arrays.
-    shapes: of the arrays.
-    dtype: of the arrays.
+    specs: of the arrays.
     flops: of the matrix unit, at least, where that is simple to say.
     which: whether the function computes gradients too.
     implementation: what to call it if not after the package.
   """
-  specs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-  size = jnp.dtype(dtype).itemsize * sum(math.prod(shape) for shape in shapes)
+  op, _, case = problem.partition("/")
+  size = sum(s.dtype.itemsize * math.prod(s.shape) for s in specs)
   program = Program(
     op=op,
     case=case,
@@ -169,6 +165,12 @@ def _measurement(
     needs=source.module,
   )
   return Measurement(program, ms, source)
+
+
+def _arrays(
+  *shapes: tuple[int, ...], dtype: Any = jnp.float32
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+  return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
 
 def _for_tpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,13 +212,11 @@ _MATMULS = {  # block_m, block_k: the time for each block_n of _COLUMNS
 
 
 def _pallas_forge() -> Iterator[Measurement]:
-  make = functools.partial(
-    _measurement, PALLAS_FORGE, dtype=jnp.bfloat16, flops=2 * _SIZE**3
-  )
-  square = ((_SIZE, _SIZE),) * 2
+  make = functools.partial(_measurement, PALLAS_FORGE, flops=2 * _SIZE**3)
+  arrays = functools.partial(_arrays, dtype=jnp.bfloat16)
+  square = arrays(*((_SIZE, _SIZE),) * 2)
   yield make(
-    "matmul",
-    f"{_SIZE}",
+    f"matmul/{_SIZE}",
     0.24,
     lambda: jnp.matmul,
     square,
@@ -226,28 +226,25 @@ def _pallas_forge() -> Iterator[Measurement]:
     for columns, ms in zip(_COLUMNS, times, strict=True):
       blocks = dict(block_m=rows, block_k=inner, block_n=columns)
       yield make(
-        "matmul",
-        f"{_SIZE}_{rows}x{inner}x{columns}",
+        f"matmul/{_SIZE}_{rows}x{inner}x{columns}",
         ms,
         functools.partial(_forge, "tiled_matmul", **blocks),
         square,
       )
   rows, d, f = 2048, 4096, 11008
   yield make(
-    "swiglu",
-    f"{rows}x{d}x{f}",
+    f"swiglu/{rows}x{d}x{f}",
     4.22,
     functools.partial(_forge, "fused_swiglu", block_m=128, block_n=256),
-    ((rows, d), (d, f), (d, f)),
+    arrays((rows, d), (d, f), (d, f)),
     flops=4 * rows * d * f,
   )
   tokens = (4, 2048, 4096)
   yield make(
-    "add_rms_norm",
-    "4x2048x4096",
+    "add_rms_norm/4x2048x4096",
     0.89,
     functools.partial(_forge, "fused_rmsnorm_residual"),
-    (tokens, tokens, tokens[-1:]),
+    arrays(tokens, tokens, tokens[-1:]),
     flops=0,
   )
 
@@ -271,11 +268,10 @@ def _gdn2_pallas() -> Iterator[Measurement]:
   for preset, b, t, which, ms in times:
     yield _measurement(
       GDN2_PALLAS,
-      "gated_delta",
-      f"{b}x{t}x{heads}_{preset.lower()}",
+      f"gated_delta/{b}x{t}x{heads}_{preset.lower()}",
       ms,
       functools.partial(_gated_delta, preset, which),
-      (*((b, t, heads, h),) * 6, (b, heads, h, h)),
+      _arrays(*((b, t, heads, h),) * 6, (b, heads, h, h)),
       which=which,
     )
 
@@ -326,11 +322,10 @@ def _deltanet_tpu() -> Iterator[Measurement]:
     for which, ms in zip(passes, times, strict=True):
       yield _measurement(
         DELTANET_TPU,
-        "delta_rule",
-        f"{case}_{_TOKENS}",
+        f"delta_rule/{case}_{_TOKENS}",
         ms,
         functools.partial(_delta_rule, name, which),
-        (k, k, v, *last),
+        _arrays(k, k, v, *last),
         which=which,
       )
 
