@@ -74,5 +74,6 @@ def test_a_mask_of_linens_is_not_lost_in_silence():
 
 def test_a_bias_is_refused():
   q = jnp.ones((1, 8, 2, 16))
+  unknown: Any = {"bias": jnp.zeros((1, 2, 8, 8))}
   with pytest.raises(ValueError, match="flash_attention: bias must be None"):
-    flash_attention(q, q, q, bias=jnp.zeros((1, 2, 8, 8)))  # type: ignore[arg-type]
+    flash_attention(q, q, q, **unknown)

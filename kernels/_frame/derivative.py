@@ -204,7 +204,7 @@ def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
   (arrays,), (tangents,) = primals, tangents
   outs, kept = op.run(problem, arrays, keep=True)
   outs, kept = op.named(outs), op.named(kept)
-  wanted = jax.tree.map(_is_perturbed, tangents)
+  wanted = jax.tree.map(is_perturbed, tangents)
   wanted = wanted._replace(**dict.fromkeys(op.constants(arrays), False))
   saved = op.saved(arrays, outs, kept)
   residuals, saved_tree = jax.tree.flatten(saved)
@@ -239,7 +239,8 @@ def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
   return outs, jax.tree.unflatten(out_tree, d_outs)
 
 
-def _is_perturbed(tangent: Any) -> bool:
+def is_perturbed(tangent: Any) -> bool:
+  """Whether a tangent is more than a zero known as such."""
   return not isinstance(tangent, SymbolicZero)
 
 
@@ -269,7 +270,7 @@ def without_derivatives(
     if implementation == "pallas":
       raise NotImplementedError(message)
     outs, tree = jax.tree.flatten(run(*primals))
-    perturbed = [d for d in jax.tree.leaves(tangents) if _is_perturbed(d)]
+    perturbed = [d for d in jax.tree.leaves(tangents) if is_perturbed(d)]
     d_outs = refused(message, perturbed, outs)
     return jax.tree.unflatten(tree, outs), jax.tree.unflatten(tree, d_outs)
 

@@ -7,13 +7,13 @@ to their cotangents, see the package.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from .._frame.derivative import linear
+from .._frame.derivative import is_perturbed, linear
 from .._frame.lowering import lies_on_a_mesh, unset
 
 
@@ -73,15 +73,12 @@ def open_stores(init: Any, length: int, asked: Any) -> tuple[Any, Any]:
     [jax.ShapeDtypeStruct((length, *s.shape), s.dtype) for s in specs]
     for specs in asked
   ]
-  leaves, tree = jax.tree.flatten(init)
-  for i, leaf in enumerate(leaves):
-    if _is_float(leaf):
-      specs, structure = jax.tree.flatten(stores)
-      leaves[i], *empty = _opened(leaf, tuple(specs))
-      return jax.tree.unflatten(tree, leaves), jax.tree.unflatten(
-        structure, empty
-      )
-  return init, [[] for _ in asked]
+  leaf, filled = _first_float(init)
+  if leaf is None:
+    return init, [[] for _ in asked]
+  specs, structure = jax.tree.flatten(stores)
+  leaf, *empty = _opened(leaf, tuple(specs))
+  return filled(leaf), jax.tree.unflatten(structure, empty)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -113,16 +110,25 @@ def turn(carry: Any, ports: Any, stores: Any) -> Any:
   stores = jax.tree.leaves(stores)
   if not ports and not stores:
     return carry
+  leaf, filled = _first_float(carry)
+  return carry if leaf is None else filled(_turned(leaf, ports, stores))
+
+
+def _first_float(carry: Any) -> tuple[Any, Callable[[Any], Any]]:
+  """The first float of a carry, None if there is none, and what replaces it."""
   leaves, tree = jax.tree.flatten(carry)
-  for i, leaf in enumerate(leaves):
-    if _is_float(leaf):
-      leaves[i] = _turned(leaf, ports, stores)
-      break
-  return jax.tree.unflatten(tree, leaves)
 
+  def is_float(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
-def _is_float(x: Any) -> bool:
-  return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+  place = next((i for i, x in enumerate(leaves) if is_float(x)), len(leaves))
+
+  def filled(leaf: Any) -> Any:
+    return jax.tree.unflatten(
+      tree, [*leaves[:place], leaf, *leaves[place + 1 :]]
+    )
+
+  return (leaves[place] if place < len(leaves) else None), filled
 
 
 @jax.custom_jvp
@@ -134,15 +140,17 @@ def _turned(x: Any, ports: Any, stores: Any) -> Any:
 
 def _turned_jvp(primals: Any, tangents: Any) -> Any:
   (x, ports, stores), (dx, dports, dstores) = primals, tangents
-  if isinstance(dx, SymbolicZero):
+  if not is_perturbed(dx):
     return x, jnp.zeros_like(x)
-  moving = [port for port, d in zip(ports, dports, strict=True) if _moves(d)]
-  tangents = [dx, *filter(_moves, [*dports, *dstores])]
+  moving = [
+    port for port, d in zip(ports, dports, strict=True) if is_perturbed(d)
+  ]
+  tangents = [dx, *filter(is_perturbed, [*dports, *dstores])]
   # Where a port lies on a mesh only the port says; else its type will do.
   on_mesh = any(map(lies_on_a_mesh, moving))
   kept = moving if on_mesh else []
   types = [(port.shape, port.dtype) for port in moving]
-  full = list(stores) if any(map(_moves, dstores)) else []
+  full = list(stores) if any(map(is_perturbed, dstores)) else []
 
   def turn_back(residuals: Any, cotangents: Any) -> Any:
     likes = residuals[: len(kept)] if on_mesh else cotangents * len(types)
@@ -154,7 +162,3 @@ def _turned_jvp(primals: Any, tangents: Any) -> Any:
 
 
 _turned.defjvp(_turned_jvp, symbolic_zeros=True)
-
-
-def _moves(tangent: Any) -> bool:
-  return not isinstance(tangent, SymbolicZero)

@@ -31,13 +31,13 @@ class LayerOf:
     stack: jax.Array,
     port: jax.Array,
     index: jax.Array,
-    stores: list[jax.Array] | None,
+    stores: list[jax.Array],
   ):
     self.stack, self.index = stack, index
     self.shape, self.dtype = stack.shape[1:], stack.dtype
     self.asked: list[jax.ShapeDtypeStruct] = []
     self._port, self._is_used = port, False
-    self._stores = stores or []
+    self._stores = stores
     self._own: jax.Array | None = None
 
   @property
