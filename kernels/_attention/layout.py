@@ -5,7 +5,7 @@ one matmul serves all of them.  It reads and writes them where they lie,
 
     packed   [B K, T G, H]    the heads of a token one below the other, as
                               [B, T, N, H] has them with one kv head
-    heads    [B K, G, T, H]   heads first, [B, N, T, H]
+    heads    [B N, T, H]      heads first, [B, N, T, H]
     flat     [B, T, N H]      the heads of a token side by side
 
 and keys as [B K, S, H] or, flat, as [B, S, K H].  Of packed queries, row
@@ -115,11 +115,8 @@ class Layout:
       return x.reshape(b, t, n * h)
     if self.kind == "packed":
       return x.reshape(b, t * n, h)
-    # K and G come apart at last: inside of T, their tiles would be small.
-    by_head = x.swapaxes(1, 2)
-    if self.group == 1:
-      return by_head.reshape(b * n, t, h)
-    return by_head.reshape(b * self.kv_heads, self.group, t, h)
+    # K and G stay together: XLA would copy what it then cannot lay out freely.
+    return x.swapaxes(1, 2).reshape(b * n, t, h)
 
   def to_queries(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse, to shape [B, T, N, H]."""
@@ -199,13 +196,11 @@ class Layout:
           jax.lax.rem(b, kv_heads),
         ),
       )
-    if self.kind == "packed" or group == 1:
+    if self.is_by_token:
       return pl.BlockSpec(
         (None, block_q * group, head_size), lambda b, i, *_: (b, i, 0)
       )
-    return pl.BlockSpec(
-      (None, group, block_q, head_size), lambda b, i, *_: (b, 0, i, 0)
-    )
+    return pl.BlockSpec((group, block_q, head_size), lambda b, i, *_: (b, i, 0))
 
   def key_spec(self, keys: int, **how: Any) -> pl.BlockSpec:
     """All keys of a kv head, on the same grid."""
