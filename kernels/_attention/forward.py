@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, finite, memory, rotation, spans, tiles
+from . import blocks, finite, memory, pairs, rotation, spans, tiles
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -61,7 +61,8 @@ class State(NamedTuple):
   acc: Any  # [R, H] sum of the weighted values so far
   ids: Any  # [R, LANES] segment ids by row, equal in all lanes; or None
   q: Any  # [R, H] rotated; or None
-  k: Any  # [S, H] rotated as far as the grid has come; or None
+  k: Any  # [S, H] rotated as far as the grid has come; or None; of pairs two
+  pairs: pairs.Scratch | None
 
 
 # --- the kernel ---------------------------------------------------------------
@@ -71,6 +72,11 @@ def _kernel(
   scalars: blocks.Scalars, i: Inputs, o: Outputs, s: State, *, call: Call
 ):
   block = blocks.Block.of_step(call, scalars)
+  visit = None
+  if s.pairs is not None:
+    visit = _visit(call, i, o, s.pairs)
+    i, o, s = _of_visit(visit, i, o, s)
+    visit.begin()
   _take(block, i, s)
 
   def on_diagonal() -> None:
@@ -87,6 +93,24 @@ def _kernel(
   block.start(on_diagonal, functools.partial(_start, s))
   block.for_other_keys(on_others)
   _finish(block, i, o, s)
+  if visit is not None:
+    visit.end()
+
+
+def _visit(call: Call, i: Inputs, o: Outputs, refs: pairs.Scratch) -> Any:
+  # What segments hide is cleared in all keys, before the first block.
+  own = call.brings_own_keys and i.segments is None
+  return pairs.Visit(call, refs, [i.q], [i.k, i.v], o.out, own_keys=own)
+
+
+def _of_visit(
+  visit: pairs.Visit, i: Inputs, o: Outputs, s: State
+) -> tuple[Inputs, Outputs, State]:
+  """The refs of this step's kv head."""
+  (q,), (k, v) = visit.queries, visit.keys
+  if s.k is not None:
+    s = s._replace(k=s.k.at[visit.member])
+  return i._replace(q=q, k=k, v=v), o._replace(out=visit.result), s
 
 
 def _take(block: blocks.Block, i: Inputs, s: State) -> None:
@@ -275,7 +299,7 @@ def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
 def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   """out [B, T, N, H], and lse by row, [B K, 1, rows]."""
   (q, k, v), specs = tiles.operands(call, arrays)
-  bk = arrays.q.shape[0] * call.kv_heads
+  batch = arrays.q.shape[0]
   bounds, ids, id_specs = blocks.segment_operands(call, arrays.segments)
   rope, rope_specs = blocks.rope_operands(call, arrays)
   (outs,) = pl.pallas_call(
@@ -283,15 +307,19 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
     name="flash_attention_fwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(bk, pl.cdiv(call.t, call.block_q)),
+      grid=call.layout.grid(batch, pl.cdiv(call.t, call.block_q)),
       in_specs=[Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs)],
       out_specs=[Outputs(specs.q, specs.lanes)],
-      scratch_shapes=[_state(call, Inputs(q, k, v, ids, rope))],
+      scratch_shapes=[_state(call, Inputs(q, k, v, ids, rope), out_dtype)],
     ),
     out_shape=[
       Outputs(
         varying_like(q, q.shape, out_dtype),
-        varying_like(q, (bk, 1, call.layout.rows(call.t)), jnp.float32),
+        varying_like(
+          q,
+          (batch * call.kv_heads, 1, call.layout.rows(call.t)),
+          jnp.float32,
+        ),
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
@@ -299,18 +327,20 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   return Outs(call.layout.to_queries(outs.out, arrays.q.shape), outs.lse)
 
 
-def _state(call: Call, i: Inputs) -> State:
+def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
   """Types of the scratch for these operands."""
   h = call.layout.head_size
   by_row = pltpu.VMEM((call.rows, tpu.LANES), jnp.float32)
   ids = pltpu.VMEM((call.rows, tpu.LANES), jnp.int32)
+  keys = call.layout.of_each_head((call.padded_keys, h))
   return State(
     m=by_row,
     total=by_row,
     acc=pltpu.VMEM((call.rows, h), jnp.float32),
     ids=None if i.segments is None else ids,
     q=None if i.rope is None else pltpu.VMEM((call.rows, h), i.q.dtype),
-    k=None if i.rope is None else pltpu.VMEM((i.k.shape[1], h), i.k.dtype),
+    k=None if i.rope is None else pltpu.VMEM(keys, i.k.dtype),
+    pairs=pairs.scratch(call, [i.q.dtype], [i.k.dtype, i.v.dtype], out_dtype),
   )
 
 

@@ -203,6 +203,18 @@ class Call:
     return self.block_q if self.has_diagonal else self.block_kv
 
   @property
+  def padded_keys(self) -> int:
+    """How many keys VMEM has place for."""
+    return tpu.round_up(self.s, self.key_unit)
+
+  @property
+  def brings_own_keys(self) -> bool:
+    """Whether every key is of the indices of a block of queries, and no block
+    before needs it.
+    """
+    return self.has_diagonal and self.t >= self.s
+
+  @property
   def sees_itself(self) -> bool:
     """Whether, but for segments, every query sees the key of its index."""
     return self.shift == 0 and self.t <= self.s
@@ -273,13 +285,15 @@ class Specs(NamedTuple):
 def operands(call: Call, a: Arrays) -> tuple[Operands, Specs]:
   """Of q [B, T, N, H], k and v [B, S, K, H]."""
   layout = call.layout
-  k, v = (padded(layout.of_keys(x), call) for x in (a.k, a.v))
+  k, v = (layout.of_keys(x) for x in (a.k, a.v))
+  if layout.kind != "pairs":
+    k, v = (padded(x, call) for x in (k, v))
   one_head = a.k.shape[0] * call.kv_heads == 1  # nothing to load ahead
   once = {"pipeline_mode": pl.Buffered(1)} if one_head else {}
   specs = Specs(
     layout.query_spec(call.block_q),
     layout.key_spec(k.shape[1], **once),
-    pl.BlockSpec((None, 1, call.rows), lambda b, i, *_: (b, 0, i)),
+    layout.lane_spec(call.rows),
   )
   return Operands(layout.of_queries(a.q), k, v), specs
 
