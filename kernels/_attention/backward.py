@@ -35,7 +35,7 @@ from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate, width
-from . import blocks, departure, finite, memory, rotation, spans, tiles
+from . import blocks, departure, finite, memory, pairs, rotation, spans, tiles
 from .departure import Departure
 from .layout import Rows
 from .spec import Arrays, Outs, Problem
@@ -78,6 +78,7 @@ class State(NamedTuple):
   k: Any  # [S, H] rotated as far as the grid has come; or None
   sin: Any  # [S, W], see `_sincos.width`; or None
   cos: Any  # [S, W], or None
+  pairs: pairs.Scratch | None
 
 
 # --- the kernel ---------------------------------------------------------------
@@ -88,6 +89,11 @@ def _kernel(
 ):
   block = blocks.Block.of_step(call, scalars)
   keys_leave = Departure(call, s.departure, o.dk, o.dv)
+  visit, of_all_heads = None, s
+  if s.pairs is not None:
+    visit = _visit(call, i, o, s.pairs)
+    i, o, s = _of_visit(visit, i, o, s)
+    visit.begin()
   keys_leave.begin()
   if not _diagonal_starts_dk(call):
     pl.when(pl.program_id(1) == 0)(functools.partial(_clear, s))
@@ -111,7 +117,27 @@ def _kernel(
   block.start(on_diagonal, functools.partial(_start_dq, s))
   block.for_other_keys(on_others)
   _finish_dq(block, i, o, s)
-  keys_leave.end(functools.partial(_dk_and_dv, block, o, s))
+  if visit is not None:
+    visit.end()
+  keys_leave.end(functools.partial(_dk_and_dv, block, of_all_heads))
+
+
+def _visit(call: Call, i: Inputs, o: Outputs, refs: pairs.Scratch) -> Any:
+  # What segments hide is cleared in all keys, before the first block.
+  own = call.brings_own_keys and i.segments is None
+  queries = [i.q, i.out, i.dout]
+  return pairs.Visit(call, refs, queries, [i.k, i.v], o.dq, own_keys=own)
+
+
+def _of_visit(
+  visit: pairs.Visit, i: Inputs, o: Outputs, s: State
+) -> tuple[Inputs, Outputs, State]:
+  """The refs of this step's kv head."""
+  (q, out, dout), (k, v) = visit.queries, visit.keys
+  i = i._replace(q=q, k=k, v=v, out=out, dout=dout)
+  dk, dv = s.dk.at[visit.member], s.dv.at[visit.member]
+  s = s._replace(dk=dk, dv=dv, k=s.k if s.k is None else s.k.at[visit.member])
+  return i, o._replace(dq=visit.result), s
 
 
 def _diagonal_starts_dk(call: Call) -> bool:
@@ -281,14 +307,15 @@ def _finish_dq(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
 
 
 def _dk_and_dv(
-  block: blocks.Block, o: Outputs, s: State, keys: Any
+  block: blocks.Block, s: State, place: Any
 ) -> tuple[jax.Array, jax.Array]:
-  dk = _scaled(block.call.problem, s.dk[keys, :])
+  """Of some keys, float32; the place has the kv head first, if of a pair."""
+  dk = _scaled(block.call.problem, s.dk[place])
   if block.scale is not None:
     dk *= block.scale
   if s.sin is not None:
-    dk = _rotate_back(dk, s.sin[keys, :], s.cos[keys, :])
-  return dk.astype(o.dk.dtype), s.dv[keys, :].astype(o.dv.dtype)
+    dk = _rotate_back(dk, s.sin[place[-2:]], s.cos[place[-2:]])
+  return dk, s.dv[place]
 
 
 def _scaled(p: Problem, sums: jax.Array) -> jax.Array:
@@ -317,12 +344,12 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
     name="flash_attention_bwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(a.q.shape[0] * call.kv_heads, pl.cdiv(call.t, call.block_q)),
+      grid=layout.grid(a.q.shape[0], pl.cdiv(call.t, call.block_q)),
       in_specs=[
         Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
       ],
       out_specs=[Outputs(row, in_hbm, in_hbm)],
-      scratch_shapes=[_state(call, inputs)],
+      scratch_shapes=[_state(call, inputs, dq_dtype)],
     ),
     out_shape=[
       Outputs(
@@ -341,26 +368,32 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
   )
 
 
-def _state(call: Call, i: Inputs) -> State:
+def _state(call: Call, i: Inputs, dq_dtype: Any) -> State:
   """Types of the scratch for these operands."""
-  s, h = i.k.shape[1], call.layout.head_size
+  layout, s, h = call.layout, call.padded_keys, call.layout.head_size
   is_rotated = i.rope is not None
   by_lane = pltpu.VMEM((1, call.rows), jnp.float32)
-  of_keys = pltpu.VMEM((s, h), jnp.float32)
+  of_keys = layout.of_each_head((s, h))
   of_rows = pltpu.VMEM((call.rows, h), i.q.dtype)
   of_phases = pltpu.VMEM((s, width(h)), jnp.float32)
   return State(
     lse=by_lane,
     di=by_lane,
     dq_transposed=pltpu.VMEM((h, call.rows), jnp.float32),
-    dk=of_keys,
-    dv=of_keys,
+    dk=pltpu.VMEM(of_keys, jnp.float32),
+    dv=pltpu.VMEM(of_keys, jnp.float32),
     q=of_rows if call.has_ragged_end or is_rotated else None,
     dout=of_rows if call.has_ragged_end else None,
-    departure=departure.scratch(s, h, i.k.dtype),
-    k=pltpu.VMEM((s, h), i.k.dtype) if is_rotated else None,
+    departure=departure.scratch(call, i.k.dtype),
+    k=pltpu.VMEM(of_keys, i.k.dtype) if is_rotated else None,
     sin=of_phases if is_rotated else None,
     cos=of_phases if is_rotated else None,
+    pairs=pairs.scratch(
+      call,
+      [i.q.dtype, i.out.dtype, i.dout.dtype],
+      [i.k.dtype, i.v.dtype],
+      dq_dtype,
+    ),
   )
 
 

@@ -64,7 +64,9 @@ class Layout:
       kind = "flat"
     elif p.layout == "BTNH" and kv_heads == 1:
       kind = "packed"
-    elif p.layout == "BTNH" and kv_heads % 2 == 0 and head_size % tpu.LANES == 0:
+    elif (
+      p.layout == "BTNH" and kv_heads % 2 == 0 and head_size % tpu.LANES == 0
+    ):
       kind = "pairs"
     return cls(kind, kv_heads, group, _chunk(p, group), head_size)
 
@@ -212,7 +214,9 @@ class Layout:
   def lane_spec(self, rows: int) -> pl.BlockSpec:
     """A number for each of `rows` rows, of [B K, 1, rows]."""
     if self.kind == "pairs":
-      return pl.BlockSpec((None, 1, rows), lambda b, i, n, *_: (2 * b + n, 0, i))
+      return pl.BlockSpec(
+        (None, 1, rows), lambda b, i, n, *_: (2 * b + n, 0, i)
+      )
     return pl.BlockSpec((None, 1, rows), lambda b, i, *_: (b, 0, i))
 
   def query_spec(self, block_q: int) -> pl.BlockSpec:

@@ -57,6 +57,13 @@ def in_words(ref: Any) -> Any:
   return ref if per_word(ref.dtype) == 1 else ref.bitcast(jnp.uint32)
 
 
+def place(hbm: Any, layout: Layout, pair: Any, tokens: Any, row: int) -> Any:
+  """Where a row of words of a pair of kv heads is, of [B, T, N, H] in HBM."""
+  words, pairs = in_words(hbm), layout.kv_heads // layout.together
+  first = jax.lax.rem(pair, pairs) * (words.shape[2] // pairs)
+  return words.at[jax.lax.div(pair, pairs), tokens, first + row, :]
+
+
 def apart(words: jax.Array, dtype: Any) -> list[jax.Array]:
   """The heads in words."""
   if per_word(dtype) == 1:
@@ -213,17 +220,10 @@ class Blocks(NamedTuple):
       pl.when(n == self.count - 1)(lambda: of_size(rest))
 
   def _copy(self, pair: Any, n: Any, row: int, size: int, leaves: bool) -> Any:
-    rows = self.store.words.shape[0]
-    pairs = self.layout.kv_heads // self.layout.together
     first = n * self.size
     if self.count > 1:
       first = pl.multiple_of(first, self.size)
-    there = in_words(self.hbm).at[
-      jax.lax.div(pair, pairs),
-      pl.ds(first, size),
-      jax.lax.rem(pair, pairs) * rows + row,
-      :,
-    ]
+    there = place(self.hbm, self.layout, pair, pl.ds(first, size), row)
     here = self.store.words.at[row, self._here(n, size), :]
     source, target = (here, there) if leaves else (there, here)
     return pltpu.make_async_copy(source, target, self.store.moved)
