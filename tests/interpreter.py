@@ -37,6 +37,7 @@ def compile_kernels_once():
 
   thread_map._run_jaxpr = run
 
+
 def copy_words_too():
   """Teaches the interpreter the copies of words that hardware makes.
 

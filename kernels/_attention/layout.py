@@ -57,17 +57,13 @@ class Layout:
   def of(cls, p: Problem, kv_heads: int, group: int, head_size: int) -> Layout:
     """What the caller passes as it is, where a kernel can read it so.
 
-    Else, heads first, which XLA may have to transpose to.
+    Else, heads first, which XLA may have to transpose to, but for `in_pairs`.
     """
     kind: Kind = "heads"
     if p.layout == "BT(NH)" and head_size % tpu.LANES == 0:
       kind = "flat"
     elif p.layout == "BTNH" and kv_heads == 1:
       kind = "packed"
-    elif (
-      p.layout == "BTNH" and kv_heads % 2 == 0 and head_size % tpu.LANES == 0
-    ):
-      kind = "pairs"
     return cls(kind, kv_heads, group, _chunk(p, group), head_size)
 
   @classmethod
@@ -81,6 +77,14 @@ class Layout:
   def is_by_token(self) -> bool:
     """Whether all heads of a token come before the next token's."""
     return self.kind == "packed" or self.group == 1
+
+  def in_pairs(self, p: Problem) -> Layout | None:
+    """The same order of rows from [B, T, N, H] as it is, if that can be had."""
+    is_transposed = p.layout == "BTNH" and self.kind == "heads"
+    even, whole = self.kv_heads % 2 == 0, self.head_size % tpu.LANES == 0
+    if is_transposed and even and whole:
+      return dataclasses.replace(self, kind="pairs")
+    return None
 
   @property
   def together(self) -> int:

@@ -274,16 +274,19 @@ class Visit:
 
   def begin(self) -> None:
     """At the first of a block's steps: has its heads in VMEM."""
-    pl.when(self.member == 0)(self._take)
+
+    @pl.when(self.member == 0)
+    def _():
+      self._await()
+      self._take_apart()
+      self._send_for_more()
 
   def end(self) -> None:
     """At the second: sends off the result."""
     pl.when(self.member == pl.num_programs(2) - 1)(self._give)
 
-  def _take(self) -> None:
-    is_first = (self.pair == 0) & (self.block == 0)
-
-    @pl.when(is_first)
+  def _await(self) -> None:
+    @pl.when((self.pair == 0) & (self.block == 0))
     def _():
       for x in self._keys:
         x.clear_end()
@@ -292,7 +295,24 @@ class Visit:
 
     for x in self._queries:
       x.wait(self.pair, self.block)
+
+    @self._when_keys_come
+    def _():
+      for x in self._keys:
+        x.wait(self.pair, self.block)
+
+  def _take_apart(self) -> None:
+    for x in self._queries:
       x.take_apart(self.block)
+
+    @self._when_keys_come
+    def _():
+      for x in self._keys:
+        x.take_apart(self.block)
+
+  def _send_for_more(self) -> None:
+    """The next queries, and keys for the next pair, where these have been; the
+    first pair has its own brought just ahead."""
 
     @pl.when(~(self.is_last_pair & self.is_last_block))
     def _():
@@ -301,23 +321,23 @@ class Visit:
       for x in self._queries:
         x.start(pair, block)
 
-    @pl.when(is_first)
+    count = self._keys[0].count
+
+    @pl.when((self.pair == 0) & (self.block + 1 < count))
     def _():
-      for n in range(1, self._keys[0].count):
-        for x in self._keys:
-          x.start(0, n)
+      for x in self._keys:
+        x.start(0, self.block + 1)
 
-    pl.when(self.block < self._keys[0].count)(self._take_keys)
-
-  def _take_keys(self) -> None:
-    for x in self._keys:
-      x.wait(self.pair, self.block)
-      x.take_apart(self.block)
-
-    @pl.when(~self.is_last_pair)
+    @pl.when(~self.is_last_pair & (self.block < count))
     def _():
       for x in self._keys:
         x.start(self.pair + 1, self.block)
+
+  def _when_keys_come(self, body: Callable[[], None]) -> None:
+    if self._keys[0].count == self._queries[0].count:
+      body()
+    else:
+      pl.when(self.block < self._keys[0].count)(body)
 
   def _give(self) -> None:
     @pl.when((self.pair > 0) | (self.block > 0))

@@ -235,14 +235,16 @@ def forward_call(p: Problem, x: Sizes) -> Call:
   block_q, block_kv = p.tiles.block_q, p.tiles.block_kv
   softmax_rows = math.gcd(block_q * x.group, p.tiles.rows)
   tiles = block_q, block_kv, softmax_rows
-  return Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+  call = Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+  return _in_pairs(call, x, memory.forward_bytes)
 
 
 def backward_call(p: Problem, x: Sizes) -> Call:
   """The whole problem as one call of the backward kernel."""
   block_q, block_kv = p.tiles.block_q_bwd, p.tiles.block_kv_bwd
   tiles = block_q, block_kv, block_q * x.group
-  return Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+  call = Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+  return _in_pairs(call, x, memory.backward_bytes)
 
 
 def _whole(p: Problem, x: Sizes) -> tuple[Any, ...]:
@@ -251,15 +253,29 @@ def _whole(p: Problem, x: Sizes) -> tuple[Any, ...]:
   return 0, x.t, 0, x.s, layout
 
 
+def _in_pairs(call: Call, x: Sizes, bytes_of: Any) -> Call:
+  """The call by pairs of kv heads, if it can be had and holds all keys."""
+  layout = call.layout.in_pairs(call.problem)
+  if layout is None:
+    return call
+  fixed, per_key = bytes_of(call.problem.tiles, _sizes(x, layout))
+  fits = fixed + per_key * call.padded_keys <= memory.VMEM_BYTES
+  return dataclasses.replace(call, layout=layout) if fits else call
+
+
+def _sizes(x: Sizes, layout: Layout) -> Sizes:
+  return dataclasses.replace(x, has_pairs=layout.kind == "pairs")
+
+
 def forward_keys(call: Call, x: Sizes) -> int:
   """How many keys one call of the forward holds."""
-  sums = memory.forward_bytes(call.problem.tiles, x)
+  sums = memory.forward_bytes(call.problem.tiles, _sizes(x, call.layout))
   return memory.keys_that_fit("forward", *sums, call.key_unit)
 
 
 def backward_keys(call: Call, x: Sizes) -> int:
   """How many keys one call of the backward holds."""
-  sums = memory.backward_bytes(call.problem.tiles, x)
+  sums = memory.backward_bytes(call.problem.tiles, _sizes(x, call.layout))
   return memory.keys_that_fit("backward", *sums, call.key_unit)
 
 
