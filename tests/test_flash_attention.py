@@ -273,7 +273,7 @@ BACKWARD_MUTANTS = {
   ),
   "rows past the end": (
     "ragged",
-    (BACKWARD, "_zero_unless", lambda inside, rows: rows.load(0, len(inside))),
+    (FINITE, "_zero_unless", lambda inside, rows: rows.load(0, len(inside))),
   ),
   "dq and dk rotated the wrong way": (
     "rope",

@@ -37,7 +37,6 @@ from .._frame.manual import varying_like
 from .._sincos import phases, rotate, width
 from . import blocks, departure, finite, memory, pairs, rotation, spans, tiles
 from .departure import Departure
-from .layout import Rows
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -89,10 +88,9 @@ def _kernel(
 ):
   block = blocks.Block.of_step(call, scalars)
   keys_leave = Departure(call, s.departure, o.dk, o.dv)
-  visit, of_all_heads = None, s
-  if s.pairs is not None:
-    visit = _visit(call, i, o, s.pairs)
-    i, o, s = _of_visit(visit, i, o, s)
+  of_all_heads = s
+  visit, i, o, s = _of_pair(call, i, o, s)
+  if visit is not None:
     visit.begin()
   keys_leave.begin()
   if not _diagonal_starts_dk(call):
@@ -100,7 +98,7 @@ def _kernel(
   if i.segments is not None:
     finite.clear_unseen(block, i)
   _take_statistics(call, i, s)
-  _take_rows(call, i, s)
+  finite.clear_past_end(call, i, s)
   if i.rope is not None:
     _rotate(block, i, s)
 
@@ -122,22 +120,19 @@ def _kernel(
   keys_leave.end(functools.partial(_dk_and_dv, block, of_all_heads))
 
 
-def _visit(call: Call, i: Inputs, o: Outputs, refs: pairs.Scratch) -> Any:
-  # What segments hide is cleared in all keys, before the first block.
-  own = call.brings_own_keys and i.segments is None
-  queries = [i.q, i.out, i.dout]
-  return pairs.Visit(call, refs, queries, [i.k, i.v], o.dq, own_keys=own)
-
-
-def _of_visit(
-  visit: pairs.Visit, i: Inputs, o: Outputs, s: State
-) -> tuple[Inputs, Outputs, State]:
-  """The refs of this step's kv head."""
+def _of_pair(
+  call: Call, i: Inputs, o: Outputs, s: State
+) -> tuple[pairs.Visit | None, Inputs, Outputs, State]:
+  """The refs of this step's kv head, where two come together."""
+  if s.pairs is None:
+    return None, i, o, s
+  queries, keys = [i.q, i.out, i.dout], [i.k, i.v]
+  visit = pairs.Visit(call, s.pairs, queries, keys, o.dq, i.segments)
   (q, out, dout), (k, v) = visit.queries, visit.keys
   i = i._replace(q=q, k=k, v=v, out=out, dout=dout)
-  dk, dv = s.dk.at[visit.member], s.dv.at[visit.member]
-  s = s._replace(dk=dk, dv=dv, k=s.k if s.k is None else s.k.at[visit.member])
-  return i, o._replace(dq=visit.result), s
+  dk, dv, rotated = map(visit.own, (s.dk, s.dv, s.k))
+  s = s._replace(dk=dk, dv=dv, k=rotated)
+  return visit, i, o._replace(dq=visit.result), s
 
 
 def _diagonal_starts_dk(call: Call) -> bool:
@@ -164,7 +159,7 @@ def _take_statistics(call: Call, i: Inputs, s: State) -> None:
     columns.append(jnp.broadcast_to(di, (tpu.LANES, tpu.LANES)))
   tpu.store_lanes(s.di, tpu.columns_to_lanes(columns))
   # An infinite lse gives weights of 0: to a row that sees nothing, and in
-  # `_take_rows` to those past the end.
+  # `finite.clear_past_end` to those past the end.
   lse = i.lse[...]
   s.lse[...] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
   s.di[...] -= _lse_part_of_di(call.problem, i)
@@ -174,30 +169,6 @@ def _take_statistics(call: Call, i: Inputs, s: State) -> None:
 
 def _lse_part_of_di(p: Problem, i: Inputs) -> jax.Array:
   return i.dlse[...] * (1 / p.unit)
-
-
-def _take_rows(call: Call, i: Inputs, s: State) -> None:
-  """In the last block, what lies past the end is undefined: clears it."""
-  if s.dout is None:
-    return
-  inside = call.t - pl.program_id(1) * call.block_q
-
-  def is_inside(shape: tuple[int, ...], axis: int) -> jax.Array:
-    index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-    row, factor = call.layout.tokens(index)
-    return row < inside * factor
-
-  lane = is_inside(s.lse.shape, 1)
-  s.lse[...] = jnp.where(lane, s.lse[...], jnp.inf)
-  s.di[...] = jnp.where(lane, s.di[...], 0.0)
-  row = is_inside(s.q.shape, 0)
-  s.q[...] = _zero_unless(row, call.layout.by_rows(i.q))
-  s.dout[...] = _zero_unless(row, call.layout.by_rows(i.dout))
-
-
-def _zero_unless(inside: jax.Array, rows: Rows) -> jax.Array:
-  x = rows.load(0, inside.shape[0])
-  return jnp.where(inside, x, jnp.zeros_like(x))
 
 
 def _rotate(block: blocks.Block, i: Inputs, s: State) -> None:
@@ -388,12 +359,7 @@ def _state(call: Call, i: Inputs, dq_dtype: Any) -> State:
     k=pltpu.VMEM(of_keys, i.k.dtype) if is_rotated else None,
     sin=of_phases if is_rotated else None,
     cos=of_phases if is_rotated else None,
-    pairs=pairs.scratch(
-      call,
-      [i.q.dtype, i.out.dtype, i.dout.dtype],
-      [i.k.dtype, i.v.dtype],
-      dq_dtype,
-    ),
+    pairs=pairs.scratch(call, 3, i.q.dtype, dq_dtype),
   )
 
 

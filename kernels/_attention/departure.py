@@ -8,7 +8,7 @@ into an array of their own and leave during the next head's first step, behind
 what that step has already asked for.  Of the last head, whose copies nothing
 hides, each block leaves as soon as it is rounded.
 
-Of a pair of kv heads both leave together, as words; see `pairs`.
+Of a pair of kv heads both leave together, as words; see `words`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from . import pairs
+from . import words
 from .tiles import Call
 
 
@@ -36,8 +36,8 @@ def scratch(call: Call, dtype: Any) -> Scratch:
   """What to ask the compiler for."""
   layout, shape = call.layout, (call.padded_keys, call.layout.head_size)
   if layout.kind == "pairs":
-    shape = (layout.together // pairs.per_word(dtype), *shape)
-    dtype = pairs.word_type(dtype)
+    shape = (layout.together // words.per_word(dtype), *shape)
+    dtype = words.word_type(dtype)
   leaving = pltpu.VMEM(shape, dtype)
   return Scratch(leaving, leaving, pltpu.SemaphoreType.DMA((2,)))
 
@@ -99,10 +99,10 @@ class Departure:
     for ref, hbm, xs in zip(
       both, self.in_hbm, zip(*heads, strict=True), strict=True
     ):
-      per = pairs.per_word(hbm.dtype)
+      per = words.per_word(hbm.dtype)
       for row in range(ref.shape[0]):
-        words = pairs.together(xs[row * per : (row + 1) * per], hbm.dtype)
-        ref[row, keys, :] = words
+        of_row = xs[row * per : (row + 1) * per]
+        ref[row, keys, :] = words.together(of_row, hbm.dtype)
 
   def _for_blocks(self, body: Callable[[Any], None]) -> None:
     """Calls body(keys) for all keys that leave."""
@@ -124,7 +124,7 @@ class Departure:
         parts = [
           (
             source.at[row, keys, :],
-            pairs.place(target, layout, head, keys, row),
+            words.place(target, layout, head, keys, row),
           )
           for row in range(source.shape[0])
         ]

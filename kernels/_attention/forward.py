@@ -72,10 +72,8 @@ def _kernel(
   scalars: blocks.Scalars, i: Inputs, o: Outputs, s: State, *, call: Call
 ):
   block = blocks.Block.of_step(call, scalars)
-  visit = None
-  if s.pairs is not None:
-    visit = _visit(call, i, o, s.pairs)
-    i, o, s = _of_visit(visit, i, o, s)
+  visit, i, o, s = _of_pair(call, i, o, s)
+  if visit is not None:
     visit.begin()
   _take(block, i, s)
 
@@ -97,20 +95,17 @@ def _kernel(
     visit.end()
 
 
-def _visit(call: Call, i: Inputs, o: Outputs, refs: pairs.Scratch) -> Any:
-  # What segments hide is cleared in all keys, before the first block.
-  own = call.brings_own_keys and i.segments is None
-  return pairs.Visit(call, refs, [i.q], [i.k, i.v], o.out, own_keys=own)
-
-
-def _of_visit(
-  visit: pairs.Visit, i: Inputs, o: Outputs, s: State
-) -> tuple[Inputs, Outputs, State]:
-  """The refs of this step's kv head."""
+def _of_pair(
+  call: Call, i: Inputs, o: Outputs, s: State
+) -> tuple[pairs.Visit | None, Inputs, Outputs, State]:
+  """The refs of this step's kv head, where two come together."""
+  if s.pairs is None:
+    return None, i, o, s
+  keys = [i.k, i.v]
+  visit = pairs.Visit(call, s.pairs, [i.q], keys, o.out, i.segments)
   (q,), (k, v) = visit.queries, visit.keys
-  if s.k is not None:
-    s = s._replace(k=s.k.at[visit.member])
-  return i._replace(q=q, k=k, v=v), o._replace(out=visit.result), s
+  s = s._replace(k=visit.own(s.k))
+  return visit, i._replace(q=q, k=k, v=v), o._replace(out=visit.result), s
 
 
 def _take(block: blocks.Block, i: Inputs, s: State) -> None:
@@ -340,7 +335,7 @@ def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
     ids=None if i.segments is None else ids,
     q=None if i.rope is None else pltpu.VMEM((call.rows, h), i.q.dtype),
     k=None if i.rope is None else pltpu.VMEM(keys, i.k.dtype),
-    pairs=pairs.scratch(call, [i.q.dtype], [i.k.dtype, i.v.dtype], out_dtype),
+    pairs=pairs.scratch(call, 1, i.q.dtype, out_dtype),
   )
 
 

@@ -79,10 +79,14 @@ class Layout:
     return self.kind == "packed" or self.group == 1
 
   def in_pairs(self, p: Problem) -> Layout | None:
-    """The same order of rows from [B, T, N, H] as it is, if that can be had."""
+    """The same order of rows from [B, T, N, H] as it is, if that can be had.
+
+    Where heads fill no tiles, XLA keeps the heads of a token apart anyway.
+    """
     is_transposed = p.layout == "BTNH" and self.kind == "heads"
-    even, whole = self.kv_heads % 2 == 0, self.head_size % tpu.LANES == 0
-    if is_transposed and even and whole:
+    counts = self.kv_heads, self.kv_heads * self.group
+    whole = all(n in (2, 4) or n % tpu.SUBLANES == 0 for n in counts)
+    if is_transposed and whole and self.head_size % tpu.LANES == 0:
       return dataclasses.replace(self, kind="pairs")
     return None
 

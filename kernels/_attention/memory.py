@@ -45,7 +45,7 @@ class Sizes:
     has_segments: whether there are segment ids.
     has_window: whether there is a local window.
     is_rotated: whether the kernel rotates q and k.
-    has_pairs: whether two kv heads come together, as words; see `pairs`.
+    has_pairs: whether two kv heads come together, as words; see `words`.
   """
 
   t: int
