@@ -32,7 +32,7 @@ def page(name):
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
 LAYOUT = page("layout")
 MEMORY, ROTATION = page("memory"), page("rotation")
-SPANS = page("spans")
+SPANS, FINITE = page("spans"), page("finite")
 FORWARD, BACKWARD = page("forward"), page("backward")
 TPU = FORWARD.tpu
 SMALL = FlashAttentionConfig(

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -57,7 +58,7 @@ def scratch(
     return Store(
       pltpu.VMEM((rows, *at_the_end), word_type(dtype)),
       pltpu.VMEM((*heads, *at_the_end), dtype),
-      pltpu.SemaphoreType.DMA(()),
+      pltpu.SemaphoreType.DMA((2,)),
     )
 
   of_queries = layout.group, call.block_q
@@ -138,8 +139,17 @@ class Visit:
 
     @self._when_keys_come
     def _():
-      for x in self._keys:
-        x.wait(self.pair, self.block)
+      pl.when(self.pair == 0)(lambda: self._wait_for_keys(self.block))
+
+    @pl.when((self.pair > 0) & (self.block == 0))
+    def _():
+      jax.lax.fori_loop(
+        0, self._keys[0].count, lambda n, _: self._wait_for_keys(n), None
+      )
+
+  def _wait_for_keys(self, n: Any) -> None:
+    for x in self._keys:
+      x.wait(self.pair, n)
 
   def _take_apart(self) -> None:
     for x in self._queries:

@@ -91,7 +91,7 @@ class Store(NamedTuple):
 
   words: Any  # [rows of words, tokens, H]
   heads: Any  # [2, G, tokens, H]; [2, tokens, H] of keys and where G is 1
-  moved: Any  # a semaphore of the copies
+  moved: Any  # [2] semaphores of the copies, the first of a first pair of keys
 
 
 class Blocks(NamedTuple):
@@ -204,4 +204,10 @@ class Blocks(NamedTuple):
     there = place(self.hbm, self.layout, pair, pl.ds(first, size), row)
     here = self.store.words.at[row, self._here(n, size), :]
     source, target = (here, there) if leaves else (there, here)
-    return pltpu.make_async_copy(source, target, self.store.moved)
+    return pltpu.make_async_copy(source, target, self._moved(pair))
+
+  def _moved(self, pair: Any) -> Any:
+    # Copies may end in any order.  While those of a first pair are waited for
+    # block by block, some of the next are under way.
+    is_other = jnp.minimum(pair, 1) if self.stays else 1
+    return self.store.moved.at[is_other]
