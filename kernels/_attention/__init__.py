@@ -50,17 +50,14 @@ Read in this order; each page stands on those before it:
     rotation   where RoPE is applied, if it is part of a problem
     finite     what is not a number, behind a mask
     blocks     which keys a block of queries meets, and the mask
+    softmax    its steps in a forward kernel, those of decode attention too
     forward    the kernel
     departure  how dk and dv leave for HBM
     backward   the kernel
     door       what the public functions are given, checked
     op         the public function and its registration
-    decode     decode_attention, which so far is its reference
 """
 
-from .decode import DECODE_ATTENTION as DECODE_ATTENTION
-from .decode import decode_attention as decode_attention
-from .decode import decode_attention_reference as decode_attention_reference
 from .op import FLASH_ATTENTION as FLASH_ATTENTION
 from .op import flash_attention as flash_attention
 from .spec import flash_attention_reference as flash_attention_reference

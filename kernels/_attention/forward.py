@@ -27,13 +27,9 @@ from .._frame import tpu
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
 from . import blocks, finite, memory, rotation, spans, tiles
+from .softmax import MASKED, lse_of, reciprocal, row_maximum, sum_by_lane
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
-
-# Hides a key.  Finite, so that a row that has seen no key yet stays a number:
-# what it gathers is multiplied by exp2(MASKED - m) = 0 at its first key.  And
-# not so low that the difference with a logit overflows.
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 class Inputs(NamedTuple):
@@ -174,12 +170,12 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
       mask = _mask(block, i, s, g, keys.key0, logits.shape)
       logits = jnp.where(mask, logits, MASKED)
     before = None if keys.starts else s.m[g, :]
-    m = _row_maximum(logits)
+    m = row_maximum(logits)
     if before is not None:
       m = jnp.maximum(before, m)
     s.m[g, :] = m
     weights = jnp.exp2((logits - tpu.across(m, width)) * p.to_base_2)
-    total = _sum_by_lane(weights)
+    total = sum_by_lane(weights)
     acc = tpu.dot(weights.astype(v.dtype), v, tpu.NN)
     if before is not None:
       decay = jnp.exp2((before - m) * p.to_base_2)
@@ -204,18 +200,6 @@ def _mask(
   return blocks.visible(block, shape, 0, g.start, key0, ids)
 
 
-def _row_maximum(logits: jax.Array) -> jax.Array:
-  """[R, keys] to [R, LANES], equal in all lanes."""
-  top = jnp.max(logits, axis=1, keepdims=True)
-  return jnp.broadcast_to(top, (logits.shape[0], tpu.LANES))
-
-
-def _sum_by_lane(weights: jax.Array) -> jax.Array:
-  """[R, keys] to [R, LANES]: the sum over lanes is left for the end."""
-  parts = jnp.split(weights, weights.shape[1] // tpu.LANES, axis=1)
-  return functools.reduce(jnp.add, parts)
-
-
 def _add_decayed(
   s: State, g: Any, decay: jax.Array, total: jax.Array, acc: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -233,7 +217,7 @@ def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   out = call.layout.by_rows(o.out)
   totals = [jnp.sum(s.total[r, :], axis=1, keepdims=True) for r in parts]
   for r, total in zip(parts, totals, strict=True):
-    inverse = _reciprocal(total, o.out.dtype)
+    inverse = reciprocal(total, o.out.dtype)
     if may_see_nothing:
       inverse = jnp.where(s.m[r, :1] <= MASKED / 2, 0.0, inverse)
     out.store(int(r.start), s.acc[r, :] * inverse)
@@ -241,32 +225,16 @@ def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   m, total = jnp.split(
     tpu.columns_to_lanes([s.m[r, :] for r in parts] + columns), 2
   )
-  lse = _lse(m, total, p)
+  lse = lse_of(m, total, p)
   if may_see_nothing:
     lse = _minus_infinity_where_masked(lse, m)
   tpu.store_lanes(o.lse, lse)
-
-
-def _lse(m: jax.Array, total: jax.Array, p: Problem) -> jax.Array:
-  return m + jnp.log2(total) * (1 / p.to_base_2)
 
 
 def _minus_infinity_where_masked(lse: jax.Array, m: jax.Array) -> jax.Array:
   # A maximum may pass over NaN; the sum does not.
   is_nan = lse != lse
   return jnp.where((m <= MASKED / 2) & ~is_nan, -jnp.inf, lse)
-
-
-# In `pl` up to JAX 0.10, deprecated there since.
-_approximate_reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
-
-
-def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
-  """1 / x, well within dtype's precision."""
-  if dtype == jnp.float32:
-    return 1.0 / x
-  guess = _approximate_reciprocal(x, approx=True)
-  return guess * (2.0 - x * guess)
 
 
 # --- the call -----------------------------------------------------------------

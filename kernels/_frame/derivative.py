@@ -18,6 +18,7 @@ import jax
 import jax.core
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
@@ -208,7 +209,11 @@ def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
   wanted = wanted._replace(**dict.fromkeys(op.constants(arrays), False))
   saved = op.saved(arrays, outs, kept)
   residuals, saved_tree = jax.tree.flatten(saved)
-  out_leaves, out_tree = jax.tree.flatten(outs)
+  # Integers among the results have no tangent, and None for a cotangent.
+  floats = outs._replace(
+    **{n: None for n, x in outs._asdict().items() if not _is_float(x)}
+  )
+  out_leaves, out_tree = jax.tree.flatten(floats)
 
   def restored(residuals: Any, d_outs: Any) -> tuple[Any, Any]:
     saved = jax.tree.unflatten(saved_tree, residuals)
@@ -236,7 +241,24 @@ def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
     f"linearize); pass implementation='xla'"
   )
   d_outs = linear(forward, transpose, residuals, perturbed, out_leaves, message)
-  return outs, jax.tree.unflatten(out_tree, d_outs)
+  return outs, with_integers(outs, jax.tree.unflatten(out_tree, d_outs))
+
+
+def _is_float(x: Any) -> bool:
+  return x is not None and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def with_integers(outs: Any, d_outs: Any) -> Any:
+  """Tangents or cotangents of a record of results, as JAX wants them.
+
+  Those of integers, None in ours, are of a type of their own.
+  """
+  missing = {
+    name: np.zeros(x.shape, jax.dtypes.float0)
+    for name, x in outs._asdict().items()
+    if x is not None and not _is_float(x)
+  }
+  return d_outs._replace(**missing)
 
 
 def is_perturbed(tangent: Any) -> bool:

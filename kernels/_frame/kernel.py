@@ -32,7 +32,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from . import switches
-from .derivative import differentiable, refused, without_derivatives
+from .derivative import (
+  differentiable,
+  refused,
+  with_integers,
+  without_derivatives,
+)
 from .manual import replaced, vary_alike, vary_as_all
 from .mapped import Vmap, mapped_kernel, one_by_one
 from .sharding import Split, is_split, per_device
@@ -228,7 +233,8 @@ class kernel_op:  # lower case, as jax.custom_vjp
         return plain_forward(problem, arrays, keep=False)[0]
       return plain_forward(problem, arrays)
 
-    return jax.vjp(of_floats, floats)[1](d_outs)[0]
+    outs, vjp = jax.vjp(of_floats, floats)
+    return vjp(with_integers(outs, d_outs))[0]
 
   def _dispatch(
     self, implementation: Any, kernel: Any, reference: Any, *args: Any
