@@ -39,34 +39,46 @@ class Cache:
       lengths=jnp.zeros(batch, jnp.int32),
     )
 
-  def write_prompts(
-    self, layer: jax.Array, k: jax.Array, v: jax.Array
-  ) -> Cache:
-    """This cache with k and v [B, T, K, H] at the first T places of a layer.
-
-    `lengths` are left as they are: they hold for all layers, so the caller sets
-    them when every layer has been written.
-    """
-
-    def write(stacked: jax.Array, new: jax.Array) -> jax.Array:
-      start = (layer, 0, 0, 0, 0)
-      return jax.lax.dynamic_update_slice(stacked, new[None], start)
-
-    return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
+  @property
+  def size(self) -> int:
+    """S, the tokens that a row has room for."""
+    return self.k.shape[2]
 
   def append(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
-    """This cache with k and v [B, 1, K, H] after each row's last token.
+    """This cache with k and v [B, T, K, H] after each row's last token.
 
-    A row that is full is left as it is.  So are `lengths`, as in
-    `write_prompts`.
+    Those for which a row has no room are dropped.  `lengths` are left as they
+    are: they hold for all layers, so the caller sets them when every layer has
+    been written.
     """
-    rows = jnp.arange(k.shape[0])
+    rows = jnp.arange(k.shape[0])[:, None]
+    places = self.lengths[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)
 
     def write(stacked: jax.Array, new: jax.Array) -> jax.Array:
       # JAX drops an update whose index is out of bounds.
-      return stacked.at[layer, rows, self.lengths].set(new[:, 0])
+      return stacked.at[layer, rows, places].set(new)
 
     return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
+
+  def row(self, index: jax.Array) -> Cache:
+    """A cache of one of its rows."""
+
+    def read(x: jax.Array, axis: int) -> jax.Array:
+      return jax.lax.dynamic_slice_in_dim(x, index, 1, axis)
+
+    return Cache(read(self.k, 1), read(self.v, 1), read(self.lengths, 0))
+
+  def with_row(self, index: jax.Array, row: Cache) -> Cache:
+    """This cache with one of its rows replaced."""
+
+    def write(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+      return jax.lax.dynamic_update_slice_in_dim(x, new, index, axis)
+
+    return Cache(
+      write(self.k, row.k, 1),
+      write(self.v, row.v, 1),
+      write(self.lengths, row.lengths, 0),
+    )
 
 
 jax.tree_util.register_dataclass(
