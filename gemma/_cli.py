@@ -181,7 +181,7 @@ def _keep_compiled(directory: pathlib.Path) -> None:
 def _print_samples(config: SampleConfig) -> None:
   """Prints prompts and continuations; the first one piece by piece."""
   from ._checkpoint import load_checkpoint
-  from ._sampler import Sampler
+  from ._sample.sampler import Sampler
 
   model, tokenizer = load_checkpoint(config.checkpoint, step=config.step)
   longest = max(len(tokenizer.encode(p, add_bos=True)) for p in config.prompt)
