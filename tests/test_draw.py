@@ -127,10 +127,8 @@ def naive(logits, seen, counts, temperature, top_k, top_p, min_p, **change):
 
 @jax.jit
 def distribution(logits, settings, seen, counts):
-  if settings.repetition is None:
-    seen = None
-  if settings.presence is None:
-    counts = None
+  seen = seen if settings.uses_seen else None
+  counts = counts if settings.uses_counts else None
   logits = jnp.where(jnp.arange(V) < settings.vocab_size, logits, -jnp.inf)
   penalised = DRAW.penalise(logits, settings, seen, counts)
   return jax.nn.softmax(DRAW.cut_logits(penalised, settings))
@@ -174,10 +172,12 @@ def test_distributions_are_those_of_a_loop_over_the_tokens(name):
 
 def test_what_is_not_asked_for_is_not_compiled():
   neutral = request(**NEUTRAL)
-  assert neutral.repetition is neutral.presence is neutral.frequency is None
+  assert jax.tree.structure(neutral) == jax.tree.structure(request())
+  assert not neutral.uses_seen and not neutral.uses_counts
   assert neutral.bias is None
-  asked = request(frequency_penalty=0.1)
-  assert asked.presence == 0 and asked.repetition is None
+  assert request(frequency_penalty=0.1).uses_counts
+  assert request(presence_penalty=-0.1).uses_counts
+  assert request(repetition_penalty=0.9).uses_seen
   greedy = request(temperature=0.0, **NEUTRAL)
   keys = jax.random.split(jax.random.key(0), 2)
   args = jnp.zeros((2, V)), keys, greedy, None, None

@@ -7,18 +7,20 @@ import dataclasses
 import functools
 import importlib
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import v5e
 from flax import nnx
 from pallas_gemma.gemma import KERNELS, Gemma, GemmaConfig, Sampler, Tokenizer
 from random_gemma import random_gemma
 
-LOOP, SAMPLER = (
+LOOP, SAMPLER, SETTINGS = (
   importlib.import_module(f"pallas_gemma.gemma._sample.{name}")
-  for name in ("loop", "sampler")
+  for name in ("loop", "sampler", "settings")
 )
 # In a scan, the interpreter's race detection does not lower (test_model.py).
 pytestmark = pytest.mark.no_interpreter
@@ -173,7 +175,7 @@ def test_a_seed_for_each_prompt_is_that_prompts_alone():
 
 # --- penalties ----------------------------------------------------------------
 
-PENALTIES = dict(
+PENALTIES: dict[str, Any] = dict(
   repetition_penalty=1.3,
   presence_penalty=0.2,
   frequency_penalty=0.3,
@@ -375,6 +377,32 @@ def test_compiles_once_for_similar_calls():
   model.final_norm[...] += 1.0
   sample(["fox"], temperature=1.0, top_k=5)
   assert traces == compiled
+
+
+@v5e.needs_compiler
+def test_the_cache_is_written_in_place():
+  """On a TPU a call keeps no second copy of it, nor of a row's penalties."""
+  config = dataclasses.replace(CONFIG, head_size=128, context_length=4096)
+  model = nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0)).cast())
+  settings = SETTINGS.Request(
+    **dict(max_new_tokens=1, temperature=0.0, speculate=3, stop_tokens=[1]),
+    **dict(top_k=None, top_p=None, min_p=None),
+    **PENALTIES,
+  ).settings(300, config.vocab_size)
+  empty = functools.partial(LOOP.empty, config, batch=4, length=4096)
+  state = jax.eval_shape(empty, settings, jnp.zeros((1, 2), jnp.uint32))
+  leaves, tree = jax.tree.flatten((model, state, settings, np.int32(32), True))
+  given = len(jax.tree.leaves(model)) + np.arange(len(jax.tree.leaves(state)))
+
+  def run(*leaves):
+    return LOOP.run(*jax.tree.unflatten(tree, leaves))
+
+  specs = [jax.ShapeDtypeStruct(np.shape(x), np.result_type(x)) for x in leaves]
+  memory = v5e.compile(
+    run, *specs, donate_argnums=tuple(given)
+  ).memory_analysis()
+  cache = 2 * 4 * state.cache.k.size  # bytes
+  assert memory.alias_size_in_bytes > cache > 4 * memory.temp_size_in_bytes
 
 
 def test_bfloat16_samples_as_its_own_forward_pass():

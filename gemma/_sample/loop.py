@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._cache import Cache
 from .._config import GemmaConfig
@@ -95,8 +96,8 @@ def empty(
     done=jnp.ones(batch, bool),
     keys=jnp.zeros((batch, keys.shape[-1]), jnp.uint32),
     cache=Cache.empty(config, batch, length),
-    seen=None if settings.repetition is None else jnp.zeros(words, bool),
-    counts=None if settings.presence is None else jnp.zeros(words, jnp.int32),
+    seen=jnp.zeros(words, bool) if settings.uses_seen else None,
+    counts=jnp.zeros(words, jnp.int32) if settings.uses_counts else None,
   )
 
 
@@ -259,7 +260,10 @@ def _step(
 
 
 def _add(
-  state: State, token: jax.Array, grows: jax.Array, stops: jax.Array
+  state: State,
+  token: jax.Array,
+  grows: jax.Array,
+  stops: jax.Array | np.ndarray,
 ) -> State:
   """One more token in each row that grows."""
   rows, seen, counts = jnp.arange(grows.size), state.seen, state.counts

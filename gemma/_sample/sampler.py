@@ -237,8 +237,8 @@ class _Desk:
         np.int32(self._most),
         np.bool_(bool(waiting)),
       )
-      for i, completion in _grow(rows, jax.device_get(drawn)):
-        finished[rows[i].index] = completion
+      for i, row in _grow(rows, jax.device_get(drawn)):
+        finished[row.index] = row.completion()
         rows[i] = None
     return [finished[i] for i in range(len(self._prompts))]
 
@@ -283,8 +283,8 @@ class _Desk:
 
 def _grow(
   rows: Sequence[Row | None], drawn: loop.Drawn
-) -> list[tuple[int, Completion]]:
-  """Adds what has been drawn; which rows have ended, and their completions."""
+) -> list[tuple[int, Row]]:
+  """Adds what has been drawn; which rows have ended."""
   ended = []
   for i, row in enumerate(rows):
     if row is None:
@@ -297,7 +297,7 @@ def _grow(
     ):
       row.add(token, logprob)
     if drawn.done[i]:
-      ended.append((i, row.completion()))
+      ended.append((i, row))
   return ended
 
 

@@ -73,7 +73,6 @@ class Request:
     Raises:
       UserError: on ids that the tokenizer does not have.
     """
-    counts = self.presence_penalty != 0 or self.frequency_penalty != 0
     return Settings(
       vocab_size=vocab_size,
       greedy=self.temperature < float(np.finfo(np.float32).tiny),
@@ -81,15 +80,17 @@ class Request:
         limit is not None for limit in (self.top_k, self.top_p, self.min_p)
       ),
       speculate=self.speculate,
+      uses_seen=self.repetition_penalty != 1,
+      uses_counts=(self.presence_penalty, self.frequency_penalty) != (0, 0),
       temperature=np.float32(self.temperature),
       cut=Cut(
         top_k=np.int32(min(self.top_k or vocab_size, vocab_size)),
         top_p=np.float32(math.inf if self.top_p is None else self.top_p),
         min_p=np.float32(self.min_p or 0.0),
       ),
-      repetition=_unless(self.repetition_penalty == 1, self.repetition_penalty),
-      presence=_unless(not counts, self.presence_penalty),
-      frequency=_unless(not counts, self.frequency_penalty),
+      repetition=np.float32(self.repetition_penalty),
+      presence=np.float32(self.presence_penalty),
+      frequency=np.float32(self.frequency_penalty),
       bias=self._bias(vocab_size, embeddings),
       stops=self._stops(vocab_size),
     )
@@ -113,7 +114,7 @@ class Request:
       if not 0 <= token < vocab_size:
         raise wanted("stop_tokens", f"ids below {vocab_size}", token)
     stops = sorted(self.stop_tokens)
-    return np.array(stops + [-1] * (-len(stops) % _STOPS or 0), np.int32)
+    return np.array(stops + [-1] * (-len(stops) % _STOPS), np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +128,10 @@ class Settings:
     greedy: whether to take the likeliest token and draw nothing.
     filtered: whether some tokens may not be drawn.
     speculate: tokens that a step guesses.
+    uses_seen: whether there is a repetition penalty.
+    uses_counts: whether there is a presence or frequency penalty.
 
-  And the numbers, of which those that are not asked for are None:
+  And numbers:
 
   Attributes:
     temperature: divides the logits.
@@ -137,7 +140,7 @@ class Settings:
       included, and multiplies a negative one.
     presence: is subtracted from the logit of a token that has been drawn.
     frequency: is subtracted for each time that it has been drawn.
-    bias: [V], is added.
+    bias: [V], is added; None if there is none.
     stops: [n] ids that end a row, and -1.
   """
 
@@ -145,16 +148,21 @@ class Settings:
   greedy: bool
   filtered: bool
   speculate: int
+  uses_seen: bool
+  uses_counts: bool
   temperature: np.float32 | jax.Array
   cut: Cut
-  repetition: np.float32 | jax.Array | None
-  presence: np.float32 | jax.Array | None
-  frequency: np.float32 | jax.Array | None
+  repetition: np.float32 | jax.Array
+  presence: np.float32 | jax.Array
+  frequency: np.float32 | jax.Array
   bias: np.ndarray | jax.Array | None
   stops: np.ndarray | jax.Array
 
 
-_COMPILED_IN = ["vocab_size", "greedy", "filtered", "speculate"]
+_COMPILED_IN = [
+  *("vocab_size", "greedy", "filtered", "speculate"),
+  *("uses_seen", "uses_counts"),
+]
 jax.tree_util.register_dataclass(
   Settings,
   data_fields=[
@@ -175,27 +183,22 @@ def keys_of(seed: int | Sequence[int], count: int) -> np.ndarray:
   Raises:
     UserError: if there are not `count` seeds, or one is no 32-bit integer.
   """
-  several = not isinstance(seed, (int, np.integer))
-  seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
+  index = np.zeros(count, np.uint32)
+  if isinstance(seed, (int, np.integer)):
+    seeds, index = [int(seed)] * count, np.arange(count, dtype=np.uint32)
+  else:
+    seeds = [int(each) for each in seed]
   if len(seeds) != count:
-    raise wanted(
-      "seed",
-      f"one number, or one for each of {count} prompts",
-      f"{len(seeds)} numbers",
-    )
+    what = f"one number, or one for each of {count} prompts"
+    raise wanted("seed", what, f"{len(seeds)} numbers")
   for each in seeds:
     if not -(1 << 31) <= each < 1 << 32:
       raise wanted("seed", "of 32 bits", each)
-  index = np.zeros(count, np.uint32) if several else np.arange(count)
   words = np.array([each % (1 << 32) for each in seeds], np.uint32)
-  return np.asarray(_keys(words, index.astype(np.uint32)))
+  return np.asarray(_keys(words, index))
 
 
 @jax.jit
 def _keys(seeds: jax.Array, index: jax.Array) -> jax.Array:
   keys = jax.vmap(jax.random.key)(seeds)
   return jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, index))
-
-
-def _unless(absent: bool, value: float) -> np.float32 | None:
-  return None if absent else np.float32(value)
