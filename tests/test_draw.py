@@ -175,6 +175,8 @@ def test_what_is_not_asked_for_is_not_compiled():
   assert jax.tree.structure(neutral) == jax.tree.structure(request())
   assert not neutral.uses_seen and not neutral.uses_counts
   assert neutral.bias is None
+  assert request(top_k=V - 2, top_p=1.0, min_p=0.0).cut == CUT.Cut()
+  assert request(top_p=0.5).cut == CUT.Cut(top_p=np.float32(0.5))
   assert request(frequency_penalty=0.1).uses_counts
   assert request(presence_penalty=-0.1).uses_counts
   assert request(repetition_penalty=0.9).uses_seen

@@ -371,8 +371,8 @@ def test_compiles_once_for_similar_calls():
   )
   sample(["dog"], temperature=1.0, top_k=5)
   compiled = dict(traces)
-  sample(["again"], temperature=0.3, top_p=0.5, seed=3)
-  sample(["dog, fo"], temperature=0.7, top_k=9, top_p=0.9)
+  sample(["again"], temperature=0.3, top_k=9, seed=3)
+  sample(["dog, fo"], temperature=0.7, top_k=2, top_p=1.0, min_p=0.0)
   # Weights may change; they are no part of what is compiled.
   model.final_norm[...] += 1.0
   sample(["fox"], temperature=1.0, top_k=5)
@@ -401,6 +401,7 @@ def test_the_cache_is_written_in_place():
   memory = v5e.compile(
     run, *specs, donate_argnums=tuple(given)
   ).memory_analysis()
+  assert memory is not None
   cache = 2 * 4 * state.cache.k.size  # bytes
   assert memory.alias_size_in_bytes > cache > 4 * memory.temp_size_in_bytes
 

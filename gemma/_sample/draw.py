@@ -18,7 +18,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .cut import keep_likeliest
+from .cut import in_rows, keep_likeliest
 from .settings import Settings
 
 
@@ -50,7 +50,7 @@ def draw(
     tokens = jnp.argmax(penalised, axis=-1)
   else:
     scaled = cut_logits(penalised, settings)
-    tokens = jax.vmap(jax.random.categorical)(keys, scaled)
+    tokens = jax.vmap(_categorical)(keys, scaled)
   logprobs = jnp.take_along_axis(
     jax.nn.log_softmax(logits), tokens[:, None], axis=-1
   )
@@ -82,4 +82,12 @@ def cut_logits(logits: jax.Array, settings: Settings) -> jax.Array:
   # temperature: negative infinities are harmless, they have probability 0.
   logits = logits - jnp.max(logits, axis=-1, keepdims=True)
   logits /= settings.temperature
-  return keep_likeliest(logits, settings.cut) if settings.filtered else logits
+  return keep_likeliest(logits, settings.cut)
+
+
+def _categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
+  """As `jax.random.categorical` of logits [V], by Gumbel's noise."""
+  rows = in_rows(logits)
+  rows += jax.random.gumbel(key, rows.shape)
+  row = jnp.argmax(jnp.max(rows, axis=1))
+  return row * rows.shape[1] + jnp.argmax(rows, axis=1)[row]

@@ -76,23 +76,25 @@ class Request:
     return Settings(
       vocab_size=vocab_size,
       greedy=self.temperature < float(np.finfo(np.float32).tiny),
-      filtered=any(
-        limit is not None for limit in (self.top_k, self.top_p, self.min_p)
-      ),
       speculate=self.speculate,
       uses_seen=self.repetition_penalty != 1,
       uses_counts=(self.presence_penalty, self.frequency_penalty) != (0, 0),
       temperature=np.float32(self.temperature),
-      cut=Cut(
-        top_k=np.int32(min(self.top_k or vocab_size, vocab_size)),
-        top_p=np.float32(math.inf if self.top_p is None else self.top_p),
-        min_p=np.float32(self.min_p or 0.0),
-      ),
+      cut=self._cut(vocab_size),
       repetition=np.float32(self.repetition_penalty),
       presence=np.float32(self.presence_penalty),
       frequency=np.float32(self.frequency_penalty),
       bias=self._bias(vocab_size, embeddings),
       stops=self._stops(vocab_size),
+    )
+
+  def _cut(self, vocab_size: int) -> Cut:
+    """What would keep all is left out."""
+    k, p, least = self.top_k, self.top_p, self.min_p
+    return Cut(
+      top_k=None if k is None or k >= vocab_size else np.int32(k),
+      top_p=None if p is None or p == 1 else np.float32(p),
+      min_p=None if least is None or least == 0 else np.float32(least),
     )
 
   def _bias(self, vocab_size: int, embeddings: int) -> np.ndarray | None:
@@ -126,7 +128,6 @@ class Settings:
   Attributes:
     vocab_size: the tokenizer's; later rows of the embedding are never drawn.
     greedy: whether to take the likeliest token and draw nothing.
-    filtered: whether some tokens may not be drawn.
     speculate: tokens that a step guesses.
     uses_seen: whether there is a repetition penalty.
     uses_counts: whether there is a presence or frequency penalty.
@@ -146,7 +147,6 @@ class Settings:
 
   vocab_size: int
   greedy: bool
-  filtered: bool
   speculate: int
   uses_seen: bool
   uses_counts: bool
@@ -160,7 +160,7 @@ class Settings:
 
 
 _COMPILED_IN = [
-  *("vocab_size", "greedy", "filtered", "speculate"),
+  *("vocab_size", "greedy", "speculate"),
   *("uses_seen", "uses_counts"),
 ]
 jax.tree_util.register_dataclass(
