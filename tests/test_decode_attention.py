@@ -332,7 +332,7 @@ def test_a_carried_cache_is_never_copied(n, k, h, quantized):
   donated = tuple(
     i for i, x in enumerate(leaves) if s in x.shape or s * k in x.shape
   )
-  compiled = v5e.compile(run, *leaves, donated=donated)
+  compiled = v5e.compile(run, *leaves, donate_argnums=donated)
   text = compiled.as_text() or ""
   assert "decode_attention" in text
   large = (

@@ -25,13 +25,13 @@ def devices(topology="1x1", per_host=(1, 1, 1)):
   ).devices
 
 
-def compile(function, *specs, donated=()):
+def compile(function, *specs, **options):
   """`function` compiled for one v5e chip, from shapes and dtypes.
 
   Args:
     function: to compile.
     *specs: of its arguments.
-    donated: indices of those whose memory results may take.
+    **options: of `jax.jit`.
   """
   mesh = Mesh([devices()[0]], ("chip",))
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -39,8 +39,7 @@ def compile(function, *specs, donated=()):
     jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated) for s in specs
   ]
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    jitted = jax.jit(function, donate_argnums=donated)
-    return jitted.lower(*placed).compile()
+    return jax.jit(function, **options).lower(*placed).compile()
 
 
 def compile_and_cut(folder, function, *specs):

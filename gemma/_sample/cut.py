@@ -1,4 +1,4 @@
-"""Draws a token from logits, cut to the likeliest, without sorting them.
+"""Logits cut to the likeliest tokens, without sorting them.
 
 To sort 256,128 logits takes a v5e longer than to read the weights of three
 layers.  What is kept are the likeliest tokens, so a threshold on the logits
@@ -24,49 +24,51 @@ _ROWS = 8  # the sublanes of a TPU's registers
 class Cut(NamedTuple):
   """Which tokens may be drawn: scalars, numbers or arrays.
 
-  In this order, each of what the one before has left, renormalised.
+  In this order, each of what the one before has left, renormalised.  What is
+  None is not compiled either.
 
   Attributes:
-    top_k: the so many likeliest; V or more keeps all.
-    top_p: the fewest likeliest that have at least this probability together;
-      above 1 keeps all.
-    min_p: those at least so many times as likely as the likeliest; 0 keeps all.
+    top_k: the so many likeliest.
+    top_p: the fewest likeliest that have at least this probability together.
+    min_p: those at least so many times as likely as the likeliest.
   """
 
-  top_k: np.int32 | jax.Array
-  top_p: np.float32 | jax.Array
-  min_p: np.float32 | jax.Array
+  top_k: np.int32 | jax.Array | None = None
+  top_p: np.float32 | jax.Array | None = None
+  min_p: np.float32 | jax.Array | None = None
 
 
-def draw(keys: jax.Array, logits: jax.Array, cut: Cut) -> jax.Array:
-  """A token for each row.
-
-  Args:
-    keys: [B] random keys.
-    logits: [B, V] float32; minus infinity is never drawn.
-    cut: which tokens may be.
-
-  Returns:
-    [B] ids.
-  """
-  logits = jax.vmap(lambda row: _cut(row, cut))(logits)
-  return jax.vmap(jax.random.categorical)(keys, logits)
+def keep_likeliest(logits: jax.Array, cut: Cut) -> jax.Array:
+  """Logits [B, V] float32, minus infinity where a token may not be drawn."""
+  if all(limit is None for limit in cut):
+    return logits
+  return jax.vmap(lambda row: _of_row(row, cut))(logits)
 
 
-def _cut(logits: jax.Array, cut: Cut) -> jax.Array:
-  """Logits [V], minus infinity where a token may not be drawn."""
-  # A vector along the lanes alone would take eight times as long to sum.
+def _of_row(logits: jax.Array, cut: Cut) -> jax.Array:
   vocab_size = logits.size
-  padding = -vocab_size % _ROWS
-  logits = jnp.pad(logits, (0, padding), constant_values=-jnp.inf)
-  logits = logits.reshape(_ROWS, -1)
+  logits = in_rows(logits)
   order = _ordered(logits)
-  logits = jnp.where(_top_k(order, cut.top_k), logits, -jnp.inf)
-  p = jnp.exp(logits - jnp.max(logits))
-  kept = _top_p(order, p / jnp.sum(p), cut.top_p)
-  logits = jnp.where(kept, logits, -jnp.inf)
-  likely = logits >= jnp.max(logits) + jnp.log(cut.min_p)
-  return jnp.where(likely, logits, -jnp.inf).reshape(-1)[:vocab_size]
+  if cut.top_k is not None:
+    logits = jnp.where(_top_k(order, cut.top_k), logits, -jnp.inf)
+  if cut.top_p is not None:
+    p = jnp.exp(logits - jnp.max(logits))
+    kept = _top_p(order, p / jnp.sum(p), cut.top_p)
+    logits = jnp.where(kept, logits, -jnp.inf)
+  if cut.min_p is not None:
+    likely = logits >= jnp.max(logits) + jnp.log(cut.min_p)
+    logits = jnp.where(likely, logits, -jnp.inf)
+  return logits.reshape(-1)[:vocab_size]
+
+
+def in_rows(logits: jax.Array) -> jax.Array:
+  """Logits [V] as [8, V / 8], with minus infinity at the end.
+
+  Of a vector along the lanes alone a TPU computes an eighth at a time.
+  """
+  padding = -logits.size % _ROWS
+  logits = jnp.pad(logits, (0, padding), constant_values=-jnp.inf)
+  return logits.reshape(_ROWS, -1)
 
 
 def _ordered(x: jax.Array) -> jax.Array:
