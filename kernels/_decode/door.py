@@ -5,7 +5,7 @@ Read it when an error message brings you here: nothing is computed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +29,25 @@ from .spec import Arrays, Outs, Problem
 _OP = "decode_attention"
 
 
-def checked_arguments(
-  q: Any,
-  k_cache: Any,
-  v_cache: Any,
-  lengths: Any,
-  *,
-  new: Any,
-  layer: Any,
-  page_table: Any,
-  rope: Any,
-  scale: Any,
-  local_window_size: Any,
-  logits_soft_cap: Any,
-) -> dict[str, Any]:
-  """The arguments of `problem_of`, of the types and shapes it wants."""
+class Given(NamedTuple):
+  """What the public functions are given, by its name there."""
+
+  q: Any
+  k_cache: Any
+  v_cache: Any
+  lengths: Any
+  new: Any
+  layer: Any
+  page_table: Any
+  rope: Any
+  scale: Any
+  local_window_size: Any
+  logits_soft_cap: Any
+
+
+def checked_arguments(given: Given) -> Given:
+  """Of the types and shapes that `problem_of` wants."""
+  q, k_cache, v_cache, lengths, new, layer, page_table = given[:7]
   (q,) = as_floats(_OP, q=q)
   if q.ndim != 4:
     raise ValueError(f"{_OP}: q must be [B, T, N, H], got shape {q.shape}")
@@ -75,10 +79,11 @@ def checked_arguments(
       )
   lengths = as_integers(_OP, "lengths", lengths)
   check_shape(_OP, "lengths", lengths, q.shape[:1], "[B]")
-  cap = logits_soft_cap
+  cap = given.logits_soft_cap
   cap = None if cap is None else as_number(_OP, "logits_soft_cap", cap)
   check_positive(_OP, logits_soft_cap=cap)
-  return dict(
+  rope, scale = given.rope, given.scale
+  return Given(
     q=q,
     k_cache=k,
     v_cache=v,
@@ -88,7 +93,7 @@ def checked_arguments(
     page_table=page_table,
     rope=None if rope is None else _as_rope(rope, q),
     scale=None if scale is None else as_scalar(_OP, "scale", scale),
-    local_window_size=as_window(_OP, local_window_size),
+    local_window_size=as_window(_OP, given.local_window_size),
     logits_soft_cap=cap,
   )
 
@@ -160,22 +165,10 @@ def _as_rope(rope: Any, q: jax.Array) -> Rope:
 # --- problems -----------------------------------------------------------------
 
 
-def problem_of(
-  q: Any,
-  k_cache: Any,
-  v_cache: Any,
-  lengths: Any,
-  *,
-  new: Any = None,
-  layer: Any = None,
-  page_table: Any = None,
-  rope: Any = None,
-  scale: Any = None,
-  local_window_size: Any = None,
-  logits_soft_cap: Any = None,
-  **static: Any,
-) -> tuple[Problem, Arrays]:
+def problem_of(given: Given, **static: Any) -> tuple[Problem, Arrays]:
   """A problem and its arrays, from the arguments of the public functions."""
+  q, k_cache, v_cache, lengths, new, layer, page_table = given[:7]
+  rope, scale = given.rope, given.scale
   (batch, t), wide = q.shape[:2], jnp.promote_types(q.dtype, jnp.float32)
 
   def of_batch(value: Any, dtype: Any) -> jax.Array:
@@ -200,13 +193,13 @@ def problem_of(
       a = a._replace(base=of_batch(rope.base_frequency, wide))
     else:
       static["base_frequency"] = float(rope.base_frequency)
-  window = sides(local_window_size)
+  window = sides(given.local_window_size)
   left = None if window is None else window[0]
   if is_traced(left):
     a = a._replace(left=jnp.clip(of_batch(left, jnp.int32), 0, size + t))
   elif left is not None and left < size - 1:
     static["left"] = int(left)
-  return Problem(**static, soft_cap=logits_soft_cap), a
+  return Problem(**static, soft_cap=given.logits_soft_cap), a
 
 
 def _parts(cache: CacheArray) -> tuple[jax.Array, jax.Array | None]:

@@ -95,14 +95,17 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: State, *, call: Call):
     is_last, after = block + 1 == step.last, copies.slot_after(slot)
     pl.when(jnp.logical_not(is_last))(lambda: (arrives(block + 1), None)[1])
     tile = attend.Tile(call, step, block, slot, scale)
+    to_keys = functools.partial(attend.to_keys, tile, i.q, keys, s.rows)
+
+    def with_mask(masked: bool) -> None:
+      jax.lax.cond(
+        is_last,
+        lambda: to_keys(None, masked=masked),
+        lambda: to_keys(after, masked=masked),
+      )
+
     sees_all = step.sees_all(call, block)
-    for masked in (False, True):
-      for following in (None, after):
-
-        @pl.when((sees_all != masked) & (is_last == (following is None)))
-        def _(masked=masked, following=following):
-          attend.to_keys(tile, i.q, keys, s.rows, following, masked=masked)
-
+    jax.lax.cond(sees_all, lambda: with_mask(False), lambda: with_mask(True))
     return after
 
   slot = arrives(step.first)

@@ -21,7 +21,7 @@ from .._frame.sharding import Axes, Split
 from .._rope import Rope
 from .cache import CacheArray, QuantizedCache
 from .devices import merged_over, shifted, with_own_kv_heads
-from .door import checked_arguments, problem_of, results_of
+from .door import Given, checked_arguments, problem_of, results_of
 from .forward import forward
 from .spec import (
   Arrays,
@@ -150,7 +150,7 @@ def decode_attention_reference(
   return_lse: bool = False,
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
-  problem, arrays = problem_of(
+  given = Given(
     q,
     k_cache,
     v_cache,
@@ -162,8 +162,8 @@ def decode_attention_reference(
     scale=scale,
     local_window_size=local_window_size,
     logits_soft_cap=logits_soft_cap,
-    return_lse=return_lse,
   )
+  problem, arrays = problem_of(given, return_lse=return_lse)
   return results_of(reference(problem, arrays), return_lse, new is not None)
 
 
@@ -234,26 +234,28 @@ def decode_attention(
   """
   check_implementation("decode_attention", implementation)
   check_config("decode_attention", config, DecodeAttentionConfig)
-  arguments = checked_arguments(
-    q,
-    k_cache,
-    v_cache,
-    lengths,
-    new=new,
-    layer=layer,
-    page_table=page_table,
-    rope=rope,
-    scale=scale,
-    local_window_size=local_window_size,
-    logits_soft_cap=logits_soft_cap,
+  given = checked_arguments(
+    Given(
+      q,
+      k_cache,
+      v_cache,
+      lengths,
+      new=new,
+      layer=layer,
+      page_table=page_table,
+      rope=rope,
+      scale=scale,
+      local_window_size=local_window_size,
+      logits_soft_cap=logits_soft_cap,
+    )
   )
   problem, arrays = problem_of(
-    **arguments,
+    given,
     return_lse=bool(return_lse),
     implementation=implementation,
     config=config,
   )
-  arrays = _checked(arrays, arguments["lengths"])
+  arrays = _checked(arrays, given.lengths)
   in_table = arrays.layer is not None or arrays.table is not None
   outs = (_decode_in_table if in_table else _decode)(problem, arrays)
   return results_of(outs, return_lse, new is not None)

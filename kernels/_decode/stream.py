@@ -50,13 +50,23 @@ class CacheRefs(NamedTuple):
   v_scale: Any
 
 
-class Cursor(NamedTuple):
-  """Where the stream is; in SMEM, of one number each but for the last."""
+class Ahead(NamedTuple):
+  """The block that sets out next, and its grid step's keys; one number each."""
 
-  taken: Any  # the slot of the block that is taken next
-  step: Any  # grid step of the block that sets out next
-  block: Any  # its place among the step's
-  free: Any  # the slot that it goes to
+  step: Any
+  block: Any
+  b: Any
+  low: Any
+  high: Any
+  last: Any
+
+
+class Cursor(NamedTuple):
+  """Where the stream is; in SMEM."""
+
+  ahead: Ahead
+  taken: Any  # [1]: the slot of the block that is taken next
+  free: Any  # [1]: the slot that the next one goes to
   tiles: Any  # [slots]: how many tiles of a slot are on their way back
   lanes: Any  # [slots]: the same of registers of scales; or None
 
@@ -71,7 +81,8 @@ class Semaphores(NamedTuple):
 def cursor_types(call: Call, quantized: bool) -> Cursor:
   """What to ask the compiler for."""
   one, each = (pltpu.SMEM((n,), jnp.int32) for n in (1, call.slots))
-  return Cursor(one, one, one, one, each, each if quantized else None)
+  ahead = Ahead(*(one for _ in Ahead._fields))
+  return Cursor(ahead, one, one, each, each if quantized else None)
 
 
 def semaphore_types(call: Call) -> Semaphores:
@@ -114,8 +125,8 @@ class Step(NamedTuple):
     if scalars.left is not None:
       left = scalars.left[b]
     low: Any = 0 if left is None else jnp.maximum(q0 - left, 0)
-    first = low if left is None else jax.lax.div(low, call.block_kv)
-    last = jnp.maximum(_cdiv(high, call.block_kv), first + 1)
+    first = 0 if left is None else _floored(low, call.block_kv)
+    last = jnp.maximum(_ceiled(high, call.block_kv), first + 1)
     return cls(b, q0, low, high, first, last, left)
 
   def sees_all(self, call: Call, block: Any) -> Any:
@@ -128,9 +139,14 @@ class Step(NamedTuple):
     return sees
 
 
-def _cdiv(a: Any, b: int) -> Any:
-  """Of a number that may be negative: then 0 or less."""
-  return jax.lax.div(a + (b - 1), b)
+def _floored(a: Any, b: int) -> Any:
+  """a // b, of a number from 0 on: a shift where that is all."""
+  return a >> (b.bit_length() - 1) if b & (b - 1) == 0 else jax.lax.div(a, b)
+
+
+def _ceiled(a: Any, b: int) -> Any:
+  """a over b, rounded up; 0 of a number below 0."""
+  return _floored(jnp.maximum(a, 0) + (b - 1), b)
 
 
 class Stream(NamedTuple):
@@ -154,34 +170,51 @@ class Stream(NamedTuple):
 
   def begin(self) -> None:
     """Before the first grid step: as many blocks set out as may."""
-    for ref in self.at[:4]:
-      ref[0] = 0
+    self.at.taken[0] = self.at.free[0] = 0
     for slot in range(self.call.slots):
       self._nothing_sent(slot)
-    self.at.block[0] = self._step(0).first
+    self._go_ahead(0)
     for _ in range(self.call.slots - 2):
       self.send_for_next()
 
+  def _go_ahead(self, index: Any) -> None:
+    """To the first block of a grid step; past the last, to nothing."""
+    step = Step.of(
+      self.call, self.scalars, jnp.minimum(index, self.call.steps - 1)
+    )
+    ahead = self.at.ahead
+    ahead.step[0], ahead.block[0] = index, step.first
+    ahead.b[0], ahead.low[0] = step.b, step.low
+    ahead.high[0], ahead.last[0] = step.high, step.last
+
   def send_for_next(self) -> None:
     """One more block sets out, if there is one."""
-    at, call = self.at, self.call
+    ahead = self.at.ahead
 
-    @pl.when(at.step[0] < call.steps)
+    @pl.when(ahead.step[0] < self.call.steps)
     def _():
-      step, block, slot = self._step(at.step[0]), at.block[0], at.free[0]
+      block, slot = ahead.block[0], self.at.free[0]
       self.wait_until_sent(slot)
-      self._each_copy(step, block, slot, lambda copy: copy.start())
-      is_last = block + 1 >= step.last
-      after = jnp.minimum(at.step[0] + 1, call.steps - 1)
-      first_after = self._step(after).first
-      at.step[0] = jnp.where(is_last, at.step[0] + 1, at.step[0])
-      at.block[0] = jnp.where(is_last, first_after, block + 1)
-      at.free[0] = self.slot_after(slot)
+      low = 0 if not self.has_window else ahead.low[0]
+      keys = ahead.b[0], low, ahead.high[0]
+      self._each_copy(keys, block, slot, lambda copy: copy.start())
+      self.at.free[0] = self.slot_after(slot)
+      ahead.block[0] = block + 1
+
+      @pl.when(block + 1 >= ahead.last[0])
+      def _():
+        self._go_ahead(ahead.step[0] + 1)
+
+  @property
+  def has_window(self) -> bool:
+    """Whether a row may see no key of a block before its last."""
+    return self.call.problem.left is not None or self.scalars.left is not None
 
   def take(self, step: Step, block: Any) -> Any:
     """Waits for the block that comes next, and gives the slot that it is in."""
     slot = self.at.taken[0]
-    self._each_copy(step, block, slot, lambda copy: copy.wait())
+    keys = step.b, step.low, step.high
+    self._each_copy(keys, block, slot, lambda copy: copy.wait())
     self.at.taken[0] = self.slot_after(slot)
     return slot
 
@@ -189,34 +222,42 @@ class Stream(NamedTuple):
     """In turn."""
     return jnp.where(slot == self.call.slots - 1, 0, slot + 1)
 
-  def _step(self, index: Any) -> Step:
-    return Step.of(self.call, self.scalars, index)
-
   # --- to VMEM ---
 
   def _each_copy(
-    self, step: Step, block: Any, slot: Any, do: Callable[[Any], None]
+    self,
+    keys: tuple[Any, Any, Any],
+    block: Any,
+    slot: Any,
+    do: Callable[[Any], None],
   ) -> None:
-    """Of what is valid of a block, in whole chunks."""
-    call = self.call
-    per_block = call.block_kv // call.chunk
-    key0 = block * call.block_kv
-    first = jax.lax.div(jnp.maximum(step.low - key0, 0), call.chunk)
-    last = jnp.minimum(_cdiv(step.high - key0, call.chunk), per_block)
+    """Of what is seen of a block, in whole chunks.
+
+    Args:
+      keys: the row, the first of its keys that is seen, and the end of them.
+      block: the block.
+      slot: where it goes.
+      do: starts a copy, or waits for it.
+    """
+    call, (b, low, high) = self.call, keys
+    per_block, key0 = call.block_kv // call.chunk, block * call.block_kv
+    first: Any = 0
+    if self.has_window:
+      first = _floored(jnp.maximum(low - key0, 0), call.chunk)
+    last = jnp.minimum(_ceiled(high - key0, call.chunk), per_block)
 
     def piece(chunk: Any, chunks: int) -> None:
-      for copy in self._copies(step.b, key0, chunk, chunks, slot):
+      for copy in self._copies(b, key0, chunk, chunks, slot):
         do(copy)
 
-    if not call.is_contiguous:
+    def pieces() -> None:
       jax.lax.fori_loop(first, last, lambda i, _: piece(i, 1), None)
-      return
-    is_whole = (first == 0) & (last == per_block)
-    pl.when(is_whole)(lambda: piece(0, per_block))
 
-    @pl.when(jnp.logical_not(is_whole))
-    def _():
-      jax.lax.fori_loop(first, last, lambda i, _: piece(i, 1), None)
+    if call.is_contiguous:
+      is_whole = (first == 0) & (last == per_block)
+      jax.lax.cond(is_whole, lambda: piece(0, per_block), pieces)
+    else:
+      pieces()
 
   def _copies(
     self, b: Any, key0: Any, chunk: Any, chunks: int, slot: Any
@@ -238,10 +279,9 @@ class Stream(NamedTuple):
     """The row of the cache, or page, of a row's token, and its place there."""
     call, row = self.call, b
     if self.scalars.table is not None:
-      page = jax.lax.div(token, call.page)
-      page = jnp.minimum(page, call.pages - 1)
+      page = jnp.minimum(_floored(token, call.page), call.pages - 1)
       row = self.scalars.table[b * call.pages + page]
-      token = jax.lax.rem(token, call.page)
+      token -= page * call.page
     if self.scalars.layer is not None:
       row += self.scalars.layer[0] * call.layer_rows
     return row, token
@@ -269,17 +309,18 @@ class Stream(NamedTuple):
     """Until all of a slot that went back has arrived."""
     at, tile = self.at, self.call.tile
 
-    def waits(size: int, scales: bool) -> Callable[[Any, Any], None]:
-      def one(_: Any, __: Any) -> None:
-        for copy in self._back(0, 0, slot, 0, size, scales):
-          copy.wait()
+    def wait(size: int, scales: bool) -> None:
+      for copy in self._back(0, 0, slot, 0, size, scales):
+        copy.wait()
 
-      return one
-
-    jax.lax.fori_loop(0, at.tiles[slot], waits(tile, False), None)
-    if at.lanes is not None:
-      jax.lax.fori_loop(0, at.lanes[slot], waits(tpu.LANES, True), None)
-    self._nothing_sent(slot)
+    @pl.when(at.tiles[slot] > 0)
+    def _():
+      jax.lax.fori_loop(0, at.tiles[slot], lambda *_: wait(tile, False), None)
+      if at.lanes is not None:
+        jax.lax.fori_loop(
+          0, at.lanes[slot], lambda *_: wait(tpu.LANES, True), None
+        )
+      self._nothing_sent(slot)
 
   def finish(self) -> None:
     """After the last grid step: waits for what goes back."""
@@ -297,9 +338,10 @@ class Stream(NamedTuple):
     """Of `size` rows of a block, from a multiple of it on."""
     call = self.call
     # Tiles do not cross pages, whose rows are a multiple of theirs.
-    token = block * call.block_kv + jax.lax.div(row, call.kv_heads)
+    token = block * call.block_kv + _floored(row, call.kv_heads)
     page, token = self._place(b, token)
-    there = token * call.kv_heads + jax.lax.rem(row, call.kv_heads)
+    head = row - _floored(row, call.kv_heads) * call.kv_heads
+    there = token * call.kv_heads + head
     here, there = (pl.ds(pl.multiple_of(x, size), size) for x in (row, there))
     names = ("k_scale", "v_scale") if scales else ("k", "v")
     for name in names:
