@@ -1,14 +1,15 @@
 """JAX's TPU interpreter, set up to catch what hardware would not forgive."""
 
 import dataclasses
+import inspect
 import threading
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax._src.state import indexing
 from jax._src.state import types as state
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 # Two cores, so that a grid axis wrongly declared "parallel" gives wrong sums;
@@ -47,11 +48,11 @@ def copy_words_too():
   """
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call as module
 
-  load, save = module.get, module.store
+  load, save = map(inspect.unwrap, (module.get, module.store))
 
   def get(*args, **kwargs):
     at, in_words = _heads_of_words(args[5])
-    token, x = load.__wrapped__(*args[:5], at, *args[6:], **kwargs)
+    token, x = load(*args[:5], at, *args[6:], **kwargs)
     if in_words:
       low, high = (x[..., n, :].view(np.uint16) for n in range(2))
       x = low | high.astype(np.uint32) << 16
@@ -63,7 +64,7 @@ def copy_words_too():
     if in_words:
       halves = [(x >> shift).astype(np.uint16) for shift in (0, 16)]
       x = np.stack(halves, axis=-2).view(jnp.bfloat16)
-    return save.__wrapped__(*args[:5], at, x, *args[7:], **kwargs)
+    return save(*args[:5], at, x, *args[7:], **kwargs)
 
   module.get, module.store = map(module.fail_on_exception, (get, store))
 
@@ -78,7 +79,7 @@ def _heads_of_words(transforms):
   return (
     dataclasses.replace(
       indexer,
-      indices=(*outer, indexing.Slice(2 * int(row), 2, 1), lanes),
+      indices=(*outer, pl.Slice(2 * int(row), 2, 1), lanes),
       shape=(*sizes, 2 * rows, width),
     ),
   ), True

@@ -162,7 +162,8 @@ def test_pairs_of_kv_heads(name, monkeypatch):
   """Row-major, by words of two heads, one step for either kv head."""
   monkeypatch.setattr(LAYOUT, "of_keys", in_place)
   shape, kwargs = PAIRS[name]
-  agrees("BTNH", draw("BTNH", *shape, jnp.bfloat16), 0, **kwargs)
+  arrays = draw("BTNH", *shape, dtype=jnp.bfloat16)
+  agrees("BTNH", arrays, shape[-1], **kwargs)
 
 
 def in_place(layout, x):

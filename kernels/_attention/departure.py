@@ -34,7 +34,8 @@ class Scratch(NamedTuple):
 
 def scratch(call: Call, dtype: Any) -> Scratch:
   """What to ask the compiler for."""
-  layout, shape = call.layout, (call.padded_keys, call.layout.head_size)
+  layout = call.layout
+  shape: tuple[int, ...] = (call.padded_keys, layout.head_size)
   if layout.kind == "pairs":
     shape = (layout.together // words.per_word(dtype), *shape)
     dtype = words.word_type(dtype)

@@ -351,10 +351,6 @@ FLASH_ATTENTION = Op(
   reference=flash_attention_reference,
   cost=_cost,
   through_softmax=True,
-  # Heads first; those of a single kv head lie so in either.
-  own_layout=lambda q, k, *_, **kwargs: (
-    "layout" not in kwargs and k.shape[2] > 1
-  ),
   baselines=("attention",),
   tests=(
     _small("mqa_causal", (1, 128, 4, 1, 128)),

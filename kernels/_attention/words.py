@@ -17,6 +17,7 @@ by itself.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -94,7 +95,8 @@ class Store(NamedTuple):
   moved: Any  # [2] semaphores of the copies, the first of a first pair of keys
 
 
-class Blocks(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Blocks:
   """Blocks of tokens of a pair of kv heads, in HBM and in VMEM.
 
   Attributes:
