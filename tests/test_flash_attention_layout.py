@@ -151,8 +151,8 @@ PAIRS = {
     {"segment_ids": jnp.repeat(jnp.asarray([[1, 2, 0]]), 50, axis=1)},
   ),
   "rope": (
-    (2, 150, 150, 2, 2, 256),
-    {"is_causal": True, "rope": Rope(jnp.arange(300).reshape(2, 150), 100.0)},
+    (2, 152, 152, 2, 2, 256),
+    {"is_causal": True, "rope": Rope(jnp.arange(304).reshape(2, 152), 100.0)},
   ),
 }
 

@@ -256,7 +256,9 @@ def _whole(p: Problem, x: Sizes) -> tuple[Any, ...]:
 def _in_pairs(call: Call, x: Sizes, bytes_of: Any) -> Call:
   """The call by pairs of kv heads, if it can be had and holds all keys."""
   layout = call.layout.in_pairs(call.problem)
-  if layout is None:
+  # A copy ends between registers where these lie beside each other.
+  whole = call.t % tpu.SUBLANES == 0 and call.s % tpu.SUBLANES == 0
+  if layout is None or not (whole or x.head_size == tpu.LANES):
     return call
   fixed, per_key = bytes_of(call.problem.tiles, _sizes(x, layout))
   fits = fixed + per_key * call.padded_keys <= memory.VMEM_BYTES
