@@ -1,4 +1,4 @@
-"""Page 11: the backward kernel, dq, dk and dv in one.
+"""Page 13: the backward kernel, dq, dk and dv in one.
 
 It works on transposed scores, keys in sublanes and rows in lanes:
 

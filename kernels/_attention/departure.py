@@ -1,4 +1,4 @@
-"""Page 10: how dk and dv leave for HBM.
+"""Page 12: how dk and dv leave for HBM.
 
 They are whole at the last block of queries of their kv head, in float32 sums.
 A block of results that Pallas knows of would be copied right then, ahead of the

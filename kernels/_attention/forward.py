@@ -1,4 +1,4 @@
-"""Page 9: the forward kernel.
+"""Page 11: the forward kernel.
 
 One grid step is a block of queries, with all G heads of its kv head, against
 every key that it sees:

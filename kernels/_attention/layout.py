@@ -7,10 +7,13 @@ one matmul serves all of them.  It reads and writes them where they lie,
                               [B, T, N, H] has them with one kv head
     heads    [B N, T, H]      heads first, [B, N, T, H]
     flat     [B, T, N H]      the heads of a token side by side
+    pairs    [B, T, N, H]     as it is with several kv heads, of which two come
+                              together to VMEM, there heads first; see `words`
 
-and keys as [B K, S, H] or, flat, as [B, S, K H].  Of packed queries, row
-t G + g is token t of head g.  Of the others, whose tokens lie together, `chunk`
-tokens of one head follow each other; then as many of the next head:
+and keys as [B K, S, H], flat as [B, S, K H], of pairs as [B, S, K, H].  Of
+packed queries, row t G + g is token t of head g.  Of the others, whose tokens
+lie together, `chunk` tokens of one head follow each other; then as many of the
+next head:
 
     chunk tokens of head 0 | the same tokens of head 1 | ... | the next tokens
 

@@ -5,7 +5,7 @@ block of queries.  Whether the whole problem is one call, and whether RoPE is
 inside, rests on the sums below.  They count
 
     windows   blocks of operands and results, in two buffers where the next one
-              is loaded while this one is at work
+              is loaded while this one is at work; of pairs, words and heads
     scratch   the kernel's `State`
     spills    intermediate tiles that the compiler finds no registers for
 
