@@ -65,6 +65,7 @@ hypothesis.settings.load_profile("interpreter")
 
 
 interpreter.compile_kernels_once()
+interpreter.copy_words_too()
 
 
 def pytest_configure():

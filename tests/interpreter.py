@@ -1,9 +1,15 @@
 """JAX's TPU interpreter, set up to catch what hardware would not forgive."""
 
+import dataclasses
+import inspect
 import threading
 
 import jax
 import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax._src.state import types as state
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 # Two cores, so that a grid axis wrongly declared "parallel" gives wrong sums;
@@ -31,3 +37,49 @@ def compile_kernels_once():
     compiled(consts, *args)
 
   thread_map._run_jaxpr = run
+
+
+def copy_words_too():
+  """Teaches the interpreter the copies of words that hardware makes.
+
+  `ref.bitcast(uint32)` of bfloat16 [..., N, H] in HBM has rows of the words
+  that two heads share, [..., N / 2, H].  JAX's interpreter copies between
+  arrays of one dtype alone: it is given both heads, as an index of the ref.
+  """
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call as module
+
+  load, save = map(inspect.unwrap, (module.get, module.store))
+
+  def get(*args, **kwargs):
+    at, in_words = _heads_of_words(args[5])
+    token, x = load(*args[:5], at, *args[6:], **kwargs)
+    if in_words:
+      low, high = (x[..., n, :].view(np.uint16) for n in range(2))
+      x = low | high.astype(np.uint32) << 16
+    return token, x
+
+  def store(*args, **kwargs):
+    at, in_words = _heads_of_words(args[5])
+    x = args[6]
+    if in_words:
+      halves = [(x >> shift).astype(np.uint16) for shift in (0, 16)]
+      x = np.stack(halves, axis=-2).view(jnp.bfloat16)
+    return save(*args[:5], at, x, *args[7:], **kwargs)
+
+  module.get, module.store = map(module.fail_on_exception, (get, store))
+
+
+def _heads_of_words(transforms):
+  """Both heads of a row of words, and whether it was one."""
+  if not transforms or not isinstance(transforms[0], state.BitcastTransform):
+    return transforms, False
+  _, indexer = transforms
+  *outer, row, lanes = indexer.indices
+  *sizes, rows, width = indexer.shape
+  return (
+    dataclasses.replace(
+      indexer,
+      indices=(*outer, pl.Slice(2 * int(row), 2, 1), lanes),
+      shape=(*sizes, 2 * rows, width),
+    ),
+  ), True

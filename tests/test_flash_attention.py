@@ -32,7 +32,7 @@ def page(name):
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
 LAYOUT = page("layout")
 MEMORY, ROTATION = page("memory"), page("rotation")
-SPANS = page("spans")
+SPANS, FINITE = page("spans"), page("finite")
 FORWARD, BACKWARD = page("forward"), page("backward")
 TPU = FORWARD.tpu
 SMALL = FlashAttentionConfig(
@@ -273,7 +273,7 @@ BACKWARD_MUTANTS = {
   ),
   "rows past the end": (
     "ragged",
-    (BACKWARD, "_zero_unless", lambda inside, rows: rows.load(0, len(inside))),
+    (FINITE, "_zero_unless", lambda inside, rows: rows.load(0, len(inside))),
   ),
   "dq and dk rotated the wrong way": (
     "rope",

@@ -32,9 +32,16 @@ def of_length(length, b=1, n=8, k=1, h=256, dtype=BF16, ids=False, rope=False):
 
 def most_keys(backward, arrays, **kwargs):
   """That one call holds, and what they are a multiple of."""
+  call, sizes = calls_and_sizes(backward, arrays, **kwargs)
+  keys = TILES.backward_keys if backward else TILES.forward_keys
+  return keys(call, sizes), call.key_unit
+
+
+def calls_and_sizes(backward, arrays, is_causal=True, **kwargs):
+  """The whole problem as one call."""
   problem = SPEC.Problem(
     scale=1.0,
-    is_causal=kwargs["is_causal"],
+    is_causal=is_causal,
     window=kwargs.get("local_window_size"),
   )
   q, k, v, ids, positions = arrays
@@ -42,11 +49,8 @@ def most_keys(backward, arrays, **kwargs):
   a = SPEC.Arrays(q, k, v, segments, positions)
   problem = dataclasses.replace(problem, config=TILES.choose(problem, a))
   sizes = MEMORY.Sizes.of_problem(problem, a)
-  if backward:
-    call = TILES.backward_call(problem, sizes)
-    return TILES.backward_keys(call, sizes), call.key_unit
-  call = TILES.forward_call(problem, sizes)
-  return TILES.forward_keys(call, sizes), call.key_unit
+  call = TILES.backward_call if backward else TILES.forward_call
+  return call(problem, sizes), sizes
 
 
 def program(backward, **kwargs):
@@ -106,6 +110,35 @@ def test_a_full_call_compiles(backward, shape, kwargs):
   arrays = of_length(keys + unit - 1, **shape)
   text = compiles(program(backward, **kwargs), arrays)
   assert "flash_attention_bwd" in text or not backward
+
+
+GQA, MHA = {"n": 32, "k": 8, "h": 128}, {"n": 16, "k": 16}
+
+
+@pytest.mark.parametrize(
+  "backward, shape",
+  [
+    (False, MHA | {"b": 2, "ids": True}),
+    (True, MHA),
+    swept(False, GQA | {"dtype": F32}),
+    swept(True, GQA | {"rope": True}),
+    swept(True, GQA | {"ids": True}),
+    swept(True, MHA | {"dtype": F32}),
+  ],
+)
+def test_the_longest_in_pairs_compiles(backward, shape):
+  """Row-major, in place; what is longer is taken heads first, in spans."""
+
+  def kind(length):
+    call, _ = calls_and_sizes(backward, of_length(length, **shape))
+    return call.layout.kind
+
+  longest = 1024
+  while kind(longest + 1024) == "pairs":
+    longest += 1024
+  assert longest > 4096
+  arrays = of_length(longest - 8, **shape)  # the last block is not whole
+  compiles(program(backward, is_causal=True), arrays)
 
 
 @pytest.mark.parametrize("ids", [False, swept(True)])

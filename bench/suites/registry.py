@@ -37,7 +37,7 @@ def programs() -> Iterator[Program]:
 
 
 def _other_ways(op: Op, case: Case, *, first: bool) -> Iterator[Program]:
-  """The kernel with another config, or other layouts, than by default."""
+  """The kernel with another config than by default."""
   for mode, choose in op.modes.items():
     config = choose(*case.args, **case.kwargs)
     # The forward pass alone keeps nothing in any mode.
@@ -49,16 +49,6 @@ def _other_ways(op: Op, case: Case, *, first: bool) -> Iterator[Program]:
       f"pallas-{mode}",
       default=first and mode != _RECOMPUTING,
     )[-1]
-  if op.own_layout(*case.args, **case.kwargs):
-    # All baselines get theirs.
-    yield from of_case(
-      op,
-      case,
-      "pallas",
-      label="pallas-own-layout",
-      free_layouts=True,
-      default=not _takes_minutes(op, case),
-    )
 
 
 def _takes_minutes(op: Op, case: Case) -> bool:

@@ -27,7 +27,8 @@ MXU: 2 matmuls forward, 5 backward.
 Tiling: the kernels see rows, the G = N / K query heads of a kv head side by
 side; how they lie in memory is the caller's choice, and nothing is moved.  The
 keys of a kv head stay in VMEM while the grid, (B K, ceil(T / block_q)), walks
-over its blocks of queries.  A causal forward, with block_q = 2 block_kv:
+over its blocks of queries; of row-major arrays those of two kv heads, which
+have a step each at every block.  A causal forward, with block_q = 2 block_kv:
 
             block_kv
             +---+                  d  the diagonal, first: each group of rows as
@@ -51,6 +52,8 @@ Read in this order; each page stands on those before it:
     finite     what is not a number, behind a mask
     blocks     which keys a block of queries meets, and the mask
     softmax    its steps in a forward kernel, those of decode attention too
+    words      copies of [B, T, N, H] as it is, two heads at a time
+    pairs      what comes and goes around a grid step of two kv heads
     forward    the kernel
     departure  how dk and dv leave for HBM
     backward   the kernel

@@ -1,4 +1,4 @@
-"""Page 11: the backward kernel, dq, dk and dv in one.
+"""Page 13: the backward kernel, dq, dk and dv in one.
 
 It works on transposed scores, keys in sublanes and rows in lanes:
 
@@ -35,9 +35,8 @@ from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate, width
-from . import blocks, departure, finite, memory, rotation, spans, tiles
+from . import blocks, departure, finite, memory, pairs, rotation, spans, tiles
 from .departure import Departure
-from .layout import Rows
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
 
@@ -78,6 +77,7 @@ class State(NamedTuple):
   k: Any  # [S, H] rotated as far as the grid has come; or None
   sin: Any  # [S, W], see `_sincos.width`; or None
   cos: Any  # [S, W], or None
+  pairs: pairs.Scratch | None
 
 
 # --- the kernel ---------------------------------------------------------------
@@ -88,13 +88,17 @@ def _kernel(
 ):
   block = blocks.Block.of_step(call, scalars)
   keys_leave = Departure(call, s.departure, o.dk, o.dv)
+  of_all_heads = s
+  visit, i, o, s = _of_pair(call, i, o, s)
+  if visit is not None:
+    visit.begin()
   keys_leave.begin()
   if not _diagonal_starts_dk(call):
     pl.when(pl.program_id(1) == 0)(functools.partial(_clear, s))
   if i.segments is not None:
     finite.clear_unseen(block, i)
   _take_statistics(call, i, s)
-  _take_rows(call, i, s)
+  finite.clear_past_end(call, i, s)
   if i.rope is not None:
     _rotate(block, i, s)
 
@@ -111,7 +115,24 @@ def _kernel(
   block.start(on_diagonal, functools.partial(_start_dq, s))
   block.for_other_keys(on_others)
   _finish_dq(block, i, o, s)
-  keys_leave.end(functools.partial(_dk_and_dv, block, o, s))
+  if visit is not None:
+    visit.end()
+  keys_leave.end(functools.partial(_dk_and_dv, block, of_all_heads))
+
+
+def _of_pair(
+  call: Call, i: Inputs, o: Outputs, s: State
+) -> tuple[pairs.Visit | None, Inputs, Outputs, State]:
+  """The refs of this step's kv head, where two come together."""
+  if s.pairs is None:
+    return None, i, o, s
+  queries, keys = [i.q, i.out, i.dout], [i.k, i.v]
+  visit = pairs.Visit(call, s.pairs, queries, keys, o.dq, i.segments)
+  (q, out, dout), (k, v) = visit.queries, visit.keys
+  i = i._replace(q=q, k=k, v=v, out=out, dout=dout)
+  dk, dv, rotated = map(visit.own, (s.dk, s.dv, s.k))
+  s = s._replace(dk=dk, dv=dv, k=rotated)
+  return visit, i, o._replace(dq=visit.result), s
 
 
 def _diagonal_starts_dk(call: Call) -> bool:
@@ -138,7 +159,7 @@ def _take_statistics(call: Call, i: Inputs, s: State) -> None:
     columns.append(jnp.broadcast_to(di, (tpu.LANES, tpu.LANES)))
   tpu.store_lanes(s.di, tpu.columns_to_lanes(columns))
   # An infinite lse gives weights of 0: to a row that sees nothing, and in
-  # `_take_rows` to those past the end.
+  # `finite.clear_past_end` to those past the end.
   lse = i.lse[...]
   s.lse[...] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
   s.di[...] -= _lse_part_of_di(call.problem, i)
@@ -148,30 +169,6 @@ def _take_statistics(call: Call, i: Inputs, s: State) -> None:
 
 def _lse_part_of_di(p: Problem, i: Inputs) -> jax.Array:
   return i.dlse[...] * (1 / p.unit)
-
-
-def _take_rows(call: Call, i: Inputs, s: State) -> None:
-  """In the last block, what lies past the end is undefined: clears it."""
-  if s.dout is None:
-    return
-  inside = call.t - pl.program_id(1) * call.block_q
-
-  def is_inside(shape: tuple[int, ...], axis: int) -> jax.Array:
-    index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-    row, factor = call.layout.tokens(index)
-    return row < inside * factor
-
-  lane = is_inside(s.lse.shape, 1)
-  s.lse[...] = jnp.where(lane, s.lse[...], jnp.inf)
-  s.di[...] = jnp.where(lane, s.di[...], 0.0)
-  row = is_inside(s.q.shape, 0)
-  s.q[...] = _zero_unless(row, call.layout.by_rows(i.q))
-  s.dout[...] = _zero_unless(row, call.layout.by_rows(i.dout))
-
-
-def _zero_unless(inside: jax.Array, rows: Rows) -> jax.Array:
-  x = rows.load(0, inside.shape[0])
-  return jnp.where(inside, x, jnp.zeros_like(x))
 
 
 def _rotate(block: blocks.Block, i: Inputs, s: State) -> None:
@@ -281,14 +278,15 @@ def _finish_dq(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
 
 
 def _dk_and_dv(
-  block: blocks.Block, o: Outputs, s: State, keys: Any
+  block: blocks.Block, s: State, place: Any
 ) -> tuple[jax.Array, jax.Array]:
-  dk = _scaled(block.call.problem, s.dk[keys, :])
+  """Of some keys, float32; the place has the kv head first, if of a pair."""
+  dk = _scaled(block.call.problem, s.dk[place])
   if block.scale is not None:
     dk *= block.scale
   if s.sin is not None:
-    dk = _rotate_back(dk, s.sin[keys, :], s.cos[keys, :])
-  return dk.astype(o.dk.dtype), s.dv[keys, :].astype(o.dv.dtype)
+    dk = _rotate_back(dk, s.sin[place[-2:]], s.cos[place[-2:]])
+  return dk, s.dv[place]
 
 
 def _scaled(p: Problem, sums: jax.Array) -> jax.Array:
@@ -317,12 +315,12 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
     name="flash_attention_bwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(a.q.shape[0] * call.kv_heads, pl.cdiv(call.t, call.block_q)),
+      grid=layout.grid(a.q.shape[0], pl.cdiv(call.t, call.block_q)),
       in_specs=[
         Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
       ],
       out_specs=[Outputs(row, in_hbm, in_hbm)],
-      scratch_shapes=[_state(call, inputs)],
+      scratch_shapes=[_state(call, inputs, dq_dtype)],
     ),
     out_shape=[
       Outputs(
@@ -341,26 +339,27 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
   )
 
 
-def _state(call: Call, i: Inputs) -> State:
+def _state(call: Call, i: Inputs, dq_dtype: Any) -> State:
   """Types of the scratch for these operands."""
-  s, h = i.k.shape[1], call.layout.head_size
+  layout, s, h = call.layout, call.padded_keys, call.layout.head_size
   is_rotated = i.rope is not None
   by_lane = pltpu.VMEM((1, call.rows), jnp.float32)
-  of_keys = pltpu.VMEM((s, h), jnp.float32)
+  of_keys = layout.of_each_head((s, h))
   of_rows = pltpu.VMEM((call.rows, h), i.q.dtype)
   of_phases = pltpu.VMEM((s, width(h)), jnp.float32)
   return State(
     lse=by_lane,
     di=by_lane,
     dq_transposed=pltpu.VMEM((h, call.rows), jnp.float32),
-    dk=of_keys,
-    dv=of_keys,
+    dk=pltpu.VMEM(of_keys, jnp.float32),
+    dv=pltpu.VMEM(of_keys, jnp.float32),
     q=of_rows if call.has_ragged_end or is_rotated else None,
     dout=of_rows if call.has_ragged_end else None,
-    departure=departure.scratch(s, h, i.k.dtype),
-    k=pltpu.VMEM((s, h), i.k.dtype) if is_rotated else None,
+    departure=departure.scratch(call, i.k.dtype),
+    k=pltpu.VMEM(of_keys, i.k.dtype) if is_rotated else None,
     sin=of_phases if is_rotated else None,
     cos=of_phases if is_rotated else None,
+    pairs=pairs.scratch(call, 3, i.q.dtype, dq_dtype),
   )
 
 

@@ -126,7 +126,7 @@ class Block:
     window, scale = call.problem.window, None
     kv_blocks = mixed = None
     if any(x is not None for x in scalars):
-      batch = jax.lax.div(pl.program_id(0), call.kv_heads)
+      batch = call.layout.batch(pl.program_id(0))
       if scalars.window is not None:
         window = _pair(scalars.window, batch)
       if scalars.scale is not None:
@@ -306,11 +306,11 @@ def segment_operands(
   specs = SegmentRefs(
     pl.BlockSpec(
       (None, 1, call.rows),
-      lambda b, i, *_: (jax.lax.div(b, call.kv_heads), 0, i),
+      lambda b, i, *_: (call.layout.batch(b), 0, i),
     ),
     pl.BlockSpec(
       (None, *operands.keys.shape[1:]),
-      lambda b, i, *_: (jax.lax.div(b, call.kv_heads), 0, 0, 0),
+      lambda b, i, *_: (call.layout.batch(b), 0, 0, 0),
     ),
   )
   return segment_bounds(call, segments), operands, specs
@@ -368,10 +368,10 @@ def rope_operands(
   """Operands and block specs; None without positions [B, T]."""
   if a.positions is None:
     return None, None
-  base, kv_heads, half = call.problem.base_frequency, call.kv_heads, _half(a)
+  base, half = call.problem.base_frequency, _half(a)
   of_positions = pl.BlockSpec(
     (None, 1, call.block_q),
-    lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, i),
+    lambda b, i, *_: (call.layout.batch(b), 0, i),
   )
   positions = a.positions[:, None, :]
   if a.base is None:
@@ -382,7 +382,7 @@ def rope_operands(
     timescale = timescales(by_batch)
     of_timescale = pl.BlockSpec(
       (None, *timescale.shape[1:]),
-      lambda b, i, *_: (jax.lax.div(b, kv_heads), 0, 0),
+      lambda b, i, *_: (call.layout.batch(b), 0, 0),
     )
   specs = RopeRefs(of_positions, of_timescale)
   return RopeRefs(positions, timescale), specs

@@ -94,6 +94,33 @@ def clear_unseen(block: blocks.Block, i: Any) -> None:
   pl.when(block.mixed)(functools.partial(clear_rows, q, dout, i.lse))
 
 
+def clear_past_end(call: Call, i: Any, s: Any) -> None:
+  """Of the backward's rows in the last block, what lies past the end.
+
+  It is undefined.  The rest is taken as it is, to the same scratch.
+  """
+  if s.dout is None:
+    return
+  inside = call.t - pl.program_id(1) * call.block_q
+
+  def is_inside(shape: tuple[int, ...], axis: int) -> jax.Array:
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    row, factor = call.layout.tokens(index)
+    return row < inside * factor
+
+  lane = is_inside(s.lse.shape, 1)
+  s.lse[...] = jnp.where(lane, s.lse[...], jnp.inf)
+  s.di[...] = jnp.where(lane, s.di[...], 0.0)
+  row = is_inside(s.q.shape, 0)
+  s.q[...] = _zero_unless(row, call.layout.by_rows(i.q))
+  s.dout[...] = _zero_unless(row, call.layout.by_rows(i.dout))
+
+
+def _zero_unless(inside: jax.Array, rows: Rows) -> jax.Array:
+  x = rows.load(0, inside.shape[0])
+  return jnp.where(inside, x, jnp.zeros_like(x))
+
+
 def mixed_segments(call: Call, segments: Segments | None, bounds: Any) -> Any:
   """For every batch element and q block, whether ids hide any key of the kv
   blocks in its bounds from any of its queries: [B n_q] integers.  None without

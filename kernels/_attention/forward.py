@@ -1,4 +1,4 @@
-"""Page 9: the forward kernel.
+"""Page 11: the forward kernel.
 
 One grid step is a block of queries, with all G heads of its kv head, against
 every key that it sees:
@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, finite, memory, rotation, spans, tiles
+from . import blocks, finite, memory, pairs, rotation, spans, tiles
 from .softmax import MASKED, lse_of, reciprocal, row_maximum, sum_by_lane
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
@@ -57,7 +57,8 @@ class State(NamedTuple):
   acc: Any  # [R, H] sum of the weighted values so far
   ids: Any  # [R, LANES] segment ids by row, equal in all lanes; or None
   q: Any  # [R, H] rotated; or None
-  k: Any  # [S, H] rotated as far as the grid has come; or None
+  k: Any  # [S, H] rotated as far as the grid has come; or None; of pairs two
+  pairs: pairs.Scratch | None
 
 
 # --- the kernel ---------------------------------------------------------------
@@ -67,6 +68,9 @@ def _kernel(
   scalars: blocks.Scalars, i: Inputs, o: Outputs, s: State, *, call: Call
 ):
   block = blocks.Block.of_step(call, scalars)
+  visit, i, o, s = _of_pair(call, i, o, s)
+  if visit is not None:
+    visit.begin()
   _take(block, i, s)
 
   def on_diagonal() -> None:
@@ -83,6 +87,21 @@ def _kernel(
   block.start(on_diagonal, functools.partial(_start, s))
   block.for_other_keys(on_others)
   _finish(block, i, o, s)
+  if visit is not None:
+    visit.end()
+
+
+def _of_pair(
+  call: Call, i: Inputs, o: Outputs, s: State
+) -> tuple[pairs.Visit | None, Inputs, Outputs, State]:
+  """The refs of this step's kv head, where two come together."""
+  if s.pairs is None:
+    return None, i, o, s
+  keys = [i.k, i.v]
+  visit = pairs.Visit(call, s.pairs, [i.q], keys, o.out, i.segments)
+  (q,), (k, v) = visit.queries, visit.keys
+  s = s._replace(k=visit.own(s.k))
+  return visit, i._replace(q=q, k=k, v=v), o._replace(out=visit.result), s
 
 
 def _take(block: blocks.Block, i: Inputs, s: State) -> None:
@@ -243,7 +262,7 @@ def _minus_infinity_where_masked(lse: jax.Array, m: jax.Array) -> jax.Array:
 def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   """out [B, T, N, H], and lse by row, [B K, 1, rows]."""
   (q, k, v), specs = tiles.operands(call, arrays)
-  bk = arrays.q.shape[0] * call.kv_heads
+  batch = arrays.q.shape[0]
   bounds, ids, id_specs = blocks.segment_operands(call, arrays.segments)
   rope, rope_specs = blocks.rope_operands(call, arrays)
   (outs,) = pl.pallas_call(
@@ -251,15 +270,19 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
     name="flash_attention_fwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(bk, pl.cdiv(call.t, call.block_q)),
+      grid=call.layout.grid(batch, pl.cdiv(call.t, call.block_q)),
       in_specs=[Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs)],
       out_specs=[Outputs(specs.q, specs.lanes)],
-      scratch_shapes=[_state(call, Inputs(q, k, v, ids, rope))],
+      scratch_shapes=[_state(call, Inputs(q, k, v, ids, rope), out_dtype)],
     ),
     out_shape=[
       Outputs(
         varying_like(q, q.shape, out_dtype),
-        varying_like(q, (bk, 1, call.layout.rows(call.t)), jnp.float32),
+        varying_like(
+          q,
+          (batch * call.kv_heads, 1, call.layout.rows(call.t)),
+          jnp.float32,
+        ),
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
@@ -267,18 +290,20 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   return Outs(call.layout.to_queries(outs.out, arrays.q.shape), outs.lse)
 
 
-def _state(call: Call, i: Inputs) -> State:
+def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
   """Types of the scratch for these operands."""
   h = call.layout.head_size
   by_row = pltpu.VMEM((call.rows, tpu.LANES), jnp.float32)
   ids = pltpu.VMEM((call.rows, tpu.LANES), jnp.int32)
+  keys = call.layout.of_each_head((call.padded_keys, h))
   return State(
     m=by_row,
     total=by_row,
     acc=pltpu.VMEM((call.rows, h), jnp.float32),
     ids=None if i.segments is None else ids,
     q=None if i.rope is None else pltpu.VMEM((call.rows, h), i.q.dtype),
-    k=None if i.rope is None else pltpu.VMEM((i.k.shape[1], h), i.k.dtype),
+    k=None if i.rope is None else pltpu.VMEM(keys, i.k.dtype),
+    pairs=pairs.scratch(call, 1, i.q.dtype, out_dtype),
   )
 
 

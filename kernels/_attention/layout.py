@@ -7,10 +7,13 @@ one matmul serves all of them.  It reads and writes them where they lie,
                               [B, T, N, H] has them with one kv head
     heads    [B N, T, H]      heads first, [B, N, T, H]
     flat     [B, T, N H]      the heads of a token side by side
+    pairs    [B, T, N, H]     as it is with several kv heads, of which two come
+                              together to VMEM, there heads first; see `words`
 
-and keys as [B K, S, H] or, flat, as [B, S, K H].  Of packed queries, row
-t G + g is token t of head g.  Of the others, whose tokens lie together, `chunk`
-tokens of one head follow each other; then as many of the next head:
+and keys as [B K, S, H], flat as [B, S, K H], of pairs as [B, S, K, H].  Of
+packed queries, row t G + g is token t of head g.  Of the others, whose tokens
+lie together, `chunk` tokens of one head follow each other; then as many of the
+next head:
 
     chunk tokens of head 0 | the same tokens of head 1 | ... | the next tokens
 
@@ -32,7 +35,7 @@ from jax.experimental import pallas as pl
 from .._frame import tpu
 from .spec import Problem
 
-Kind = Literal["packed", "heads", "flat"]
+Kind = Literal["packed", "heads", "flat", "pairs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Layout:
   def of(cls, p: Problem, kv_heads: int, group: int, head_size: int) -> Layout:
     """What the caller passes as it is, where a kernel can read it so.
 
-    Else, heads first, which XLA may have to transpose to.
+    Else, heads first, which XLA may have to transpose to, but for `in_pairs`.
     """
     kind: Kind = "heads"
     if p.layout == "BT(NH)" and head_size % tpu.LANES == 0:
@@ -77,6 +80,27 @@ class Layout:
   def is_by_token(self) -> bool:
     """Whether all heads of a token come before the next token's."""
     return self.kind == "packed" or self.group == 1
+
+  def in_pairs(self, p: Problem) -> Layout | None:
+    """The same order of rows from [B, T, N, H] as it is, if that can be had.
+
+    Where heads fill no tiles, XLA keeps the heads of a token apart anyway.
+    """
+    is_transposed = p.layout == "BTNH" and self.kind == "heads"
+    counts = self.kv_heads, self.kv_heads * self.group
+    whole = all(n in (2, 4) or n % tpu.SUBLANES == 0 for n in counts)
+    if is_transposed and whole and self.head_size % tpu.LANES == 0:
+      return dataclasses.replace(self, kind="pairs")
+    return None
+
+  @property
+  def together(self) -> int:
+    """How many kv heads come to VMEM together, for a step each."""
+    return 2 if self.kind == "pairs" else 1
+
+  def of_each_head(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what is kept of every kv head that is in VMEM."""
+    return (self.together, *shape) if self.together > 1 else shape
 
   def rows(self, tokens: int) -> int:
     """How many rows so many tokens take; in lse, with whole chunks."""
@@ -115,6 +139,8 @@ class Layout:
       return x.reshape(b, t, n * h)
     if self.kind == "packed":
       return x.reshape(b, t * n, h)
+    if self.kind == "pairs":
+      return x
     # K and G stay together: XLA would copy what it then cannot lay out freely.
     return x.swapaxes(1, 2).reshape(b * n, t, h)
 
@@ -130,13 +156,15 @@ class Layout:
     b, s, kv_heads, h = x.shape
     if self.kind == "flat":
       return x.reshape(b, s, kv_heads * h)
+    if self.kind == "pairs":
+      return x
     return x.swapaxes(1, 2).reshape(b * kv_heads, s, h)
 
   def to_keys(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse, to shape [B, S, K, H], without padding."""
     b, s, kv_heads, h = shape
     x = x[:, :s]
-    if self.kind == "flat":
+    if self.kind in ("flat", "pairs"):
       return x.reshape(shape)
     return x.reshape(b, kv_heads, s, h).swapaxes(1, 2)
 
@@ -183,9 +211,29 @@ class Layout:
     return jnp.concatenate([x for x in chunks for _ in range(self.group)])
 
   # --- blocks ---
+  # The grid is (B K, blocks of queries), and of pairs (B K / 2, blocks, 2).
+
+  def grid(self, batch: int, blocks: int) -> tuple[int, ...]:
+    """The steps of a kernel."""
+    groups = batch * self.kv_heads // self.together
+    return (groups, blocks, *([self.together] if self.together > 1 else []))
+
+  def batch(self, group: Any) -> jax.Array:
+    """Which batch element the grid's first index stands for."""
+    return jax.lax.div(group, self.kv_heads // self.together)
+
+  def lane_spec(self, rows: int) -> pl.BlockSpec:
+    """A number for each of `rows` rows, of [B K, 1, rows]."""
+    if self.kind == "pairs":
+      return pl.BlockSpec(
+        (None, 1, rows), lambda b, i, n, *_: (2 * b + n, 0, i)
+      )
+    return pl.BlockSpec((None, 1, rows), lambda b, i, *_: (b, 0, i))
 
   def query_spec(self, block_q: int) -> pl.BlockSpec:
-    """`block_q` queries, on a grid (B K, blocks of queries)."""
+    """`block_q` queries; of pairs all, in HBM."""
+    if self.kind == "pairs":
+      return pl.BlockSpec(memory_space=pl.ANY)
     kv_heads, group, head_size = self.kv_heads, self.group, self.head_size
     if self.kind == "flat":
       return pl.BlockSpec(
@@ -203,7 +251,9 @@ class Layout:
     return pl.BlockSpec((group, block_q, head_size), lambda b, i, *_: (b, i, 0))
 
   def key_spec(self, keys: int, **how: Any) -> pl.BlockSpec:
-    """All keys of a kv head, on the same grid."""
+    """All keys of a kv head; of pairs those of all, in HBM."""
+    if self.kind == "pairs":
+      return pl.BlockSpec(memory_space=pl.ANY)
     kv_heads, head_size = self.kv_heads, self.head_size
     if self.kind == "flat":
       return pl.BlockSpec(

@@ -5,7 +5,7 @@ block of queries.  Whether the whole problem is one call, and whether RoPE is
 inside, rests on the sums below.  They count
 
     windows   blocks of operands and results, in two buffers where the next one
-              is loaded while this one is at work
+              is loaded while this one is at work; of pairs, words and heads
     scratch   the kernel's `State`
     spills    intermediate tiles that the compiler finds no registers for
 
@@ -45,6 +45,7 @@ class Sizes:
     has_segments: whether there are segment ids.
     has_window: whether there is a local window.
     is_rotated: whether the kernel rotates q and k.
+    has_pairs: whether two kv heads come together, as words; see `words`.
   """
 
   t: int
@@ -57,6 +58,7 @@ class Sizes:
   has_segments: bool = False
   has_window: bool = False
   is_rotated: bool = False
+  has_pairs: bool = False
 
   @classmethod
   def of(cls, q: Any, k: Any) -> Sizes:
@@ -87,6 +89,24 @@ class Sizes:
     return 1 if self.batch * self.kv_heads == 1 else 2
 
   @property
+  def key_bytes(self) -> int:
+    """Of k and v, for each key."""
+    times = self.copies if self.has_pairs else self.key_buffers
+    return 2 * times * self.row_values * self.itemsize
+
+  @property
+  def kv_heads_inside(self) -> int:
+    """Of how many kv heads there are sums, and rotated keys."""
+    return 2 if self.has_pairs else 1
+
+  @property
+  def copies(self) -> int:
+    """How many times an array's block is in VMEM while it comes or leaves:
+    in two buffers, or two heads of it as words and as heads.
+    """
+    return 4 if self.has_pairs else 2
+
+  @property
   def is_masked(self) -> bool:
     """Whether there are masks beside the diagonal's."""
     return self.has_segments or self.has_window
@@ -102,11 +122,11 @@ def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   rows, h = config.block_q * x.group, x.row_values
   q, out = rows * h * x.itemsize, rows * h * 4  # out of spans is float32
   state = rows * (2 * tpu.LANES + h) * 4
-  fixed, per_key = 2 * (q + out) + state, 2 * x.key_buffers * h * x.itemsize
+  fixed, per_key = x.copies * (q + out) + state, x.key_bytes
   if x.has_segments:  # by row, and those of keys in two buffers
     fixed, per_key = fixed + rows * tpu.LANES * 4, per_key + 2 * 4
   if x.is_rotated:  # q and k, rotated
-    fixed, per_key = fixed + q, per_key + h * x.itemsize
+    fixed, per_key = fixed + q, per_key + x.kv_heads_inside * h * x.itemsize
   spilled_tiles = 6 if x.is_float32 else 3
   return fixed + spilled_tiles * rows * config.block_kv * 4, per_key
 
@@ -115,16 +135,18 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   """VMEM of the backward: in all but its keys, and per key."""
   rows, h = config.block_q_bwd * x.group, x.row_values
   of_rows, wide = rows * h * x.itemsize, rows * h * 4
-  fixed = 2 * 3 * of_rows + 2 * wide  # q, o, do; dq, which of spans is float32
+  # q, o, do; dq, which of spans is float32
+  fixed = x.copies * (3 * of_rows + wide)
   fixed += wide  # dq, transposed
   # k and v; dk and dv, and their sums in float32.
-  per_key = (2 * (x.key_buffers + 1) * x.itemsize + 2 * 4) * h
+  per_key = x.key_bytes + x.kv_heads_inside * 2 * (x.itemsize + 4) * h
   # A span of a window may end anywhere.
   is_ragged = x.t % config.block_q_bwd != 0 or x.has_window
   if x.has_segments:
     per_key += 2 * 4
   if x.is_rotated:  # k rotated, and the sine and cosine
-    per_key += h * x.itemsize + 2 * tpu.lanes(width(x.head_size)) * 4
+    per_key += x.kv_heads_inside * h * x.itemsize
+    per_key += 2 * tpu.lanes(width(x.head_size)) * 4
   fixed += (is_ragged or x.is_rotated) * of_rows + is_ragged * of_rows  # q, do
   tiles_of_logits = 2 + 2 * x.is_masked
   spilled = tiles_of_logits * rows * config.block_kv_bwd * 4

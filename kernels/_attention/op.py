@@ -1,4 +1,4 @@
-"""Page 12: the op, its public function, its problems."""
+"""Page 14: the op, its public function, its problems."""
 
 from __future__ import annotations
 
@@ -213,9 +213,11 @@ def flash_attention(
       "BNTH" is heads first, q and out [B, N, T, H], k and v [B, K, S, H], what
       projections write and read for nothing; "BT(NH)" is flat, [B, T, N H] and
       [B, S, K H].  The kernels read and write all three in place, and their
-      gradients, with two exceptions, where XLA transposes to heads first and
-      back: "BTNH" with several kv heads, and "BT(NH)" with a head size that is
-      no multiple of 128.
+      gradients.  Where they cannot, XLA transposes to heads first and back:
+      "BT(NH)" and "BTNH" with a head size that is no multiple of 128; and
+      "BTNH" with several kv heads if N or K is neither 2, 4 nor a multiple of
+      8, if T or S is no multiple of 8 and H is not 128, or if VMEM does not
+      hold all keys of two kv heads.
     head_size: H, with "BT(NH)"; None with the others.
     mask: None; an array is refused, as flax's attention modules pass one.
     bias: None, likewise.
@@ -351,10 +353,6 @@ FLASH_ATTENTION = Op(
   reference=flash_attention_reference,
   cost=_cost,
   through_softmax=True,
-  # Heads first; those of a single kv head lie so in either.
-  own_layout=lambda q, k, *_, **kwargs: (
-    "layout" not in kwargs and k.shape[2] > 1
-  ),
   baselines=("attention",),
   tests=(
     _small("mqa_causal", (1, 128, 4, 1, 128)),

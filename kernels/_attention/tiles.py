@@ -203,6 +203,18 @@ class Call:
     return self.block_q if self.has_diagonal else self.block_kv
 
   @property
+  def padded_keys(self) -> int:
+    """How many keys VMEM has place for."""
+    return tpu.round_up(self.s, self.key_unit)
+
+  @property
+  def brings_own_keys(self) -> bool:
+    """Whether every key is of the indices of a block of queries, and no block
+    before needs it.
+    """
+    return self.has_diagonal and self.t >= self.s
+
+  @property
   def sees_itself(self) -> bool:
     """Whether, but for segments, every query sees the key of its index."""
     return self.shift == 0 and self.t <= self.s
@@ -223,14 +235,16 @@ def forward_call(p: Problem, x: Sizes) -> Call:
   block_q, block_kv = p.tiles.block_q, p.tiles.block_kv
   softmax_rows = math.gcd(block_q * x.group, p.tiles.rows)
   tiles = block_q, block_kv, softmax_rows
-  return Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+  call = Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+  return _in_pairs(call, x, memory.forward_bytes)
 
 
 def backward_call(p: Problem, x: Sizes) -> Call:
   """The whole problem as one call of the backward kernel."""
   block_q, block_kv = p.tiles.block_q_bwd, p.tiles.block_kv_bwd
   tiles = block_q, block_kv, block_q * x.group
-  return Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+  call = Call(p, x.kv_heads, x.group, *tiles, *_whole(p, x))
+  return _in_pairs(call, x, memory.backward_bytes)
 
 
 def _whole(p: Problem, x: Sizes) -> tuple[Any, ...]:
@@ -239,15 +253,31 @@ def _whole(p: Problem, x: Sizes) -> tuple[Any, ...]:
   return 0, x.t, 0, x.s, layout
 
 
+def _in_pairs(call: Call, x: Sizes, bytes_of: Any) -> Call:
+  """The call by pairs of kv heads, if it can be had and holds all keys."""
+  layout = call.layout.in_pairs(call.problem)
+  # A copy ends between registers where these lie beside each other.
+  whole = call.t % tpu.SUBLANES == 0 and call.s % tpu.SUBLANES == 0
+  if layout is None or not (whole or x.head_size == tpu.LANES):
+    return call
+  fixed, per_key = bytes_of(call.problem.tiles, _sizes(x, layout))
+  fits = fixed + per_key * call.padded_keys <= memory.VMEM_BYTES
+  return dataclasses.replace(call, layout=layout) if fits else call
+
+
+def _sizes(x: Sizes, layout: Layout) -> Sizes:
+  return dataclasses.replace(x, has_pairs=layout.kind == "pairs")
+
+
 def forward_keys(call: Call, x: Sizes) -> int:
   """How many keys one call of the forward holds."""
-  sums = memory.forward_bytes(call.problem.tiles, x)
+  sums = memory.forward_bytes(call.problem.tiles, _sizes(x, call.layout))
   return memory.keys_that_fit("forward", *sums, call.key_unit)
 
 
 def backward_keys(call: Call, x: Sizes) -> int:
   """How many keys one call of the backward holds."""
-  sums = memory.backward_bytes(call.problem.tiles, x)
+  sums = memory.backward_bytes(call.problem.tiles, _sizes(x, call.layout))
   return memory.keys_that_fit("backward", *sums, call.key_unit)
 
 
@@ -273,13 +303,15 @@ class Specs(NamedTuple):
 def operands(call: Call, a: Arrays) -> tuple[Operands, Specs]:
   """Of q [B, T, N, H], k and v [B, S, K, H]."""
   layout = call.layout
-  k, v = (padded(layout.of_keys(x), call) for x in (a.k, a.v))
+  k, v = (layout.of_keys(x) for x in (a.k, a.v))
+  if layout.kind != "pairs":
+    k, v = (padded(x, call) for x in (k, v))
   one_head = a.k.shape[0] * call.kv_heads == 1  # nothing to load ahead
   once = {"pipeline_mode": pl.Buffered(1)} if one_head else {}
   specs = Specs(
     layout.query_spec(call.block_q),
     layout.key_spec(k.shape[1], **once),
-    pl.BlockSpec((None, 1, call.rows), lambda b, i, *_: (b, 0, i)),
+    layout.lane_spec(call.rows),
   )
   return Operands(layout.of_queries(a.q), k, v), specs
 

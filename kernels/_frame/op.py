@@ -123,8 +123,6 @@ class Op:
       case's arguments to a `config`.
     through_softmax: whether its gradients pass through a softmax, for which the
       numerics bar allows a wider margin.
-    own_layout: whether, of a case's arguments, the kernel wants another memory
-      layout than row-major, one that a model's projections give for nothing.
     baselines: what else does the same, as the benchmarks name it.
   """
 
@@ -139,7 +137,6 @@ class Op:
     default_factory=dict
   )
   through_softmax: bool = False
-  own_layout: Callable[..., bool] = lambda *_, **__: False
   baselines: tuple[str, ...] = ()
 
 
