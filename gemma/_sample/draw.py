@@ -94,7 +94,9 @@ def _in_proportion(keys: jax.Array, weights: jax.Array) -> jax.Array:
     keys: [B].
     weights: [B, 8, n].
   """
-  uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+  uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(
+    keys
+  )
   column = _invert(jnp.sum(weights, axis=1), uniform[:, 0])
   of_column = jnp.take_along_axis(weights, column[:, None, None], axis=2)
   row = _invert(of_column[..., 0], uniform[:, 1])
