@@ -51,12 +51,14 @@ class Cache:
     are: they hold for all layers, so the caller sets them when every layer has
     been written.
     """
-    rows = jnp.arange(k.shape[0])[:, None]
-    places = self.lengths[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)
+    batch, new, *head = k.shape
+    rows = jnp.arange(batch * new) // new
+    places = self.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
+    places = places.reshape(-1)
 
-    def write(stacked: jax.Array, new: jax.Array) -> jax.Array:
+    def write(stacked: jax.Array, x: jax.Array) -> jax.Array:
       # JAX drops an update whose index is out of bounds.
-      return stacked.at[layer, rows, places].set(new)
+      return stacked.at[layer, rows, places].set(x.reshape(-1, *head))
 
     return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
 
