@@ -14,31 +14,31 @@ CUT, DRAW, LOOKUP, SETTINGS = (
   for name in ("cut", "draw", "lookup", "settings")
 )
 pytestmark = pytest.mark.no_interpreter
-cut = jax.jit(CUT._of_row)
+
+
+@jax.jit
+def cut(logits, limits):
+  """Weights [V]."""
+  logits -= jnp.max(logits)
+  return CUT.weights_of(logits[None], limits).reshape(-1)[: logits.size]
 
 
 def by_sorting(logits, top_k, top_p, min_p):
-  """The tokens that are kept, in float64."""
-  order = np.argsort(-logits, kind="stable")
-  order = order[: min(top_k, len(order))]
-  order = [i for i in order if logits[i] > -np.inf]
-  p = np.exp(np.float64(logits[order]) - np.max(logits))
+  """The tokens that are kept: those that must be, and those that may be."""
+  weights = np.asarray(jnp.exp(logits - np.max(logits)), np.float64)
+  order = np.argsort(-weights, kind="stable")[:top_k]
+  order = order[weights[order] > 0]
+  p = weights[order]
   likelier = np.cumsum(p) - p
-  total = p.sum()
   # Sums within a rounding of the limit may go either way.
-  sure = [
-    i for i, m in zip(order, likelier, strict=True) if m < top_p * total - 1e-6
-  ]
-  maybe = [
-    i for i, m in zip(order, likelier, strict=True) if m < top_p * total + 1e-6
-  ]
-  least = np.log(min_p) if min_p else -np.inf
-  near = 1e-5 * (1 + abs(least)) if min_p else 0.0
-  ratio = logits - np.max(logits)
-  return (
-    {int(i) for i in sure[:] or order[:1] if ratio[i] > least + near},
-    {int(i) for i in maybe or order[:1] if ratio[i] > least - near},
-  )
+  limit, near = top_p * p.sum(), 1e-6
+  sure, maybe = order[likelier < limit - near], order[likelier < limit + near]
+
+  def likely(tokens):
+    tokens = tokens if tokens.size else order[:1]
+    return set(tokens[weights[tokens] >= min_p].tolist())
+
+  return likely(sure), likely(maybe)
 
 
 SOME = st.integers(-4, 4).map(float) | st.floats(-30, 30, width=32)
@@ -52,10 +52,10 @@ SOME = st.integers(-4, 4).map(float) | st.floats(-30, 30, width=32)
   min_p=st.just(0.0) | st.floats(0.001, 1.0),
 )
 def test_keeps_what_a_sort_keeps(logits, top_k, top_p, min_p):
-  logits = np.array(logits, np.float32)
+  logits, min_p = np.array(logits, np.float32), float(np.float32(min_p))
   hypothesis.assume(np.isfinite(logits).any())
   limits = CUT.Cut(np.int32(top_k), np.float32(top_p), np.float32(min_p))
-  kept = set(np.flatnonzero(np.isfinite(cut(logits, limits))).tolist())
+  kept = set(np.flatnonzero(cut(logits, limits)).tolist())
   sure, maybe = by_sorting(logits, top_k, top_p, min_p)
   assert sure <= kept <= maybe, (sure, kept, maybe)
 
@@ -64,7 +64,7 @@ def test_a_whole_vocabulary():
   logits = np.random.default_rng(0).standard_normal(256_128, np.float32) * 3
   for top_k, top_p in ((1, np.inf), (40, 0.9), (300_000, 0.5), (1000, np.inf)):
     limits = CUT.Cut(np.int32(top_k), np.float32(top_p), np.float32(0))
-    kept = np.isfinite(cut(logits, limits))
+    kept = np.asarray(cut(logits, limits)) > 0
     sure, maybe = by_sorting(logits, top_k, top_p, 0.0)
     assert len(sure) <= kept.sum() <= len(maybe)
     assert kept[list(sure)].all()
@@ -72,10 +72,10 @@ def test_a_whole_vocabulary():
 
 def test_equal_logits_are_kept_by_their_ids():
   limits = CUT.Cut(np.int32(3), np.float32(np.inf), np.float32(0))
-  kept = np.isfinite(cut(np.zeros(50, np.float32), limits))
+  kept = np.asarray(cut(np.zeros(50, np.float32), limits)) > 0
   np.testing.assert_array_equal(np.flatnonzero(kept), [0, 1, 2])
   limits = CUT.Cut(np.int32(50), np.float32(0.101), np.float32(0))
-  kept = np.isfinite(cut(np.zeros(50, np.float32), limits))
+  kept = np.asarray(cut(np.zeros(50, np.float32), limits)) > 0
   np.testing.assert_array_equal(np.flatnonzero(kept), range(6))
 
 
@@ -131,7 +131,8 @@ def distribution(logits, settings, seen, counts):
   counts = counts if settings.uses_counts else None
   logits = jnp.where(jnp.arange(V) < settings.vocab_size, logits, -jnp.inf)
   penalised = DRAW.penalise(logits, settings, seen, counts)
-  return jax.nn.softmax(DRAW.cut_logits(penalised, settings))
+  weights = DRAW.weights(penalised, settings).reshape(1, -1)[:, :V]
+  return weights / weights.sum()
 
 
 LIMITS = dict(temperature=0.7, top_k=7, top_p=0.9, min_p=0.05)
@@ -206,6 +207,23 @@ def test_frequencies():
   deviation = np.sqrt(5 / 8 * 3 / 8 / 4000)  # of a share of so many draws
   np.testing.assert_allclose(got, [5 / 8, 3 / 8, 0, 0], atol=3 * deviation)
   np.testing.assert_allclose(logprobs, logits[tokens], atol=1e-6)
+
+
+def test_every_part_of_the_sum_is_its_own_tokens():
+  """And none is a token's of weight 0, also at both ends."""
+  rng = np.random.default_rng(0)
+  weights = rng.random((500, 37), np.float32) * (rng.random((500, 37)) < 0.5)
+  weights[:, :2] = weights[:, -2:] = 0
+  weights[:, 5] += 1e-3
+  part = rng.random(500, np.float32)
+  part[:50], part[50:100] = 0, np.nextafter(np.float32(1), np.float32(0))
+  got = np.asarray(jax.jit(DRAW._invert)(weights, part))
+  ends = np.cumsum(weights.astype(np.float64), axis=1)
+  limit, rows = part * ends[:, -1], np.arange(500)
+  assert (weights[rows, got] > 0).all()
+  assert (ends[rows, got] >= limit - 1e-5).all()
+  assert ((ends - weights)[rows, got] <= limit + 1e-5).all()
+  assert len({*got.tolist()}) > 25
 
 
 # --- guesses ------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Logits cut to the likeliest tokens, without sorting them.
+"""The likeliest tokens, without sorting them.
 
 To sort 256,128 logits takes a v5e longer than to read the weights of three
-layers.  What is kept are the likeliest tokens, so a threshold on the logits
-says which: it is found by halving, each time with a sum over the vocabulary.
-Logits are compared as integers in the order of their float32 bits, so that 32
-halvings find any threshold exactly.  Of tokens as likely as the last one kept,
-those of lower ids are, as many as there is room for.
+layers.  What is kept are the likeliest tokens, so a threshold on the
+probabilities says which: it is found by halving, each time with a sum over the
+vocabulary.  float32 numbers from 0 to 1 are in the order of their bits, so that
+30 halvings find any threshold exactly.  Of tokens as likely as the last one
+kept, those of lower ids are, as many as there is room for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_BITS = 32
+_BITS = 30  # of a float32 from 0 to 1
 _ROWS = 8  # the sublanes of a TPU's registers
 
 
@@ -38,98 +38,116 @@ class Cut(NamedTuple):
   min_p: np.float32 | jax.Array | None = None
 
 
-def keep_likeliest(logits: jax.Array, cut: Cut) -> jax.Array:
-  """Logits [B, V] float32, minus infinity where a token may not be drawn."""
-  if all(limit is None for limit in cut):
-    return logits
-  return jax.vmap(lambda row: _of_row(row, cut))(logits)
+def weights_of(logits: jax.Array, cut: Cut) -> jax.Array:
+  """What the probabilities of the tokens are in proportion to.
 
+  Args:
+    logits: [B, V] float32, of which the largest of each row is 0.
+    cut: which tokens may be drawn.
 
-def _of_row(logits: jax.Array, cut: Cut) -> jax.Array:
-  vocab_size = logits.size
-  logits = in_rows(logits)
-  order = _ordered(logits)
-  if cut.top_k is not None:
-    logits = jnp.where(_top_k(order, cut.top_k), logits, -jnp.inf)
-  if cut.top_p is not None:
-    p = jnp.exp(logits - jnp.max(logits))
-    kept = _top_p(order, p / jnp.sum(p), cut.top_p)
-    logits = jnp.where(kept, logits, -jnp.inf)
-  if cut.min_p is not None:
-    likely = logits >= jnp.max(logits) + jnp.log(cut.min_p)
-    logits = jnp.where(likely, logits, -jnp.inf)
-  return logits.reshape(-1)[:vocab_size]
-
-
-def in_rows(logits: jax.Array) -> jax.Array:
-  """Logits [V] as [8, V / 8], with minus infinity at the end.
-
-  Of a vector along the lanes alone a TPU computes an eighth at a time.
+  Returns:
+    [B, 8, n]: the tokens of a row one after the other, and padding; 0 for
+    padding and for what may not be drawn.  (Of a vector along the lanes alone a
+    TPU computes an eighth at a time.)
   """
-  padding = -logits.size % _ROWS
-  logits = jnp.pad(logits, (0, padding), constant_values=-jnp.inf)
-  return logits.reshape(_ROWS, -1)
+  batch, vocab_size = logits.shape
+  padding = (0, 0), (0, -vocab_size % _ROWS)
+  logits = jnp.pad(logits, padding, constant_values=-jnp.inf)
+  logits = logits.reshape(batch, _ROWS, -1)
+  weights = jnp.exp(logits)
+  if cut.top_k is not None:
+    weights = _top_k(weights, cut.top_k)
+  if cut.top_p is not None:
+    weights = _top_p(weights, cut.top_p)
+  if cut.min_p is not None:
+    weights = jnp.where(weights >= cut.min_p, weights, 0.0)
+  return weights
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-  """uint32 in the order of float32 numbers; both zeros are one."""
-  x = jnp.where(x == 0, 0.0, x)
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  sign = jnp.uint32(1) << (_BITS - 1)
-  return jnp.where(bits < sign, bits | sign, ~bits)
-
-
-def _top_k(order: jax.Array, k: jax.Array | np.int32) -> jax.Array:
-  """Whether each token is among the k likeliest."""
-  k = jnp.minimum(k, order.size)
-  # The last of the k: fewer than k are above it.
-  last = _least(lambda t: _count(order > t) < k, _BITS)
-  room = k - _count(order > last)
-  return (order > last) | _first(order == last, room)
-
-
-def _top_p(
-  order: jax.Array, p: jax.Array, mass: jax.Array | np.float32
+def least(
+  holds: Callable[[jax.Array], jax.Array], batch: int, bits: int
 ) -> jax.Array:
-  """Whether each token is needed for a probability of `mass`."""
-
-  def above(t: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(order > t, p, 0.0))
-
-  mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)
-  last = _least(lambda t: above(t) < mass, _BITS)
-  is_last = order == last
-  one = jnp.max(jnp.where(is_last, p, 0.0))
-  # As many of these as it takes; a quotient of zero by zero keeps them all.
-  room = jnp.maximum(jnp.ceil((mass - above(last)) / one), 1)
-  room = jnp.where(room < order.size, room, order.size)
-  return (order > last) | _first(is_last, room)
-
-
-def _first(chosen: jax.Array, count: jax.Array) -> jax.Array:
-  """Of the chosen tokens, the first `count`."""
-  index = jnp.arange(chosen.size, dtype=jnp.uint32).reshape(chosen.shape)
-
-  def is_enough(i: jax.Array) -> jax.Array:
-    return _count(chosen & (index <= i)) >= count
-
-  return chosen & (index <= _least(is_enough, chosen.size.bit_length()))
-
-
-def _count(chosen: jax.Array) -> jax.Array:
-  """How many; a float32 counts to 2^24, and a TPU adds it faster."""
-  return jnp.sum(jnp.where(chosen, 1.0, 0.0))
-
-
-def _least(holds: Callable[[jax.Array], jax.Array], bits: int) -> jax.Array:
   """The least uint32 below 2^bits that `holds`, as all above it do.
 
-  If none does, the last.
+  Args:
+    holds: maps a number [B, 1, 1] for each row to whether it holds.
+    batch: B.
+    bits: of the numbers.
+
+  Returns:
+    [B, 1, 1]; the last number where none holds.
   """
 
   def step(i: jax.Array, high: jax.Array) -> jax.Array:
     lower = high - (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
     return jnp.where(holds(lower), lower, high)
 
-  top = jnp.uint32((1 << bits) - 1)
+  top = jnp.full((batch, 1, 1), (1 << bits) - 1, jnp.uint32)
   return jax.lax.fori_loop(0, bits, step, top)
+
+
+# In what follows, weights are [B, 8, n], and numbers of each row [B, 1, 1].
+
+
+def _top_k(weights: jax.Array, k: jax.Array | np.int32) -> jax.Array:
+  """Weights of the k likeliest tokens."""
+  k = jnp.minimum(k, weights[0].size)
+  # The last of the k: fewer than k are above it.
+  last = _threshold(weights, lambda t: _count(weights > t) < k)
+  return _keep(weights, last, k - _count(weights > last))
+
+
+def _top_p(weights: jax.Array, p: jax.Array | np.float32) -> jax.Array:
+  """Weights of the fewest tokens that have a part p of all."""
+
+  def above(t: jax.Array) -> jax.Array:
+    return _sum(jnp.where(weights > t, weights, 0.0))
+
+  tiny = jnp.finfo(jnp.float32).tiny
+  mass = jnp.maximum(p * _sum(weights), tiny)
+  last = _threshold(weights, lambda t: above(t) < mass)
+  # As many like the last as it takes; a quotient of zero by zero keeps all.
+  size = weights[0].size
+  room = jnp.maximum(jnp.ceil((mass - above(last)) / last), 1)
+  return _keep(weights, last, jnp.where(room < size, room, size))
+
+
+def _threshold(
+  weights: jax.Array, holds: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+  """The least float32 that `holds`, as all above it do."""
+
+  def as_float(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+  return as_float(least(lambda t: holds(as_float(t)), len(weights), _BITS))
+
+
+def _keep(weights: jax.Array, last: jax.Array, room: jax.Array) -> jax.Array:
+  """Weights above the last, and the first `room` of those like it."""
+  size = weights[0].size
+  index = jnp.arange(size, dtype=jnp.uint32).reshape(weights.shape[1:])
+
+  def search() -> jax.Array:
+    def is_enough(i: jax.Array) -> jax.Array:
+      return _count((weights == last) & (index <= i)) >= room
+
+    return least(is_enough, len(weights), size.bit_length())
+
+  def all_of_them() -> jax.Array:
+    return jnp.full(last.shape, size, jnp.uint32)
+
+  # Nearly always one token is like it, and there is room for one.
+  fit = jnp.all(_count(weights == last) <= room)
+  end = jax.lax.cond(fit, all_of_them, search)
+  kept = (weights > last) | (weights == last) & (index <= end)
+  return jnp.where(kept, weights, 0.0)
+
+
+def _count(chosen: jax.Array) -> jax.Array:
+  """How many; a float32 counts to 2^24, and a TPU adds it faster."""
+  return _sum(jnp.where(chosen, 1.0, 0.0))
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  return jnp.sum(x, axis=(1, 2), keepdims=True)
