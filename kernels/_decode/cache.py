@@ -81,19 +81,23 @@ class Cache(NamedTuple):
     return cls(*(getattr(record, name) for name in cls._fields))
 
 
-def tokens_of(x: jax.Array, table: jax.Array, kv_heads: int) -> jax.Array:
-  """What each row of a table has, in one piece.
+def tokens_of(
+  x: jax.Array, table: jax.Array | None, kv_heads: int
+) -> jax.Array:
+  """What each row has, in one piece.
 
   Args:
-    x: [X, S, ...], or [X, 1, S K] of scales.
-    table: [B, P] indices of the first dimension.
+    x: [B, S, ...], [P, page, ...]; or [.., 1, S K] of scales.
+    table: [B, pages of a row] of a cache in pages, else None.
     kv_heads: K.
 
   Returns:
-    [B, P S, ...], or [B, P S, K] of scales.
+    [B, S, ...], or [B, S, K] of scales.
   """
   if x.ndim == 3:
     x = x.reshape(x.shape[0], x.shape[2] // max(kv_heads, 1), kv_heads)
+  if table is None:
+    return x
   taken = jnp.take(x, table, axis=0, mode="clip")
   batch, pages = table.shape
   return taken.reshape(batch, pages * x.shape[1], *x.shape[2:])

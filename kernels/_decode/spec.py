@@ -77,27 +77,29 @@ class Problem(Logits):
 
 def reference(p: Problem, a: Arrays) -> Outs:
   """The maths of the room's docstring in plain jnp."""
-  flat = rotated(p, flattened(a))
-  cache = Cache.of(flat)
+  a = rotated(p, a)
+  written = Outs(None, None)
   if a.new_k is not None:
-    cache = appended(flat)
-  outs = _attention(p, flat, cache)
-  if not p.return_lse:
-    outs = outs._replace(lse=None)
-  if a.new_k is None:
-    return outs
-  return unflattened(outs._replace(**cache._asdict()), a)
+    new = appended(flattened(a))
+    written = unflattened(Outs(None, **new._asdict()), a)
+    a = a._replace(**Cache.of(written)._asdict())
+  outs = _attention(p, a)
+  return written._replace(out=outs.out, lse=outs.lse if p.return_lse else None)
 
 
-def _attention(p: Problem, a: Arrays, cache: Cache) -> Outs:
-  t, kv_heads = a.q.shape[1], cache.k.shape[2]
-  rows = rows_of(a)
-  k, v = (tokens_of(x, rows, kv_heads) for x in cache[:2])
-  k_scale, v_scale = (
-    None if x is None else tokens_of(x, rows, kv_heads) for x in cache[2:]
+def _attention(p: Problem, a: Arrays) -> Outs:
+  t, kv_heads = a.q.shape[1], a.k.shape[-2]
+
+  def of_rows(x: jax.Array) -> jax.Array:
+    if a.layer is not None:
+      x = jax.lax.dynamic_index_in_dim(x, a.layer, keepdims=False)
+    return tokens_of(x, a.table, kv_heads)
+
+  k, v, k_scale, v_scale = (
+    None if x is None else of_rows(x) for x in Cache.of(a)
   )
+  assert k is not None and v is not None
   s = k.shape[1]
-  # What lies beyond a row's length may be anything, even NaN times weight 0.
   first, end = first_and_end(a, s)
   valid = (jnp.arange(s) < end[:, None])[:, :, None, None]
 
