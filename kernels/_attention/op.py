@@ -211,7 +211,8 @@ def flash_attention(
     return_lse: also return the log of the sum of exponentials.
     layout: how q, k, v and out lie in memory; the shapes above are "BTNH".
       "BNTH" is heads first, q and out [B, N, T, H], k and v [B, K, S, H], what
-      projections write and read for nothing; "BT(NH)" is flat, [B, T, N H] and
+      projections write and read for nothing, unlike "BTNH" with several kv
+      heads; "BT(NH)" is flat, [B, T, N H] and
       [B, S, K H].  The kernels read and write all three in place, and their
       gradients.  Where they cannot, XLA transposes to heads first and back:
       "BT(NH)" and "BTNH" with a head size that is no multiple of 128; and
