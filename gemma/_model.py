@@ -228,7 +228,7 @@ class Gemma(nnx.Module):
     def attend(layer, q, k, v, cache):
       cache = cache.append(layer, k, v)
       y = self.ops.decode_attention(q, cache.k[layer], cache.v[layer], lengths)
-      return y, cache
+      return y.swapaxes(1, 2), cache
 
     x, cache = self._with_cache(
       tokens[:, None], cache.lengths[:, None], cache, attend
@@ -253,7 +253,7 @@ class Gemma(nnx.Module):
       positions: [B, T], for RoPE.
       cache: of all layers.
       attend: maps a layer's index, its rotated q and k, its v and the cache to
-        the attention's result [B, T, N, H] and the cache with k and v in it.
+        the attention's result [B, N, T, H] and the cache with k and v in it.
 
     Returns:
       The residual stream [B, T, D] after the last layer, and the cache, with

@@ -24,6 +24,7 @@ every key that it sees:
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +32,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .._frame import tpu
+from .._frame import room, tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
+from .._frame.room import Form, Places
 from .._sincos import phases, rotate, width
 from . import blocks, departure, finite, memory, rotation, spans, tiles
 from .departure import Departure
@@ -302,7 +304,14 @@ def _rotate_back(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 # --- the call -----------------------------------------------------------------
 
 
-def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
+def _run(
+  call: Call,
+  a: Arrays,
+  outs: Outs,
+  d: Outs,
+  dq_dtype: Any,
+  places: Places | None = None,
+) -> Arrays:
   """dq, dk and dv; lse and its cotangent are by row."""
   layout = call.layout
   (q, k, v), (row, whole, lane) = tiles.operands(call, a)
@@ -312,15 +321,22 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
   rope, rope_specs = blocks.rope_operands(call, a)
   in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope)
+  specs = Inputs(
+    row, whole, whole, row, row, lane, lane, id_specs, rope_specs
+  )
+  operands, layer = inputs, None
+  if places is not None:
+    operands, layer = inputs._replace(**places.stacks), places.layer
+    specs = specs._replace(
+      **{f: room.block_of_layer(getattr(specs, f)) for f in places.stacks}
+    )
   (gradients,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_bwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(a.q.shape[0] * call.kv_heads, pl.cdiv(call.t, call.block_q)),
-      in_specs=[
-        Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
-      ],
+      in_specs=[specs],
       out_specs=[Outputs(row, in_hbm, in_hbm)],
       scratch_shapes=[_state(call, inputs)],
     ),
@@ -332,7 +348,7 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
-  )(blocks.Scalars.of(bounds, a, mixed), inputs)
+  )(blocks.Scalars.of(bounds, a, mixed, layer), operands)
   dq, dk, dv = gradients
   return Arrays(
     layout.to_queries(dq, a.q.shape),
@@ -367,6 +383,25 @@ def _state(call: Call, i: Inputs) -> State:
 # --- the pass -----------------------------------------------------------------
 
 
+def stored(p: Problem, a: Arrays) -> Mapping[str, Form]:
+  """What the kernel can read in a stack of all layers, and how it lies there.
+
+  Only where it is one call, of keys without padding and as they are saved.
+  """
+  before = a.positions is not None and not rotation.is_inside(p, a)
+  if a.scale is not None or before:
+    return {}
+  sizes = memory.Sizes.of_problem(p, a)
+  call = tiles.backward_call(p, sizes)
+  keys = tiles.backward_keys(call, sizes)
+  if spans.of_call(call, keys) != [call] or call.s % call.key_unit:
+    return {}
+  layout, of_q, of_k = call.layout, a.q.shape, a.k.shape
+  queries = Form(layout.of_queries, lambda x: layout.to_queries(x, of_q))
+  keys = Form(layout.of_keys, lambda x: layout.to_keys(x, of_k))
+  return {"q": queries, "k": keys, "v": keys, "out": queries}
+
+
 def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   """dq, dk and dv, by one call if VMEM holds all keys, else by several.
 
@@ -381,7 +416,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   calls = spans.of_call(whole, tiles.backward_keys(whole, sizes))
   if calls == [whole]:
     dq_dtype = a.q.dtype if a.scale is None else jnp.float32
-    grads = _run(whole, a, outs, d, dq_dtype)
+    grads = _run(whole, a, outs, d, dq_dtype, saved.places)
   else:
     outs, d = (
       x._replace(lse=whole.layout.to_lse(x.lse, a.q.shape)) for x in (outs, d)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._frame import switches
+from .._frame import room, switches
 from .._frame.check import (
   Implementation,
   as_array,
@@ -27,7 +27,7 @@ from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope
 from . import rotation, tiles
-from .backward import backward
+from .backward import backward, stored
 from .door import as_qkv, as_rope, as_segments, as_window, check_layout
 from .finite import plain_backward
 from .forward import forward
@@ -155,6 +155,7 @@ _flash = kernel_op(
   plain_forward=_plain_forward,
   plain_linear=_plain_linear,
   plain_backward=_plain_backward,
+  stores=stored,
 )
 
 # --- public -------------------------------------------------------------------
@@ -257,6 +258,9 @@ def flash_attention(
   )
   outs = _flash(problem, arrays)
   out = from_btnh(outs.out.astype(dtype), layout)
+  here = room.current()
+  if here is not None and dtype == outs.out.dtype:
+    here.renamed(out, outs.out, functools.partial(from_btnh, layout=layout))
   return (out, outs.lse) if return_lse else out
 
 

@@ -23,6 +23,7 @@ from jax.interpreters import ad, batching, mlir
 
 from .lowering import guarded, off_tpu
 from .manual import vary_alike, varying_like
+from .room import Places
 
 Leaves = Sequence[Any]
 # Of residuals and tangents, or of residuals and cotangents.
@@ -196,47 +197,96 @@ def refused(message: str, tangents: Leaves, outs: Leaves) -> Leaves:
 # --- of an op -----------------------------------------------------------------
 
 
-def _primal(op: Any, problem: Any, arrays: Any) -> Any:
-  return op.run(problem, arrays, keep=False)[0]
+def _primal(op: Any, problem: Any, arrays: Any, places: Any) -> Any:
+  """The results, and the op's stores in a scan over layers, if it has any."""
+  outs = op.run(problem, arrays, keep=False)[0]
+  return outs, None if places is None else places.stacks
 
 
 def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
-  (arrays,), (tangents,) = primals, tangents
+  (arrays, places), (tangents, d_places) = primals, tangents
   outs, kept = op.run(problem, arrays, keep=True)
   outs, kept = op.named(outs), op.named(kept)
+  stacks = None if places is None else _filled(op, problem, arrays, outs, places)
   wanted = jax.tree.map(is_perturbed, tangents)
   wanted = wanted._replace(**dict.fromkeys(op.constants(arrays), False))
   saved = op.saved(arrays, outs, kept)
-  residuals, saved_tree = jax.tree.flatten(saved)
+  layer = None if places is None else places.layer
+  residuals, saved_tree = jax.tree.flatten((saved, layer))
   out_leaves, out_tree = jax.tree.flatten(outs)
+  stack_leaves, stack_tree = jax.tree.flatten(stacks)
+  d_stacks = [] if places is None else jax.tree.leaves(d_places.stacks)
+  pairs = zip(jax.tree.leaves(tangents), jax.tree.leaves(wanted), strict=True)
+  own = [d for d, want in pairs if want]
 
-  def restored(residuals: Any, d_outs: Any) -> tuple[Any, Any]:
-    saved = jax.tree.unflatten(saved_tree, residuals)
+  def restored(residuals: Any, d_outs: Any) -> tuple[Any, Any, Any]:
+    saved, layer = jax.tree.unflatten(saved_tree, residuals)
     pair = vary_alike((saved, jax.tree.unflatten(out_tree, d_outs)))
-    return pair[0]._replace(wanted=wanted), pair[1]
+    return pair[0]._replace(wanted=wanted), pair[1], layer
 
-  def transpose(residuals: Any, d_outs: Any) -> Any:
-    saved, d_outs = restored(residuals, d_outs)
-    return jax.tree.leaves(op.run_backward(problem, saved, d_outs))
+  def transpose(residuals: Any, cotangents: Any) -> Any:
+    d_outs, full = _parted(cotangents, len(out_leaves))
+    saved, d_outs, layer = restored(residuals, d_outs)
+    if full:
+      # The cotangents of stores are the stores; they go on to the layer before.
+      found = Places(layer, jax.tree.unflatten(stack_tree, full))
+      saved = saved._replace(places=found)
+    grads = jax.tree.leaves(op.run_backward(problem, saved, d_outs))
+    onward = zip(full, d_stacks, strict=True)
+    return grads + [x for x, d in onward if is_perturbed(d)]
 
   def forward(residuals: Any, tangents: Any) -> Any:
     # What reverse mode does in plain jnp, the other way round: so it needs no
     # more of the forward pass than is saved for that.
     def back(*d_outs: Any) -> Any:
-      saved, d = restored(residuals, d_outs)
+      saved, d, _ = restored(residuals, d_outs)
       return jax.tree.leaves(op.plain_gradients(problem, saved, d))
 
     types = [varying_like(x, x.shape, x.dtype) for x in out_leaves]
-    return list(jax.linear_transpose(back, *types)(list(tangents)))
+    mine, of_stacks = _parted(tangents, len(own))
+    d_outs = jax.linear_transpose(back, *types)(list(mine))
+    rest = iter(of_stacks)
+    return [
+      *d_outs,
+      *(
+        next(rest) if is_perturbed(d) else jnp.zeros(x.shape, x.dtype)
+        for d, x in zip(d_stacks, stack_types, strict=True)
+      ),
+    ]
 
-  pairs = zip(jax.tree.leaves(tangents), jax.tree.leaves(wanted), strict=True)
-  perturbed = [d for d, want in pairs if want]
+  stack_types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stack_leaves]
   message = (
     f"{op.name}: the kernel has no forward-mode derivative (jvp, jacfwd, "
     f"linearize); pass implementation='xla'"
   )
-  d_outs = linear(forward, transpose, residuals, perturbed, out_leaves, message)
-  return outs, jax.tree.unflatten(out_tree, d_outs)
+  d_outs, d_stores = _parted(
+    linear(
+      forward,
+      transpose,
+      residuals,
+      own + list(filter(is_perturbed, d_stacks)),
+      out_leaves + stack_leaves,
+      message,
+    ),
+    len(out_leaves),
+  )
+  return (outs, stacks), (
+    jax.tree.unflatten(out_tree, d_outs),
+    jax.tree.unflatten(stack_tree, d_stores),
+  )
+
+
+def _parted(leaves: Any, count: int) -> tuple[list[Any], list[Any]]:
+  return list(leaves[:count]), list(leaves[count:])
+
+
+def _filled(
+  op: Any, problem: Any, arrays: Any, outs: Any, places: Places
+) -> Any:
+  """The stores with what this layer keeps in them."""
+  fields = arrays._asdict() | outs._asdict()
+  forms = op.stores(problem, arrays)
+  return places.put({n: form.make(fields[n]) for n, form in forms.items()})
 
 
 def is_perturbed(tangent: Any) -> bool:

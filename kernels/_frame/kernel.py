@@ -24,17 +24,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from . import switches
+from . import room, switches
 from .derivative import differentiable, refused, without_derivatives
 from .manual import replaced, vary_alike, vary_as_all
-from .mapped import Vmap, mapped_kernel, one_by_one
+from .mapped import Vmap, mapped_kernel, one_by_one, unless_mapped
 from .sharding import Split, is_split, per_device
 
 
@@ -47,12 +47,15 @@ class Saved(NamedTuple):
     kept: what `forward` returned beside its results, None if the op keeps none.
     wanted: as arrays, whether the gradient of each is asked for.  What is
       returned for the others does not matter.
+    places: what lies in stacks of all layers, to be read there by the kernel
+      and not from `arrays` or `outs`; None if nothing does.
   """
 
   arrays: Any
   outs: Any
   kept: Any
   wanted: Any
+  places: room.Places | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,6 +87,9 @@ class kernel_op:  # lower case, as jax.custom_vjp
       for it is another field's.
     passes: fields of the arrays that are fields of the results too, as they
       are; the kernels see their cotangents alone.
+    stores: of a problem and its arrays, the names of fields of the arrays and
+      the results that `backward` can read in a stack of all layers, and the
+      form that each has there; see `room`.
   """
 
   name: str
@@ -102,6 +108,9 @@ class kernel_op:  # lower case, as jax.custom_vjp
   plain_linear: Callable[..., Any] | None = None
   constants: Callable[[Any], Iterable[str]] = lambda _: ()
   passes: tuple[str, ...] = ()
+  stores: Callable[[Any, Any], Mapping[str, room.Form]] = (
+    lambda *_: {}
+  )
 
   def __call__(self, problem: Any, arrays: Any) -> Any:
     """The op on arrays of any sharding; its door has checked them."""
@@ -152,7 +161,37 @@ class kernel_op:  # lower case, as jax.custom_vjp
 
   def on_device(self, problem: Any, arrays: Any) -> Any:
     """The differentiable op on one device's arrays."""
-    return differentiable(self, problem, vary_alike(arrays))
+    arrays, here = vary_alike(arrays), room.current()
+    forms = {} if here is None else self.stores(problem, arrays)
+    if here is None or not forms:
+      return differentiable(self, problem, arrays, None)[0]
+    start, places = here.places(self._types(problem, arrays, forms))
+    outs, stacks = differentiable(self, problem, arrays, places)
+    if places is not None:
+      here.fill(start, stacks)
+      self._note(here, start, forms, outs)
+    return outs
+
+  def _note(
+    self, here: room.Room, start: int, forms: Mapping[str, room.Form], outs: Any
+  ) -> None:
+    """Which results lie in stores, for what uses them next."""
+    for place, name in enumerate(sorted(forms), start):
+      if name in outs._fields:
+        here.note(getattr(outs, name), place, forms[name].back)
+
+  def _types(
+    self, problem: Any, arrays: Any, forms: Mapping[str, room.Form]
+  ) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Of what the op keeps in stores."""
+    fields = arrays._asdict()
+    if not forms.keys() <= fields.keys():
+      plain = functools.partial(self.plain_forward or self.reference, problem)
+      fields |= jax.eval_shape(plain, arrays)._asdict()
+    return {
+      name: jax.eval_shape(form.make, fields[name])
+      for name, form in forms.items()
+    }
 
   def run(self, problem: Any, arrays: Any, keep: bool) -> tuple[Any, Any]:
     """(outs, kept) by whichever implementation it is to be."""
@@ -182,9 +221,13 @@ class kernel_op:  # lower case, as jax.custom_vjp
       saved = saved._replace(wanted=wanted)
       return self._only_wanted(problem, function, saved, d_outs)
 
+    kernel = functools.partial(either, self.backward)
+    mapped = mapped_kernel(self.vmap[1], kernel)
+    if saved.places is not None:  # of several examples there is no such stack
+      mapped = unless_mapped(kernel, mapped)
     return self._dispatch(
       problem.implementation,
-      mapped_kernel(self.vmap[1], functools.partial(either, self.backward)),
+      mapped,
       functools.partial(either, self.plain_backward or self.reference_vjp),
       saved._replace(wanted=None),
       d_outs,

@@ -46,6 +46,26 @@ def _as_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
   return mapped
 
 
+def unless_mapped(
+  kernel: Callable[..., Any], mapped: Callable[..., Any]
+) -> Callable[..., Any]:
+  """`kernel` of what is saved, which reads stacks of all layers.
+
+  Under vmap, `mapped` instead, which reads what is saved beside them.
+  """
+  one = custom_vmap(switches.kernel(kernel))
+
+  @one.def_vmap
+  def rule(axis_size: int, in_batched: Any, saved: Any, d_outs: Any) -> Any:
+    del axis_size
+    axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+    axes = axes[0]._replace(places=None), axes[1]
+    outs = jax.vmap(mapped, axes)(saved._replace(places=None), d_outs)
+    return outs, jax.tree.map(lambda _: True, outs)
+
+  return one
+
+
 @switches.plain
 def one_by_one(
   name: str, op: Callable[[Any], Any], arrays: Any, letters: Any

@@ -37,9 +37,11 @@ Read in this order:
 
     scan.py    scan_layers
     weight.py  LayerOf, what the body gets in place of a weight
+    product.py a product with a weight that is XLA's, not a kernel's
     turns.py   where ports and stores begin, turn back and end
 """
 
+from .product import layer_einsum as layer_einsum
 from .scan import ScanPart as ScanPart
 from .scan import scan_layers as scan_layers
 from .weight import LayerOf as LayerOf
