@@ -43,7 +43,13 @@ class Embedder(nnx.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """Tokens [...] to rows [..., D] of the compute dtype."""
-    x = self.embedding[tokens].astype(self.dtype)
+    table = self.embedding[...]
+    if not jax.sharding.get_abstract_mesh().empty:
+      # On a mesh XLA would add the gradient of the rows to that of the logits
+      # before this is summed over the devices: a pass over the whole table, of
+      # which each device then keeps its part.
+      table = jax.lax.optimization_barrier(table)
+    x = table[tokens].astype(self.dtype)
     # The released model rounds the root to its dtype before it multiplies: in
     # bfloat16 the root is 45.25 for 2B and 55.5 for 7B, where the exact ones
     # are 45.2548 and 55.4256.

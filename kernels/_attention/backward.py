@@ -24,7 +24,6 @@ every key that it sees:
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +34,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import room, tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
-from .._frame.room import Form, Places
+from .._frame.room import Places
 from .._sincos import phases, rotate, width
 from . import blocks, departure, finite, memory, rotation, spans, tiles
 from .departure import Departure
@@ -321,9 +320,7 @@ def _run(
   rope, rope_specs = blocks.rope_operands(call, a)
   in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope)
-  specs = Inputs(
-    row, whole, whole, row, row, lane, lane, id_specs, rope_specs
-  )
+  specs = Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
   operands, layer = inputs, None
   if places is not None:
     operands, layer = inputs._replace(**places.stacks), places.layer
@@ -381,25 +378,6 @@ def _state(call: Call, i: Inputs) -> State:
 
 
 # --- the pass -----------------------------------------------------------------
-
-
-def stored(p: Problem, a: Arrays) -> Mapping[str, Form]:
-  """What the kernel can read in a stack of all layers, and how it lies there.
-
-  Only where it is one call, of keys without padding and as they are saved.
-  """
-  before = a.positions is not None and not rotation.is_inside(p, a)
-  if a.scale is not None or before:
-    return {}
-  sizes = memory.Sizes.of_problem(p, a)
-  call = tiles.backward_call(p, sizes)
-  keys = tiles.backward_keys(call, sizes)
-  if spans.of_call(call, keys) != [call] or call.s % call.key_unit:
-    return {}
-  layout, of_q, of_k = call.layout, a.q.shape, a.k.shape
-  queries = Form(layout.of_queries, lambda x: layout.to_queries(x, of_q))
-  keys = Form(layout.of_keys, lambda x: layout.to_keys(x, of_k))
-  return {"q": queries, "k": keys, "v": keys, "out": queries}
 
 
 def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:

@@ -27,7 +27,7 @@ from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope
 from . import rotation, tiles
-from .backward import backward, stored
+from .backward import backward
 from .door import as_qkv, as_rope, as_segments, as_window, check_layout
 from .finite import plain_backward
 from .forward import forward
@@ -46,6 +46,7 @@ from .spec import (
   refuse_arrays,
   sides,
 )
+from .stores import stored
 from .tiles import FlashAttentionConfig
 
 # --- the op -------------------------------------------------------------------
@@ -156,6 +157,7 @@ _flash = kernel_op(
   plain_linear=_plain_linear,
   plain_backward=_plain_backward,
   stores=stored,
+  writes="out",
 )
 
 # --- public -------------------------------------------------------------------

@@ -199,15 +199,14 @@ def refused(message: str, tangents: Leaves, outs: Leaves) -> Leaves:
 
 def _primal(op: Any, problem: Any, arrays: Any, places: Any) -> Any:
   """The results, and the op's stores in a scan over layers, if it has any."""
-  outs = op.run(problem, arrays, keep=False)[0]
+  outs, _, _ = op.run(problem, arrays, keep=False)
   return outs, None if places is None else places.stacks
 
 
 def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
   (arrays, places), (tangents, d_places) = primals, tangents
-  outs, kept = op.run(problem, arrays, keep=True)
+  outs, kept, stacks = op.run(problem, arrays, keep=True, places=places)
   outs, kept = op.named(outs), op.named(kept)
-  stacks = None if places is None else _filled(op, problem, arrays, outs, places)
   wanted = jax.tree.map(is_perturbed, tangents)
   wanted = wanted._replace(**dict.fromkeys(op.constants(arrays), False))
   saved = op.saved(arrays, outs, kept)
@@ -278,15 +277,6 @@ def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
 
 def _parted(leaves: Any, count: int) -> tuple[list[Any], list[Any]]:
   return list(leaves[:count]), list(leaves[count:])
-
-
-def _filled(
-  op: Any, problem: Any, arrays: Any, outs: Any, places: Places
-) -> Any:
-  """The stores with what this layer keeps in them."""
-  fields = arrays._asdict() | outs._asdict()
-  forms = op.stores(problem, arrays)
-  return places.put({n: form.make(fields[n]) for n, form in forms.items()})
 
 
 def is_perturbed(tangent: Any) -> bool:

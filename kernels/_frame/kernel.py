@@ -90,6 +90,8 @@ class kernel_op:  # lower case, as jax.custom_vjp
     stores: of a problem and its arrays, the names of fields of the arrays and
       the results that `backward` can read in a stack of all layers, and the
       form that each has there; see `room`.
+    writes: of these the one that the kernel of `forward` itself writes there:
+      forward(problem, arrays, places=...) returns (outs, the stack).
   """
 
   name: str
@@ -108,9 +110,8 @@ class kernel_op:  # lower case, as jax.custom_vjp
   plain_linear: Callable[..., Any] | None = None
   constants: Callable[[Any], Iterable[str]] = lambda _: ()
   passes: tuple[str, ...] = ()
-  stores: Callable[[Any, Any], Mapping[str, room.Form]] = (
-    lambda *_: {}
-  )
+  stores: Callable[[Any, Any], Mapping[str, room.Form]] = lambda *_: {}
+  writes: str = ""
 
   def __call__(self, problem: Any, arrays: Any) -> Any:
     """The op on arrays of any sharding; its door has checked them."""
@@ -193,25 +194,58 @@ class kernel_op:  # lower case, as jax.custom_vjp
       for name, form in forms.items()
     }
 
-  def run(self, problem: Any, arrays: Any, keep: bool) -> tuple[Any, Any]:
-    """(outs, kept) by whichever implementation it is to be."""
+  def run(
+    self, problem: Any, arrays: Any, keep: bool, places: Any = None
+  ) -> tuple[Any, Any, Any]:
+    """(outs, kept, stacks) by whichever implementation it is to be.
+
+    Args:
+      problem: the problem.
+      arrays: its arrays.
+      keep: whether what the backward pass reads is kept.
+      places: of the op's stores, which are filled; or None.
+    """
+    forms = {} if places is None else self.stores(problem, arrays)
     passing = {field: getattr(arrays, field) for field in self.passes}
     arrays = arrays._replace(**dict.fromkeys(passing))
-    outs, kept = self._run(problem, arrays, keep)
-    return outs._replace(**passing), kept
 
-  def _run(self, problem: Any, arrays: Any, keep: bool) -> tuple[Any, Any]:
-    def either(function: Callable[..., Any], arrays: Any) -> tuple[Any, Any]:
+    def put(outs: Any, arrays: Any, places: Any) -> Any:
+      return None if places is None else places.put(forms, arrays, outs)
+
+    def either(function: Callable[..., Any], arrays: Any, places: Any) -> Any:
+      kept = None
       if self.keeps:
-        return function(problem, arrays, keep=keep)
-      return function(problem, arrays), None
+        outs, kept = function(problem, arrays, keep=keep)
+      else:
+        outs = function(problem, arrays)
+      return outs, kept, put(outs, arrays, places)
 
-    return self._dispatch(
+    def by_kernel(arrays: Any, places: Any) -> Any:
+      mapped = mapped_kernel(
+        self.vmap[0], lambda arrays: either(self.forward, arrays, None)
+      )
+      outs, kept, _ = mapped(arrays)
+      return outs, kept, put(outs, arrays, places)
+
+    def in_place(arrays: Any, places: Any) -> Any:
+      outs, stack = self.forward(problem, arrays, places=places)
+      written = places.stacks | {self.writes: stack}
+      rest = places._replace(
+        stacks={k: s for k, s in places.stacks.items() if k != self.writes}
+      )
+      return outs, None, written | put(outs, arrays, rest)
+
+    kernel = by_kernel
+    if places is not None and self.writes in places.stacks:
+      kernel = unless_mapped(in_place, by_kernel)
+    outs, kept, stacks = self._dispatch(
       problem.implementation,
-      mapped_kernel(self.vmap[0], functools.partial(either, self.forward)),
+      kernel,
       functools.partial(either, self.plain_forward or self.reference),
       arrays,
+      places,
     )
+    return outs._replace(**passing), kept, stacks
 
   def run_backward(self, problem: Any, saved: Saved, d_outs: Any) -> Any:
     """The gradients that are wanted, None for the other arrays."""
@@ -222,9 +256,11 @@ class kernel_op:  # lower case, as jax.custom_vjp
       return self._only_wanted(problem, function, saved, d_outs)
 
     kernel = functools.partial(either, self.backward)
-    mapped = mapped_kernel(self.vmap[1], kernel)
+    of_examples = mapped = mapped_kernel(self.vmap[1], kernel)
     if saved.places is not None:  # of several examples there is no such stack
-      mapped = unless_mapped(kernel, mapped)
+      mapped = unless_mapped(
+        kernel, lambda saved, d: of_examples(saved._replace(places=None), d)
+      )
     return self._dispatch(
       problem.implementation,
       mapped,

@@ -49,18 +49,13 @@ def _as_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def unless_mapped(
   kernel: Callable[..., Any], mapped: Callable[..., Any]
 ) -> Callable[..., Any]:
-  """`kernel` of what is saved, which reads stacks of all layers.
-
-  Under vmap, `mapped` instead, which reads what is saved beside them.
-  """
+  """`kernel`, of which there is nothing under vmap; there, `mapped`."""
   one = custom_vmap(switches.kernel(kernel))
 
   @one.def_vmap
-  def rule(axis_size: int, in_batched: Any, saved: Any, d_outs: Any) -> Any:
-    del axis_size
+  def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:
     axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-    axes = axes[0]._replace(places=None), axes[1]
-    outs = jax.vmap(mapped, axes)(saved._replace(places=None), d_outs)
+    outs = jax.vmap(mapped, tuple(axes), axis_size=axis_size)(*args)
     return outs, jax.tree.map(lambda _: True, outs)
 
   return one

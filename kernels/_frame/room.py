@@ -48,11 +48,15 @@ class Places(NamedTuple):
   layer: Any  # [] int32, which of the stacks' parts
   stacks: Mapping[str, Any]  # [L, ...]
 
-  def put(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+  def put(
+    self, forms: Mapping[str, Form], arrays: Any, outs: Any
+  ) -> Mapping[str, Any]:
     """The stacks with a layer's arrays in their places."""
-    put = jax.lax.dynamic_update_index_in_dim
+    fields, at = arrays._asdict() | outs._asdict(), self.layer
     return {
-      name: put(stack, values[name], self.layer, 0)
+      name: jax.lax.dynamic_update_index_in_dim(
+        stack, forms[name].make(fields[name]), at, 0
+      )
       for name, stack in self.stacks.items()
     }
 
@@ -167,4 +171,3 @@ def block_of_layer(spec: pl.BlockSpec) -> pl.BlockSpec:
   return pl.BlockSpec(
     (None, *spec.block_shape), index, pipeline_mode=spec.pipeline_mode
   )
-

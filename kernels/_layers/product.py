@@ -79,7 +79,8 @@ def _einsum_jvp(
   x, stack, port, index, store = primals
   d = tangents[0], tangents[2], tangents[4]
   moves = [t is not None and is_perturbed(t) for t in d]
-  outs = _einsum(subscripts, back, *primals)
+  # Not by `_einsum`: so a remat policy can tell that it is a product.
+  outs = _of(subscripts, x, _layer(stack, index)), port, store
 
   def forward(residuals: Any, tangents: Any) -> Any:
     x, stack, index = residuals

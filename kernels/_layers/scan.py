@@ -107,7 +107,9 @@ class _Scan(NamedTuple):
       in_stack, apart = iter(weights), iter(own)
       x = [next(in_stack) if stay else next(apart) for stay in self.stays]
       x = jax.tree.unflatten(self.tree, x)
-      with room_of(index, others) if keeps else contextlib.nullcontext() as room:
+      with (
+        room_of(index, others) if keeps else contextlib.nullcontext() as room
+      ):
         carry, y = part.f(carry, x)
       asked[:] = [w.asked for w in weights] + [room.asked if room else []]
       closed = [w.closed() for w in weights]
