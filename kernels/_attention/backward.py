@@ -31,12 +31,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .._frame import room, tpu
+from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
-from .._frame.room import Places
 from .._sincos import phases, rotate, width
-from . import blocks, departure, finite, memory, rotation, spans, tiles
+from . import blocks, departure, finite, memory, rotation, spans, stores, tiles
 from .departure import Departure
 from .layout import Rows
 from .spec import Arrays, Outs, Problem
@@ -304,12 +303,7 @@ def _rotate_back(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 
 
 def _run(
-  call: Call,
-  a: Arrays,
-  outs: Outs,
-  d: Outs,
-  dq_dtype: Any,
-  places: Places | None = None,
+  call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any, places: Any = None
 ) -> Arrays:
   """dq, dk and dv; lse and its cotangent are by row."""
   layout = call.layout
@@ -321,12 +315,7 @@ def _run(
   in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope)
   specs = Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
-  operands, layer = inputs, None
-  if places is not None:
-    operands, layer = inputs._replace(**places.stacks), places.layer
-    specs = specs._replace(
-      **{f: room.block_of_layer(getattr(specs, f)) for f in places.stacks}
-    )
+  operands, specs, layer = stores.read(places, inputs, specs)
   (gradients,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_bwd",
@@ -346,12 +335,8 @@ def _run(
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
   )(blocks.Scalars.of(bounds, a, mixed, layer), operands)
-  dq, dk, dv = gradients
-  return Arrays(
-    layout.to_queries(dq, a.q.shape),
-    layout.to_keys(dk, a.k.shape),
-    layout.to_keys(dv, a.v.shape),
-  )
+  dk, dv = (layout.to_keys(x, a.k.shape) for x in gradients[1:])
+  return Arrays(layout.to_queries(gradients.dq, a.q.shape), dk, dv)
 
 
 def _state(call: Call, i: Inputs) -> State:

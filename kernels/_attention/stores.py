@@ -7,8 +7,9 @@ reads a layer's blocks; the forward kernel writes out there, and XLA the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from .._frame.room import Form
+from .._frame.room import Form, Places, block_of_layer
 from . import memory, rotation, spans, tiles
 from .spec import Arrays, Problem
 
@@ -35,3 +36,12 @@ def stored(p: Problem, a: Arrays) -> Mapping[str, Form]:
   queries = Form(layout.of_queries, lambda x: layout.to_queries(x, of_q))
   keys = Form(layout.of_keys, lambda x: layout.to_keys(x, of_k))
   return {"q": queries, "k": keys, "v": keys, "out": queries}
+
+
+def read(places: Places | None, inputs: Any, specs: Any) -> tuple[Any, ...]:
+  """Operands and block specs, of stacks where there are any, and the layer."""
+  if places is None:
+    return inputs, specs, None
+  of_stacks = {f: block_of_layer(getattr(specs, f)) for f in places.stacks}
+  operands = inputs._replace(**places.stacks)
+  return operands, specs._replace(**of_stacks), places.layer
