@@ -56,6 +56,7 @@ from ._gated import geglu as geglu
 from ._gated import geglu_reference as geglu_reference
 from ._layers import LayerOf as LayerOf
 from ._layers import ScanPart as ScanPart
+from ._layers import layer_einsum as layer_einsum
 from ._layers import scan_layers as scan_layers
 from ._remat import names_of as _names_of
 from ._remat import products_or as _products_or

@@ -340,7 +340,7 @@ def test_nothing_is_copied_between_projections(heads):
     k, v = (jnp.einsum("BTD,NDH->BTNH", x, w) for w in (w_k, w_v))
     rope = Rope(jnp.arange(2048)[None])
     y = KERNELS.attend(q, k, v, is_causal=True, rope=rope)
-    return jnp.einsum("BTNH,NHD->BTD", y, w_out)
+    return jnp.einsum("BNTH,NHD->BTD", y, w_out)
 
   def both(dy, *arrays):
     y, vjp = jax.vjp(attend, *arrays)

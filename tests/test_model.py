@@ -406,7 +406,8 @@ def test_a_row_of_a_cache_is_read_and_replaced():
 def test_remat_policies_give_equal_gradients():
   tokens = random_tokens()
   want = gradients(with_remat("none"), tokens)
-  for remat in ("full", "dots", "names", "none:1,full", "full:1,none"):
+  policies = "full", "dots", "names", "attention", "none:1,full", "full:1,none"
+  for remat in policies:
     assert_equal_gradients(gradients(with_remat(remat), tokens), want)
 
 
@@ -483,7 +484,7 @@ def test_lowered_for_tpu_it_runs_the_kernels_it_says():
     (dict(dtype="float16"), "dtype must be one of bfloat16, float32, got"),
     (
       dict(remat="some"),
-      "remat must be one of none, full, dots, names, auto, or",
+      "remat must be one of none, full, dots, names, attention, auto, or",
     ),
     (dict(remat="none:2,some"), "remat must be one of none, full, dots"),
     (dict(remat="none:2,full"), "remat must be fewer than 2 layers"),

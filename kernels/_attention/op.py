@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._frame import switches
+from .._frame import room, switches
 from .._frame.check import (
   Implementation,
   as_array,
@@ -46,6 +46,7 @@ from .spec import (
   refuse_arrays,
   sides,
 )
+from .stores import stored
 from .tiles import FlashAttentionConfig
 
 # --- the op -------------------------------------------------------------------
@@ -155,6 +156,8 @@ _flash = kernel_op(
   plain_forward=_plain_forward,
   plain_linear=_plain_linear,
   plain_backward=_plain_backward,
+  stores=stored,
+  writes="out",
 )
 
 # --- public -------------------------------------------------------------------
@@ -260,6 +263,9 @@ def flash_attention(
   )
   outs = _flash(problem, arrays)
   out = from_btnh(outs.out.astype(dtype), layout)
+  here = room.current()
+  if here is not None and dtype == outs.out.dtype:
+    here.renamed(out, outs.out, functools.partial(from_btnh, layout=layout))
   return (out, outs.lse) if return_lse else out
 
 

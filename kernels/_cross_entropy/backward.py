@@ -344,13 +344,13 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
   static, blocks = Static.of(p, tiles, v), n // tiles.rows
   # In one block the table's gradient is complete.  Several add it up in whole
   # tiles: the interpreter cannot alias an array with a ragged one.
-  de_type = varying_like(a.x, a.embedding.shape, a.embedding.dtype)
+  de_type = varying_like(a.x, a.embedding.shape, a.table.dtype)
   if blocks > 1:
     padded = tpu.round_up(v, tiles.vocab_block)
     de_type = varying_like(a.x, (padded, d), jnp.float32)
   types = Outputs(
     dx=varying_like(a.x, (tiles.rows, d), a.x.dtype) if wanted.x else None,
-    de=de_type if wanted.embedding else None,
+    de=de_type if wanted.table else None,
   )
   numbers = RowNumbers(
     saved.outs.top, d_outs.total, d_outs.target, saved.outs.target
@@ -365,7 +365,7 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
     de_before=None,
   )
   if blocks == 1:
-    return RowArrays(*_call(static, operands, types), None, None)
+    return a.gradients(*_call(static, operands, types))
 
   def add(de: jax.Array | None, block: Any) -> tuple[Any, Any]:
     inputs = _rows_of_block(operands, block, tiles.rows)
@@ -377,8 +377,8 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
   if dx is not None:
     dx = jnp.concatenate([dx[None], rest]).reshape(n, d)
   if de is not None:
-    de = de[:v].astype(a.embedding.dtype)
-  return RowArrays(dx, de, None, None)
+    de = de[:v].astype(a.table.dtype)
+  return a.gradients(dx, de)
 
 
 def _rows_of_block(inputs: Inputs, block: Any, rows: int) -> Inputs:
