@@ -320,7 +320,6 @@ def _run(
   bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
   mixed = finite.mixed_segments(call, a.segments, bounds)
   rope, rope_specs = blocks.rope_operands(call, a)
-  in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope)
   specs = Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
   operands, specs, layer = stores.read(places, inputs, specs)
@@ -331,7 +330,7 @@ def _run(
       num_scalar_prefetch=1,
       grid=layout.grid(a.q.shape[0], pl.cdiv(call.t, call.block_q)),
       in_specs=[specs],
-      out_specs=[Outputs(row, in_hbm, in_hbm)],
+      out_specs=[Outputs(row, *[pl.BlockSpec(memory_space=pl.ANY)] * 2)],
       scratch_shapes=[_state(call, inputs, dq_dtype)],
     ),
     out_shape=[

@@ -36,8 +36,8 @@ def stored(p: Problem, a: Arrays) -> Mapping[str, Form]:
       return {}
   layout, of_q, of_k = forward.layout, a.q.shape, a.k.shape
   queries = Form(layout.of_queries, lambda x: layout.to_queries(x, of_q))
-  keys = Form(layout.of_keys, lambda x: layout.to_keys(x, of_k))
-  return {"q": queries, "k": keys, "v": keys, "out": queries}
+  of_kv = Form(layout.of_keys, lambda x: layout.to_keys(x, of_k))
+  return {"q": queries, "k": of_kv, "v": of_kv, "out": queries}
 
 
 def read(places: Places | None, inputs: Any, specs: Any) -> tuple[Any, ...]:

@@ -32,10 +32,13 @@ class Arrays(NamedTuple):
   weights: Any  # [...], or None
   source: Any = None  # [V, D] float32, what the embedding was rounded from
 
-  @property
-  def table(self) -> Any:
-    """What of the two has the gradient; the values are the embedding's."""
-    return self.embedding if self.source is None else self.source
+
+def table_of(a: Any) -> Any:
+  """Of a record: what of embedding and source has the gradient.
+
+  The values are the embedding's.
+  """
+  return a.embedding if a.source is None else a.source
 
 
 class Outs(NamedTuple):
@@ -108,7 +111,7 @@ def reference(p: Problem, a: Arrays) -> Outs:
   return Outs(
     linear_cross_entropy_reference(
       a.x,
-      a.table,
+      table_of(a),
       a.labels,
       weights=a.weights,
       logits_soft_cap=p.logits_soft_cap,
@@ -132,8 +135,6 @@ class RowArrays(NamedTuple):
   labels: Any  # [R] int32
   valid_vocab: Any  # [1] int32: rows of the table from here on are padding
   source: Any = None  # as in `Arrays`
-
-  table = Arrays.table
 
   def gradients(self, dx: Any, de: Any) -> RowArrays:
     """The record of them, `de` that of the table."""
@@ -209,7 +210,7 @@ def statistics_reference(p: Problem, a: RowArrays) -> Statistics:
   """The kernels' results in plain jnp."""
   # Where the vocabulary is split, its end in this part is known at run time.
   end = None if p.vocab_is_split else p.valid_vocab_size
-  table = a.table[:end].astype(a.x.dtype)
+  table = table_of(a)[:end].astype(a.x.dtype)
   valid = jnp.arange(table.shape[0]) < a.valid_vocab
   if p.vocab_is_split:
     table = jnp.where(valid[:, None], table, 0)
