@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+from typing import Any
 
 import interpreter
 import jax
@@ -21,7 +22,7 @@ IN_PLACE = ("q", "kv", "out")
 SIZES = dict(layers=3, b=1, t=128, d=32, n=2, k=1, h=128)
 
 
-def block(x, w, *, layout="BNTH", rope=False, implementation=None):
+def block(x, w, *, layout: Any = "BNTH", rope=False, implementation=None):
   """A layer's attention, and the sum of its result for the scan to stack."""
   heads = "BNTH" if layout == "BNTH" else "BTNH"
   of_keys = heads.replace("N", "K")

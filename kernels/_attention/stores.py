@@ -29,8 +29,8 @@ def stored(p: Problem, a: Arrays) -> Mapping[str, Form]:
     (forward, tiles.forward_keys(forward, x)),
     (backward, tiles.backward_keys(backward, x)),
   )
-  for call, keys in passes:
-    if spans.of_call(call, keys) != [call] or call.s % call.key_unit:
+  for call, held in passes:
+    if spans.of_call(call, held) != [call] or call.s % call.key_unit:
       return {}
   layout, of_q, of_k = forward.layout, a.q.shape, a.k.shape
   queries = Form(layout.of_queries, lambda x: layout.to_queries(x, of_q))

@@ -133,7 +133,10 @@ class RowArrays(NamedTuple):
   valid_vocab: Any  # [1] int32: rows of the table from here on are padding
   source: Any = None  # as in `Arrays`
 
-  table = Arrays.table
+  @property
+  def table(self) -> Any:
+    """As in `Arrays`."""
+    return self.embedding if self.source is None else self.source
 
   def gradients(self, dx: Any, de: Any) -> RowArrays:
     """The record of them, `de` that of the table."""

@@ -122,7 +122,7 @@ class _Scan(NamedTuple):
       [x[start:stop] for x in self.others],
     )
     stores: list[Any] = [[] for _ in self.stacks] + [[]]
-    if keeps:
+    if part.checkpoint is None:
       jax.eval_shape(
         lambda state, xs: layer(state, jax.tree.map(lambda x: x[0], xs)),
         (carry, ports, stores),
