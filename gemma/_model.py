@@ -276,7 +276,8 @@ class Gemma(nnx.Module):
         y, *longer = self.ops.decode_attention(
           q, cache.k, cache.v, written, new=(k, v), layer=index, rope=rope
         )
-        return y, dataclasses.replace(cache, k=longer[0], v=longer[1])
+        cached = dataclasses.replace(cache, k=longer[0], v=longer[1])
+        return y.swapaxes(1, 2), cached
 
       return block(x, attend), None
 

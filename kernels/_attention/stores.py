@@ -29,9 +29,9 @@ def stored(p: Problem, a: Arrays) -> Mapping[str, Form]:
     (forward, tiles.forward_keys(forward, x)),
     (backward, tiles.backward_keys(backward, x)),
   )
-  for call, keys in passes:
+  for call, held in passes:
     # Pairs of heads are copied by the kernel itself, of arrays alone.
-    is_whole = spans.of_call(call, keys) == [call]
+    is_whole = spans.of_call(call, held) == [call]
     if not is_whole or call.s % call.key_unit or call.layout.kind == "pairs":
       return {}
   layout, of_q, of_k = forward.layout, a.q.shape, a.k.shape

@@ -163,12 +163,11 @@ def block_of_layer(spec: pl.BlockSpec) -> pl.BlockSpec:
   The call's last prefetched scalars have the field `layer`, [1] int32.
   """
 
+  shape, index_map = spec.block_shape, spec.index_map
+  assert shape is not None and index_map is not None
+
   def index(*grid_and_scalars: Any) -> tuple[Any, ...]:
-    assert spec.index_map is not None
-    own = spec.index_map(*grid_and_scalars)
+    own = index_map(*grid_and_scalars)
     return grid_and_scalars[-1].layer[0], *own
 
-  assert spec.block_shape is not None
-  return pl.BlockSpec(
-    (None, *spec.block_shape), index, pipeline_mode=spec.pipeline_mode
-  )
+  return pl.BlockSpec((None, *shape), index, pipeline_mode=spec.pipeline_mode)
