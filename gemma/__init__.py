@@ -11,7 +11,7 @@
     errors     UserError, for what the user can mend
 
 Where to begin: `_model.py` for the architecture, `_train/__init__.py` for how a
-training run goes, `_sampler.py` for how text is continued.
+training run goes, `_sample/__init__.py` for how text is continued.
 
 The names and their modules are listed once, in `__init__.pyi` (SPEC 1).  Each
 name is imported when it is first used: `import pallas_gemma.gemma` is quick,

@@ -8,8 +8,8 @@ from ._config import GemmaConfig as GemmaConfig
 from ._errors import UserError as UserError
 from ._flops import flops_per_token as flops_per_token
 from ._model import Gemma as Gemma
-from ._sampler import Completion as Completion
-from ._sampler import Sampler as Sampler
+from ._sample.sampler import Sampler as Sampler
+from ._sample.text import Completion as Completion
 from ._tokenizer import Tokenizer as Tokenizer
 from ._train.config import OptimizerConfig as OptimizerConfig
 from ._train.config import TrainConfig as TrainConfig

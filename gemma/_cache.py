@@ -39,34 +39,30 @@ class Cache:
       lengths=jnp.zeros(batch, jnp.int32),
     )
 
-  def write_prompts(
-    self, layer: jax.Array, k: jax.Array, v: jax.Array
-  ) -> Cache:
-    """This cache with k and v [B, T, K, H] at the first T places of a layer.
+  @property
+  def size(self) -> int:
+    """S, the tokens that a row has room for."""
+    return self.k.shape[2]
 
-    `lengths` are left as they are: they hold for all layers, so the caller sets
-    them when every layer has been written.
-    """
+  def row(self, index: jax.Array) -> Cache:
+    """A cache of one of its rows."""
 
-    def write(stacked: jax.Array, new: jax.Array) -> jax.Array:
-      start = (layer, 0, 0, 0, 0)
-      return jax.lax.dynamic_update_slice(stacked, new[None], start)
+    def read(x: jax.Array, axis: int) -> jax.Array:
+      return jax.lax.dynamic_slice_in_dim(x, index, 1, axis)
 
-    return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
+    return Cache(read(self.k, 1), read(self.v, 1), read(self.lengths, 0))
 
-  def append(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
-    """This cache with k and v [B, 1, K, H] after each row's last token.
+  def with_row(self, index: jax.Array, row: Cache) -> Cache:
+    """This cache with one of its rows replaced."""
 
-    A row that is full is left as it is.  So are `lengths`, as in
-    `write_prompts`.
-    """
-    rows = jnp.arange(k.shape[0])
+    def write(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+      return jax.lax.dynamic_update_slice_in_dim(x, new, index, axis)
 
-    def write(stacked: jax.Array, new: jax.Array) -> jax.Array:
-      # JAX drops an update whose index is out of bounds.
-      return stacked.at[layer, rows, self.lengths].set(new[:, 0])
-
-    return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
+    return Cache(
+      write(self.k, row.k, 1),
+      write(self.v, row.v, 1),
+      write(self.lengths, row.lengths, 0),
+    )
 
 
 jax.tree_util.register_dataclass(

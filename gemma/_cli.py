@@ -44,8 +44,8 @@ class SampleConfig:
 
   Attributes:
     checkpoint: work directory of `train`, or directory of `save_checkpoint`.
-    prompt: texts to continue, sampled together.  Default: one empty text, the
-      beginning of a document.
+    prompt: texts to continue.  Default: one empty text, the beginning of a
+      document.
     step: which of its checkpoints.  Default: the newest.
     max_new_tokens: tokens to add at most.  Default: 200, or as many as the
       model's context has room for.
@@ -56,7 +56,19 @@ class SampleConfig:
       probability.
     min_p: draw among tokens at least so many times as likely as the likeliest;
       None for all.
+    repetition_penalty: above 1 makes tokens of the prompt and of the new text
+      less likely: divides their logits where positive, multiplies them where
+      negative.
+    presence_penalty: is subtracted from the logits of tokens of the new text.
+    frequency_penalty: is subtracted from a token's logit for each time that it
+      is in the new text.
+    logit_bias: ids, and what is added to their logits, such as 108 -2.5 109 1;
+      -inf for never.
     seed: of the draws; the same seed gives the same text.
+    speculate: tokens that are guessed at each step, from what followed in the
+      text where its last tokens stood before.  The text is the same; where it
+      repeats itself it comes faster.
+    batch_size: prompts that are continued at the same time, at most.
   """
 
   checkpoint: pathlib.Path
@@ -67,11 +79,21 @@ class SampleConfig:
   top_k: int | None = None
   top_p: float | None = 0.95
   min_p: float | None = None
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
   seed: int = 0
+  speculate: int = 0
+  batch_size: int = 32
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-  """Runs a command and exits: 0 done, 2 misuse, 130 or 143 interrupted."""
+  """Runs a command and exits.
+
+  With 0 when done, 2 for misuse, 130 or 143 if interrupted, 141 if nobody reads
+  what it prints any more.
+  """
   name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
   if name in ("", "-h", "--help"):
     print(_USAGE, end="", file=sys.stdout if name else sys.stderr)
@@ -83,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
   for library in ("absl", "asyncio"):
     logging.getLogger(library).setLevel(logging.CRITICAL)
   try:
-    sys.exit(_COMMANDS[name](rest))
+    code = _COMMANDS[name](rest)
+    sys.stdout.flush()
+    sys.exit(code)
   except UserError as error:
     _fail(str(error))
   except ModuleNotFoundError as error:
@@ -94,6 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
   except KeyboardInterrupt:
     print("\npallas-gemma: interrupted", file=sys.stderr)
     sys.exit(130)
+  except BrokenPipeError:
+    # Python flushes what is left at its end, and would complain then.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def _fail(message: str) -> NoReturn:
@@ -181,27 +209,25 @@ def _keep_compiled(directory: pathlib.Path) -> None:
 def _print_samples(config: SampleConfig) -> None:
   """Prints prompts and continuations; the first one piece by piece."""
   from ._checkpoint import load_checkpoint
-  from ._sampler import Sampler
+  from ._sample.sampler import Sampler
 
   model, tokenizer = load_checkpoint(config.checkpoint, step=config.step)
-  longest = max(len(tokenizer.encode(p, add_bos=True)) for p in config.prompt)
-  room = model.config.context_length - longest
+  sampler = Sampler(model, tokenizer, batch_size=config.batch_size)
+  asked = {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if field.name not in ("checkpoint", "prompt", "step", "batch_size")
+  }
+  if config.max_new_tokens is None:
+    longest = max(len(tokenizer.encode(p, add_bos=True)) for p in config.prompt)
+    asked["max_new_tokens"] = max(min(200, sampler.max_length - longest), 1)
 
   def stream(index: int, piece: str) -> None:
     if index == 0:
       print(piece, end="", flush=True)
 
   print(config.prompt[0], end="", flush=True)
-  completions = Sampler(model, tokenizer)(
-    list(config.prompt),
-    max_new_tokens=config.max_new_tokens or max(min(200, room), 1),
-    temperature=config.temperature,
-    top_k=config.top_k,
-    top_p=config.top_p,
-    min_p=config.min_p,
-    seed=config.seed,
-    stream=stream,
-  )
+  completions = sampler(list(config.prompt), stream=stream, **asked)
   print()
   for prompt, completion in zip(
     config.prompt[1:], completions[1:], strict=True

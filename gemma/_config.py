@@ -29,10 +29,11 @@ class GemmaConfig:
     norm_epsilon: added to the mean square in every norm.
     dtype: of the computation, "bfloat16" or "float32"; parameters are float32.
     remat: what is kept for the backward pass, the rest being computed again:
-      "none" (keep all), "full" (keep each block's input), "dots" (keep products
-      with weights) or "names" (keep what the attention kernel saves); or layers
-      of one and the rest of another, such as "none:14,full"; or "auto", the
-      fastest with which training fits the device's memory, and "none" where
+      "none" (keep all), "attention" (all but what is as wide as the
+      feed-forward), "names" (keep what the attention kernel saves), "full"
+      (keep each block's input) or "dots" (keep products with weights); or
+      layers of one and the rest of another, such as "none:14,full"; or "auto",
+      the fastest with which training fits the device's memory, and "none" where
       that is unknown.
 
   Raises:

@@ -11,16 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from ._config import GemmaConfig
-from ._remat import Policy
-from .ops import FeedForwardConfig, Norm, Ops
+from ._remat import AROUND_ATTENTION, Policy
+from .ops import FeedForwardConfig, Norm, Ops, layer_einsum
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """What a block is given to attend with: maps q [B, T, N, H] and k, v
-[B, T, K, H], to which RoPE has not been applied, to the attention's result
-[B, T, N, H] and to anything that the block's caller wants back, such as a
-cache."""
+[B, T, K, H], to which RoPE has not been applied, to the attention's result,
+heads first, [B, N, T, H], and to anything that the block's caller wants back,
+such as a cache."""
 
 
 IN_PLACE = ("q", "kv", "out", "gate", "up", "down")
@@ -42,7 +43,13 @@ class Embedder(nnx.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """Tokens [...] to rows [..., D] of the compute dtype."""
-    x = self.embedding[tokens].astype(self.dtype)
+    table = self.embedding[...]
+    if not jax.sharding.get_abstract_mesh().empty:
+      # On a mesh XLA would add the gradient of the rows to that of the logits
+      # before this is summed over the devices: a pass over the whole table, of
+      # which each device then keeps its part.
+      table = jax.lax.optimization_barrier(table)
+    x = table[tokens].astype(self.dtype)
     # The released model rounds the root to its dtype before it multiplies: in
     # bfloat16 the root is 45.25 for 2B and 55.5 for 7B, where the exact ones
     # are 45.2548 and 55.4256.
@@ -96,15 +103,15 @@ class Block(nnx.Module):
     """
     norm = dict(epsilon=self.config.norm_epsilon, scale_offset=1.0)
 
-    def weight(param: nnx.Param[jax.Array]) -> jax.Array:
-      return param[...].astype(x.dtype)
-
     with jax.named_scope("attention"):
       y = self.ops.rms_norm(x, self.attention_norm[...], **norm)
-      q = jnp.einsum("BTD,NDH->BTNH", y, weight(self.q))
-      k, v = jnp.einsum("BTD,CKDH->CBTKH", y, weight(self.kv))
+      q = layer_einsum("BTD,NDH->BTNH", y, self.q[...])
+      k, v = layer_einsum("BTD,CKDH->CBTKH", y, self.kv[...])
+      of_q, of_k, of_v, of_y = AROUND_ATTENTION
+      q, k, v = map(checkpoint_name, (q, k, v), (of_q, of_k, of_v))
       y, extra = attend(q, k, v)
-      x += jnp.einsum("BTNH,NHD->BTD", y, weight(self.out))
+      x += layer_einsum("BNTH,NHD->BTD", y, self.out[...])
+      x = checkpoint_name(x, of_y)
 
     with jax.named_scope("feed_forward"):
       # The weights are not cast here.  The op casts one tile at a time; a cast

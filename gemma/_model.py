@@ -36,14 +36,13 @@ have standard deviation 0.5, so that the first loss is close to log V.  With
 token would be sqrt(D) over the rms of the stream.
 
 Read in this order: `_config` (the sizes), this page down to `hidden_states`,
-`_layers` (one block), then `prefill` and `decode` here with `_cache`.
+`_layers` (one block), then `extend` here with `_cache`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,6 +54,8 @@ from ._cache import Cache
 from ._config import GemmaConfig
 from ._layers import IN_PLACE, Block, Embedder
 from .ops import KERNELS, Ops, Rope, ScanPart, scan_layers
+
+_CHUNK = 512  # tokens of a row that `prefill` reads at a time
 
 Params = dict[str, Any]
 """A model's parameters: nested dicts of arrays, by the names above."""
@@ -112,7 +113,7 @@ class Gemma(nnx.Module):
     Raises:
       ValueError: on a wrong shape or dtype, or more tokens than the context.
     """
-    self._check_tokens("hidden_states", tokens, ndim=2)
+    self._check_tokens("hidden_states", tokens)
     if segment_ids is not None and segment_ids.shape != tokens.shape:
       raise ValueError(
         f"hidden_states: segment_ids must be {tokens.shape}, the shape of "
@@ -178,6 +179,8 @@ class Gemma(nnx.Module):
   ) -> tuple[jax.Array, Cache]:
     """Reads whole prompts into a cache; what it held before is overwritten.
 
+    They are read 512 tokens at a time, so that memory grows with T alone.
+
     Args:
       tokens: [B, T] prompts, right-padded with anything; T is at most the
         cache's S.
@@ -190,31 +193,38 @@ class Gemma(nnx.Module):
     Raises:
       ValueError: if tokens are not [B, T] integers that fit the cache.
     """
-    self._check_tokens("prefill", tokens, ndim=2)
-    if tokens.shape[1] > cache.k.shape[2]:
-      raise ValueError(
-        f"prefill: tokens must fit the cache's {cache.k.shape[2]} places, "
-        f"got {tokens.shape[1]}"
-      )
+    self._check_tokens("prefill", tokens, cache)
+    batch, length = tokens.shape
 
-    def attend(layer, q, k, v, cache):
-      # The padding comes after a prompt's tokens, and no token sees later ones.
-      y = self.ops.attend(q, k, v, is_causal=True)
-      return y, cache.write_prompts(layer, k, v)
+    def read(start, size, carry):
+      last, cache = carry
+      new = jnp.clip(prompt_lengths.astype(jnp.int32) - start, 0, size)
+      chunk = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+      x, cache = self.extend(chunk, cache, new)
+      end = jnp.maximum(new - 1, 0)[:, None, None]
+      x = jnp.take_along_axis(x, end, axis=1)[:, 0]
+      return jnp.where(new[:, None] > 0, x, last), cache
 
-    x, cache = self._with_cache(
-      tokens, positions_of(tokens, None), cache, attend
+    dtype = jnp.dtype(self.config.dtype)
+    carry = (
+      jnp.zeros((batch, self.config.width), dtype),
+      dataclasses.replace(cache, lengths=jnp.zeros_like(cache.lengths)),
     )
-    last = prompt_lengths.astype(jnp.int32) - 1
-    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    return self._final_norm(x), dataclasses.replace(cache, lengths=last + 1)
+    whole, rest = divmod(length, _CHUNK)
+    if whole:
+      carry = jax.lax.fori_loop(
+        0, whole, lambda i, carry: read(i * _CHUNK, _CHUNK, carry), carry
+      )
+    if rest:
+      carry = read(whole * _CHUNK, rest, carry)
+    return carry
 
   def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads one more token of every row.
+    """Reads one more token of every row: `extend` with T = 1.
 
     Args:
       tokens: [B] integers.
-      cache: from `prefill` or `decode`, with room for one more token.
+      cache: from `prefill`, `extend` or `decode`, with room for one more token.
 
     Returns:
       The hidden state [B, D] of these tokens, and the cache with them in it.
@@ -222,61 +232,63 @@ class Gemma(nnx.Module):
     Raises:
       ValueError: if tokens are not [B] integers.
     """
-    self._check_tokens("decode", tokens, ndim=1)
-    lengths = cache.lengths + 1
+    self._check_tokens("decode", tokens)
+    x, cache = self.extend(tokens[:, None], cache)
+    return x[:, 0], cache
 
-    def attend(layer, q, k, v, cache):
-      cache = cache.append(layer, k, v)
-      y = self.ops.decode_attention(q, cache.k[layer], cache.v[layer], lengths)
-      return y, cache
-
-    x, cache = self._with_cache(
-      tokens[:, None], cache.lengths[:, None], cache, attend
-    )
-    cache = dataclasses.replace(cache, lengths=lengths)
-    return self._final_norm(x[:, 0]), cache
-
-  def _with_cache(
-    self,
-    tokens: jax.Array,
-    positions: jax.Array,
-    cache: Cache,
-    attend: Callable[..., tuple[jax.Array, Cache]],
+  def extend(
+    self, tokens: jax.Array, cache: Cache, counts: jax.Array | None = None
   ) -> tuple[jax.Array, Cache]:
-    """All layers over tokens that extend a cache.
+    """Reads T more tokens of every row, or the first few of them.
+
+    The one way to read with a cache: a prompt is read by it in chunks, drafts
+    are verified by it, and to decode is to read one token.
 
     The whole cache is carried from layer to layer, so that XLA writes it in
     place; as an input and output of the scan it would be copied at every token.
 
     Args:
-      tokens: [B, T].
-      positions: [B, T], for RoPE.
-      cache: of all layers.
-      attend: maps a layer's index, its rotated q and k, its v and the cache to
-        the attention's result [B, T, N, H] and the cache with k and v in it.
+      tokens: [B, T] integers.
+      cache: with room for T more tokens in every row, whatever the counts.
+      counts: [B] integers from 0 to T: how many of a row's tokens there are;
+        the others may be anything.  None is T for every row.
 
     Returns:
-      The residual stream [B, T, D] after the last layer, and the cache, with
-      its former lengths.
+      The hidden states [B, T, D] after the final norm, of which those past a
+      row's count mean nothing, and the cache with the tokens that there are.
+
+    Raises:
+      ValueError: if tokens are not [B, T] integers that fit the cache.
     """
-    base = self.config.rope_base_frequency
+    self._check_tokens("extend", tokens, cache)
+    new = tokens.shape[1]
+    positions = cache.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
+    rope = Rope(positions, self.config.rope_base_frequency)
+    # All T keys are written.  Those past a row's count are later than all its
+    # tokens, so none of these sees them, and the next call overwrites them.
+    written = cache.lengths + new
 
     def layer(carry, xs):
       x, cache = carry
       index, block = xs
 
-      def rotate_and_attend(q, k, v):
-        q = self.ops.apply_rope(q, positions, base_frequency=base)
-        k = self.ops.apply_rope(k, positions, base_frequency=base)
-        return attend(index, q, k, v, cache)
+      def attend(q, k, v):
+        y, *longer = self.ops.decode_attention(
+          q, cache.k, cache.v, written, new=(k, v), layer=index, rope=rope
+        )
+        cached = dataclasses.replace(cache, k=longer[0], v=longer[1])
+        return y.swapaxes(1, 2), cached
 
-      return block(x, rotate_and_attend), None
+      return block(x, attend), None
 
     with jax.named_scope("embed"):
       x = self.embedder.embed(tokens)
     layers = jnp.arange(self.config.num_layers), self.blocks
     (x, cache), _ = scan_layers(layer, (x, cache), layers, in_place=IN_PLACE)
-    return x, cache
+    lengths = written if counts is None else cache.lengths + counts
+    cache = dataclasses.replace(cache, lengths=lengths.astype(jnp.int32))
+    rows = self._final_norm(x.reshape(-1, self.config.width))
+    return rows.reshape(x.shape), cache
 
   def _final_norm(self, x: jax.Array) -> jax.Array:
     with jax.named_scope("final_norm"):
@@ -287,13 +299,24 @@ class Gemma(nnx.Module):
         scale_offset=1.0,
       )
 
-  def _check_tokens(self, name: str, tokens: jax.Array, ndim: int) -> None:
+  def _check_tokens(
+    self, name: str, tokens: jax.Array, cache: Cache | None = None
+  ) -> None:
+    """Of `decode` [B], of all others [B, T], which must fit a cache."""
+    ndim = 1 if name == "decode" else 2
     if tokens.ndim != ndim or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(
         f"{name}: tokens must be {'[B, T]' if ndim == 2 else '[B]'} integers, "
         f"got {tokens.dtype}{list(tokens.shape)}"
       )
-    if ndim == 2 and tokens.shape[1] > self.config.context_length:
+    if ndim == 1:
+      return
+    if cache is not None and tokens.shape[1] > cache.size:
+      raise ValueError(
+        f"{name}: tokens must fit the cache's {cache.size} places, "
+        f"got {tokens.shape[1]}"
+      )
+    if cache is None and tokens.shape[1] > self.config.context_length:
       raise ValueError(
         f"{name}: tokens must be at most the context length "
         f"{self.config.context_length}, got {tokens.shape[1]}"

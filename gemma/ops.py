@@ -19,6 +19,7 @@ from pallas_gemma.kernels import (
 from pallas_gemma.kernels import Norm as Norm
 from pallas_gemma.kernels import Rope as Rope
 from pallas_gemma.kernels import ScanPart as ScanPart
+from pallas_gemma.kernels import layer_einsum as layer_einsum
 from pallas_gemma.kernels import scan_layers as scan_layers
 
 
@@ -59,10 +60,10 @@ class Ops:
       **kwargs: as `flash_attention` takes them, but for the layout.
 
     Returns:
-      [B, T, N, H].
+      [B, N, T, H].
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return self.flash_attention(q, k, v, layout="BNTH", **kwargs).swapaxes(1, 2)
+    return self.flash_attention(q, k, v, layout="BNTH", **kwargs)
 
 
 def _ops(default: str | None, **implementations: str) -> Ops:

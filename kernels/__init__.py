@@ -5,7 +5,8 @@ Everything public is named here; every module behind it starts with `_`.
     _rms_norm       read this first: an op from its maths to its registration
     _add_rms_norm   the same kernels, with the residual addition
     _rope           also the rotation that attention does inside
-    _attention      flash attention and decode attention, a page at a time
+    _attention      flash attention, a page at a time
+    _decode         decode attention, of a KV cache
     _gated          geglu and feed_forward
     _cross_entropy  linear_cross_entropy
     _layers         a scan over layers that copies none of their weights
@@ -25,13 +26,8 @@ from ._add_rms_norm import add_rms_norm as add_rms_norm
 from ._add_rms_norm import (
   add_rms_norm_reference as add_rms_norm_reference,
 )
-from ._attention import DECODE_ATTENTION as _DECODE_ATTENTION
 from ._attention import FLASH_ATTENTION as _FLASH_ATTENTION
 from ._attention import FlashAttentionConfig as FlashAttentionConfig
-from ._attention import decode_attention as decode_attention
-from ._attention import (
-  decode_attention_reference as decode_attention_reference,
-)
 from ._attention import flash_attention as flash_attention
 from ._attention import flash_attention_reference as flash_attention_reference
 from ._cross_entropy import LINEAR_CROSS_ENTROPY as _LINEAR_CROSS_ENTROPY
@@ -40,6 +36,11 @@ from ._cross_entropy import linear_cross_entropy as linear_cross_entropy
 from ._cross_entropy import (
   linear_cross_entropy_reference as linear_cross_entropy_reference,
 )
+from ._decode import DECODE_ATTENTION as _DECODE_ATTENTION
+from ._decode import DecodeAttentionConfig as DecodeAttentionConfig
+from ._decode import QuantizedCache as QuantizedCache
+from ._decode import decode_attention as decode_attention
+from ._decode import decode_attention_reference as decode_attention_reference
 from ._frame.op import Case as Case
 from ._frame.op import Cost as Cost
 from ._frame.op import Integers as Integers
@@ -55,6 +56,7 @@ from ._gated import geglu as geglu
 from ._gated import geglu_reference as geglu_reference
 from ._layers import LayerOf as LayerOf
 from ._layers import ScanPart as ScanPart
+from ._layers import layer_einsum as layer_einsum
 from ._layers import scan_layers as scan_layers
 from ._remat import names_of as _names_of
 from ._remat import products_or as _products_or

@@ -17,6 +17,7 @@ from pallas_gemma.bench.v5e import (
   overlays,
   parse_log,
 )
+from pallas_gemma.bench.v5e import hlo as texts
 
 pytestmark = pytest.mark.no_interpreter
 
@@ -380,6 +381,52 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   listings["TLP"].write_text(program)
   cut = bench.Overlays((range(2003),), frozenset([(2001, 1)]))
   assert estimate_module(hlo, listings, cut=cut).code is not None
+
+
+def test_twins_are_known_by_what_they_compute_in_any_order():
+  """The order in which a body is printed does not matter."""
+  body = """\
+%{name} (p: f32[8], q: f32[8]) -> f32[8] {{
+{lines}
+  ROOT %{name}.sum = f32[8]{{0}} add(%{name}.p, %{name}.q)
+}}
+
+"""
+  one, other = (
+    "  %{name}.p = f32[8]{{0}} negate(%p)",
+    "  %{name}.q = f32[8]{{0}} sine(%q)",
+  )
+  parameters = (
+    "  %p = f32[8]{{0}} parameter(0)\n  %q = f32[8]{{0}} parameter(1)\n"
+  )
+  bodies = "".join(
+    body.format(
+      name=name, lines=(parameters + "\n".join(lines)).format(name=name)
+    )
+    for name, lines in (("f", (one, other)), ("g", (other, one)))
+  )
+  module = texts.parse(
+    bodies
+    + """\
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %x = f32[8]{0} fusion(%a, %a), kind=kLoop, calls=%f
+  %y = f32[8]{0} fusion(%a, %a), kind=kLoop, calls=%g
+  ROOT %z = f32[8]{0} fusion(%x, %y), kind=kLoop, calls=%f
+}
+"""
+  )
+  x, y = (module.signature(module.instructions[name]) for name in "xy")
+  assert x == y
+  swapped = bodies.replace("add(%g.p, %g.q)", "add(%g.q, %g.p)")
+  module = texts.parse(
+    swapped + "ENTRY %main (a: f32[8]) -> f32[8] {\n"
+    "  %a = f32[8]{0} parameter(0)\n"
+    "  %x = f32[8]{0} fusion(%a, %a), kind=kLoop, calls=%f\n"
+    "  ROOT %y = f32[8]{0} fusion(%a, %a), kind=kLoop, calls=%g\n}\n"
+  )
+  x, y = (module.signature(module.instructions[name]) for name in "xy")
+  assert x != y
 
 
 # --- the log, the table -------------------------------------------------------

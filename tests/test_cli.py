@@ -2,7 +2,11 @@
 
 import ast
 import importlib
+import inspect
+import math
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -76,6 +80,70 @@ def test_sample_continues_prompts(work_dir, capfd):
   assert other != out
 
 
+def test_sample_hands_every_setting_to_the_sampler(
+  work_dir, monkeypatch, capfd
+):
+  asked, call = {}, gemma.Sampler.__call__
+
+  def record(sampler, prompts, *, stream, **settings):
+    asked.update(settings, prompts=prompts, batch_size=sampler.batch_size)
+    return [gemma.Completion("text", (), (), "stop")] * len(prompts)
+
+  monkeypatch.setattr(gemma.Sampler, "__call__", record)
+  wanted = dict(
+    max_new_tokens=6,
+    temperature=0.9,
+    top_k=50,
+    top_p=0.5,
+    min_p=0.01,
+    repetition_penalty=1.2,
+    presence_penalty=0.1,
+    frequency_penalty=0.2,
+    logit_bias={0: -3.5, 3: -math.inf},
+    seed=3,
+    speculate=2,
+    batch_size=2,
+  )
+  arguments = ["sample", "--checkpoint", work_dir, "--prompt", "def", "for"]
+  for name, value in wanted.items():
+    pairs = isinstance(value, dict)
+    values = [n for pair in value.items() for n in pair] if pairs else [value]
+    arguments += [f"--{name.replace('_', '-')}", *values]
+  assert run(capfd, *arguments) == (0, "def\n---\nfortext\n", "")
+  assert asked == wanted | dict(prompts=["def", "for"])
+  names = {*inspect.signature(call).parameters}
+  unasked = {"self", "stream", "stop_tokens"}
+  assert names - unasked == {*asked} - {"batch_size"}, "a setting without flag"
+
+
+def test_a_reader_that_leaves_ends_the_command(work_dir, monkeypatch):
+  """As `| head` does: without a traceback, with the code of SIGPIPE."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, "w") as pipe:
+    monkeypatch.setattr(sys, "stdout", pipe)
+    with pytest.raises(SystemExit) as end:
+      main(["sample", "--checkpoint", str(work_dir), "--prompt", "def"])
+    assert end.value.code == 141
+
+
+def test_ctrl_c_between_tokens_ends_the_command(work_dir, monkeypatch, capfd):
+  text = importlib.import_module("pallas_gemma.gemma._sample.text")
+  added = []
+
+  def add(row, token, logprob):
+    added.append(token)
+    if len(added) == 3:
+      signal.raise_signal(signal.SIGINT)
+
+  monkeypatch.setattr(text.Row, "add", add)
+  code, out, err = run(
+    capfd, "sample", "--checkpoint", work_dir, "--prompt", "def"
+  )
+  assert (code, out) == (130, "def") and len(added) == 3
+  assert err == "\npallas-gemma: interrupted\n"
+
+
 def test_compiled_programs_stay_with_the_run(work_dir):
   assert (work_dir / "compiled").is_dir()
 
@@ -141,6 +209,10 @@ MISTAKES = {
   "no checkpoint": (
     lambda d: ["sample", "--checkpoint", d],
     "no config.json",
+  ),
+  "no pair": (
+    lambda d: ["sample", "--checkpoint", d, "--logit-bias", 5],
+    "--logit-bias",
   ),
   "no checkpoint given": (
     lambda d: ["sample"],

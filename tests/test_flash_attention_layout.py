@@ -257,7 +257,7 @@ def test_vmap(layout):
     ({"layout": "BT(NH)"}, "head_size must be a positive integer with layout"),
     ({"layout": "BT(NH)", "head_size": 0}, "head_size must be a positive"),
     ({"layout": "BT(NH)", "head_size": 8}, r"q must be \[B, T, N H\], got"),
-    ({"head_size": 8}, "head_size must be None with layout 'BTNH'"),
+    ({"head_size": 8}, "head_size must be None with layout None"),
     ({"layout": "BNTH"}, r"query heads N must be a multiple of kv heads K"),
   ],
 )
@@ -330,17 +330,25 @@ def test_nothing_is_copied(layout, heads):
 @pytest.mark.no_interpreter
 @v5e.needs_compiler
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("heads", REAL)
-def test_nothing_is_copied_between_projections(heads):
-  """A model's, RoPE inside, with the gradients of its weights and its input."""
+@pytest.mark.parametrize(
+  "heads, by_default", [("mqa", False), ("gqa", True), ("mha", False)]
+)
+def test_nothing_is_copied_between_projections(heads, by_default):
+  """A model's, RoPE inside, with the gradients of its weights and its input.
+
+  By default, or as Gemma does it.
+  """
   (n, k, h), width = REAL[heads], 1536
 
   def attend(x, w_q, w_k, w_v, w_out):
     q = jnp.einsum("BTD,NDH->BTNH", x, w_q)
     k, v = (jnp.einsum("BTD,NDH->BTNH", x, w) for w in (w_k, w_v))
     rope = Rope(jnp.arange(2048)[None])
-    y = KERNELS.attend(q, k, v, is_causal=True, rope=rope)
-    return jnp.einsum("BTNH,NHD->BTD", y, w_out)
+    if by_default:
+      y = flash_attention(q, k, v, is_causal=True, rope=rope).swapaxes(1, 2)
+    else:
+      y = KERNELS.attend(q, k, v, is_causal=True, rope=rope)
+    return jnp.einsum("BNTH,NHD->BTD", y, w_out)
 
   def both(dy, *arrays):
     y, vjp = jax.vjp(attend, *arrays)

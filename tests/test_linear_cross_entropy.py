@@ -597,6 +597,32 @@ def test_what_is_kept_varies_over_a_mesh_on_either_platform():
 
 
 @pytest.mark.no_interpreter
+def test_a_split_table_is_gathered_in_the_dtype_of_x():
+  """Its gradient stays float32, and what it was."""
+  mesh = mesh_of(AxisType.Auto)
+  x, table, labels = draw(8, 64, 256)
+  x = x.astype(jnp.bfloat16)
+
+  def of(x, table):
+    losses = linear_cross_entropy(x, table, labels)
+    return losses.sum(), losses
+
+  gradients = jax.value_and_grad(of, (0, 1), has_aux=True)
+  want = gradients(x, table)
+  with jax.set_mesh(mesh), kernels.sharding(mesh, SPLITS["tokens"]):
+    jaxpr = jax.make_jaxpr(of)(x, table)
+    got = jax.jit(gradients)(x, table)
+  (split,) = [e for e in jaxpr.eqns if e.primitive.name == "shard_map"]
+  assert "bfloat16[256,64]" in [v.aval.str_short() for v in split.invars]
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.dtype == b.dtype
+    wide = [np.asarray(y, np.float64) for y in (a, b)]
+    # The devices' parts of the sum over tokens are rounded apart.
+    bound = 4 * float(jnp.finfo(jnp.bfloat16).eps) * np.abs(wide[1]).max()
+    assert np.abs(wide[0] - wide[1]).max() <= bound
+
+
+@pytest.mark.no_interpreter
 def test_one_axis_for_tokens_and_words_is_refused():
   mesh = mesh_of(AxisType.Explicit)
   split = NamedSharding(mesh, PartitionSpec("data"))

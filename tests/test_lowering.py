@@ -27,7 +27,9 @@ def loss_gradient(function):
   """The gradient with respect to every float argument."""
 
   def gradient(*arrays):
-    floats = [i for i, a in enumerate(arrays) if a.dtype != jnp.int32]
+    floats = [
+      i for i, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.inexact)
+    ]
 
     def loss(*values):
       filled = list(arrays)

@@ -6,6 +6,7 @@ wrong as `numerics` lets a kernel be beside plain jnp.
 
 import dataclasses
 import functools
+import importlib
 import json
 
 import gemma_oracle
@@ -347,13 +348,66 @@ def test_a_full_cache_is_left_alone():
   np.testing.assert_array_equal(after.v, full.v)
 
 
+@jax.jit
+def extend(model, tokens, cache, counts=None):
+  h, cache = model.extend(tokens, cache, counts)
+  return model.logits(h), cache
+
+
+def test_chunks_of_unequal_rows_agree_with_the_whole_forward_pass():
+  """Each row takes its own part of a chunk, from none to all of it."""
+  model, tokens = make(), random_tokens()
+  whole, exact = forward(model, tokens), truth(model, tokens)
+  cache, rows = model.init_cache(2, 24), np.arange(2)[:, None]
+  start = np.zeros(2, int)
+  for counts in ((8, 3), (0, 8), (5, 1)):
+    places = np.minimum(start[:, None] + np.arange(8), 23)
+    got, cache = extend(model, tokens[rows, places], cache, jnp.array(counts))
+    start += counts
+    np.testing.assert_array_equal(cache.lengths, start)
+    for row, count in enumerate(counts):
+      at = places[row, :count]
+      if count:
+        assert_as_good(got[row, :count], whole[row, at], exact[row, at])
+
+
+def test_a_long_prompt_is_read_in_chunks(monkeypatch):
+  """Whole ones and a rest; what the cache held before is forgotten."""
+  model, tokens = make(), random_tokens()
+  lengths = jnp.array([21, 8])
+  args = model, tokens[:, :21], lengths, model.init_cache(2, 24)
+  want, _ = jax.jit(Gemma.prefill)(*args)
+  module = importlib.import_module("pallas_gemma.gemma._model")
+  monkeypatch.setattr(module, "_CHUNK", 8)
+  full = dataclasses.replace(args[-1], lengths=jnp.array([9, 24]))
+  chunked = jax.jit(lambda *args: Gemma.prefill(*args))
+  got, cache = chunked(*args[:-1], full)
+  np.testing.assert_array_equal(cache.lengths, lengths)
+  error = np.abs(np.asarray(got) - want).max()
+  assert error <= STAGES * np.finfo(np.float32).eps * np.abs(want).max()
+
+
+def test_a_row_of_a_cache_is_read_and_replaced():
+  model, tokens = make(), random_tokens()
+  lengths = jnp.array([16, 9])
+  _, cache = prefill(model, tokens[:, :16], lengths, model.init_cache(2, 24))
+  second = cache.row(jnp.int32(1))
+  assert second.k.shape[1] == 1 and second.lengths.tolist() == [9]
+  swapped = cache.with_row(jnp.int32(0), second)
+  assert swapped.lengths.tolist() == [9, 9]
+  for got, want in ((swapped.k, cache.k), (swapped.v, cache.v)):
+    np.testing.assert_array_equal(got[:, 0], want[:, 1])
+    np.testing.assert_array_equal(got[:, 1], want[:, 1])
+
+
 # --- memory -------------------------------------------------------------------
 
 
 def test_remat_policies_give_equal_gradients():
   tokens = random_tokens()
   want = gradients(with_remat("none"), tokens)
-  for remat in ("full", "dots", "names", "none:1,full", "full:1,none"):
+  policies = "full", "dots", "names", "attention", "none:1,full", "full:1,none"
+  for remat in policies:
     assert_equal_gradients(gradients(with_remat(remat), tokens), want)
 
 
@@ -430,7 +484,7 @@ def test_lowered_for_tpu_it_runs_the_kernels_it_says():
     (dict(dtype="float16"), "dtype must be one of bfloat16, float32, got"),
     (
       dict(remat="some"),
-      "remat must be one of none, full, dots, names, auto, or",
+      "remat must be one of none, full, dots, names, attention, auto, or",
     ),
     (dict(remat="none:2,some"), "remat must be one of none, full, dots"),
     (dict(remat="none:2,full"), "remat must be fewer than 2 layers"),
@@ -474,5 +528,7 @@ def test_wrong_calls_are_refused():
     model.init_cache(2, 65)
   with pytest.raises(ValueError, match="prefill: .* 4 places, got 8"):
     model.prefill(tokens, lengths, cache)
+  with pytest.raises(ValueError, match="extend: .* 4 places, got 8"):
+    model.extend(tokens, cache)
   with pytest.raises(ValueError, match=r"decode: tokens must be \[B\]"):
     model.decode(tokens, cache)

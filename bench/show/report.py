@@ -67,7 +67,7 @@ def ops_table() -> str:
     has_gradient = op.cost(*case.args, **case.kwargs)[1] is not None
     summary = (op.function.__doc__ or "").splitlines()[0].rstrip(".")
     forward = "Pallas" if op.pallas else "reference (XLA)"
-    backward = forward if has_gradient else "none"
+    backward = forward if has_gradient else "reference (XLA)"
     lines.append(f"| `{op.name}` | {summary} | {forward} | {backward} |")
   return "\n".join(lines)
 

@@ -16,7 +16,8 @@ A step of L layers costs about what two depths say by a straight line:
 
     cycles(L) = cycles(4) + (L - 4) / 2 * (cycles(4) - cycles(2))
 
-For 2B on v5e-8 the table has 2, 4 and all 18 layers.
+For 2B on v5e-8 the table has 2, 4 and all 18 layers, for 7B on v5e-16 and
+v5e-256 the two depths alone.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ from ..v5e import AXIS, Placement
 from .program import Built, Program
 
 _SENTENCEPIECE = 256_000  # pieces of Gemma's tokenizer
-_2B = dataclasses.replace(GemmaConfig.gemma_2b(), remat="names")
-_7B = dataclasses.replace(GemmaConfig.gemma_7b(), remat="full")
+# Of all layers, what 15.25 GiB of a chip's memory hold.
+_2B = dataclasses.replace(GemmaConfig.gemma_2b(), remat="attention:14,names")
+_7B = GemmaConfig.gemma_7b()
+_SLICES = {"v5e_16": ("v5e:4x4", "full"), "v5e_256": ("v5e:16x16", "attention")}
 _DEPTHS = (2, 4)
 # Else the compiler takes products apart to hide collectives behind the pieces,
 # or makes one instruction of both, and their cycles could not be told apart.
@@ -90,15 +93,23 @@ _CASES = (
   *(
     Case(
       f"gemma_2b_{depth}_layers_v5e_8",
-      dataclasses.replace(_2B, num_layers=depth),
+      dataclasses.replace(_2B, num_layers=depth, remat="attention"),
       "v5e:2x4",
       8192,
     )
     for depth in _DEPTHS
   ),
   Case("gemma_2b_v5e_8", _2B, "v5e:2x4", 8192),
-  Case("gemma_7b_v5e_16", _7B, "v5e:4x4", 4096),
-  Case("gemma_7b_v5e_256", _7B, "v5e:16x16", 4096),
+  *(
+    Case(
+      f"gemma_7b_{depth}_layers_{name}",
+      dataclasses.replace(_7B, num_layers=depth, remat=remat),
+      topology,
+      4096,
+    )
+    for name, (topology, remat) in _SLICES.items()
+    for depth in _DEPTHS
+  ),
 )
 
 

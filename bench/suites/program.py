@@ -191,8 +191,14 @@ def of_case(
     config = make_config(op, config)
   if config is not None:
     function = functools.partial(function, config=config)
+
+  def build() -> Built:
+    placement = Placement(donated=case.donated)
+    values = integer_values(case)
+    return Built(case.bind(function), case.specs, values, placement)
+
   return passes(
-    lambda: Built(case.bind(function), case.specs, integer_values(case)),
+    build,
     op.cost(*case.args, **case.kwargs),
     op=op.name,
     case=case.name,

@@ -57,7 +57,8 @@ def _takes_minutes(op: Op, case: Case) -> bool:
   matrices = {
     spec.dtype
     for spec in case.specs
-    if len(spec.shape) > 1 and jnp.issubdtype(spec.dtype, jnp.floating)
+    if min(spec.shape[-2:], default=1) > 1
+    and jnp.issubdtype(spec.dtype, jnp.floating)
   }
   return (
     bound([forward])[0] > _LONG

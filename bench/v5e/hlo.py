@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _DEFINITION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -211,9 +211,30 @@ class Module:
 
   def _bodies(self, instruction: Instruction) -> Iterator[str]:
     for name in instruction.calls:
-      for inner in self.computations.get(name, ()):
+      for inner in _by_use(self.computations.get(name, ())):
         yield _METADATA.sub("", f"%{inner.name} = {inner.text}")
         yield from self._bodies(inner)
+
+
+def _by_use(body: Sequence[Instruction]) -> list[Instruction]:
+  """From the operands of the last, the root, on: of equal bodies, the same.
+
+  As printed, what does not depend on each other stands in any order.
+  """
+  by_name = {instruction.name: instruction for instruction in body}
+  found: dict[str, Instruction] = {}
+  waiting = [(instruction, False) for instruction in body]
+  while waiting:
+    instruction, is_ready = waiting.pop()
+    if instruction.name in found:
+      continue
+    if is_ready:
+      found[instruction.name] = instruction
+      continue
+    waiting.append((instruction, True))
+    operands = (by_name.get(name) for name in reversed(instruction.operands))
+    waiting += [(operand, False) for operand in operands if operand]
+  return list(found.values())
 
 
 def parse(text: str) -> Module:

@@ -43,7 +43,8 @@ def work(opcode: str, transposed: Mapping[str, int]) -> Work | None:
   """What an opcode gives a matrix or transpose unit to do, None for nothing.
 
   A packed bfloat16 operand is 16 rows of 128 and takes a cycle for each; a
-  float32 register, or half of a packed one (`lmr`), is 8.
+  float32 register, or half of a packed one (`lmr`), is 8.  One of int8 is 32
+  rows, two a cycle.
 
   Args:
     opcode: of the instruction.
@@ -54,10 +55,15 @@ def work(opcode: str, transposed: Mapping[str, int]) -> Work | None:
     return None
   unit = match[1]
   if opcode.startswith("vmatmul"):
+    if ".s8." in opcode:
+      ready = tuple(_MATMUL_LATENCY + _ROWS * i for i in range(4))
+      return Work(unit, 2 * _ROWS, f"mrf.{unit}", ready)
     halves = 2 if "bf16" in opcode and ".lmr." not in opcode else 1
     ready = tuple(_MATMUL_LATENCY + _ROWS * i for i in range(halves))
     return Work(unit, _ROWS * halves, f"mrf.{unit}", ready)
   if opcode.startswith("vmatpush"):
+    if ".s8." in opcode:
+      return Work(f"{unit}.push", 32 if "xpose" in opcode else 8)
     if "xpose" in opcode:
       return Work(f"{unit}.push", 8)
     return Work(f"{unit}.push", 4 if "bf16" in opcode else 2)

@@ -50,7 +50,9 @@ Read in this order; each page stands on those before it:
     spans      more keys than one call holds
     rotation   where RoPE is applied, if it is part of a problem
     finite     what is not a number, behind a mask
+    stores     what lies in stacks, in a scan over layers
     blocks     which keys a block of queries meets, and the mask
+    softmax    its steps in a forward kernel, those of decode attention too
     words      copies of [B, T, N, H] as it is, two heads at a time
     pairs      what comes and goes around a grid step of two kv heads
     forward    the kernel
@@ -58,12 +60,8 @@ Read in this order; each page stands on those before it:
     backward   the kernel
     door       what the public functions are given, checked
     op         the public function and its registration
-    decode     decode_attention, which so far is its reference
 """
 
-from .decode import DECODE_ATTENTION as DECODE_ATTENTION
-from .decode import decode_attention as decode_attention
-from .decode import decode_attention_reference as decode_attention_reference
 from .op import FLASH_ATTENTION as FLASH_ATTENTION
 from .op import flash_attention as flash_attention
 from .spec import flash_attention_reference as flash_attention_reference

@@ -35,7 +35,17 @@ from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate, width
-from . import blocks, departure, finite, memory, pairs, rotation, spans, tiles
+from . import (
+  blocks,
+  departure,
+  finite,
+  memory,
+  pairs,
+  rotation,
+  spans,
+  stores,
+  tiles,
+)
 from .departure import Departure
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
@@ -300,7 +310,9 @@ def _rotate_back(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 # --- the call -----------------------------------------------------------------
 
 
-def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
+def _run(
+  call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any, places: Any = None
+) -> Arrays:
   """dq, dk and dv; lse and its cotangent are by row."""
   layout = call.layout
   (q, k, v), (row, whole, lane) = tiles.operands(call, a)
@@ -308,18 +320,17 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
   bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
   mixed = finite.mixed_segments(call, a.segments, bounds)
   rope, rope_specs = blocks.rope_operands(call, a)
-  in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope)
+  specs = Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
+  operands, specs, layer = stores.read(places, inputs, specs)
   (gradients,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_bwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=layout.grid(a.q.shape[0], pl.cdiv(call.t, call.block_q)),
-      in_specs=[
-        Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
-      ],
-      out_specs=[Outputs(row, in_hbm, in_hbm)],
+      in_specs=[specs],
+      out_specs=[Outputs(row, *[pl.BlockSpec(memory_space=pl.ANY)] * 2)],
       scratch_shapes=[_state(call, inputs, dq_dtype)],
     ),
     out_shape=[
@@ -330,13 +341,9 @@ def _run(call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any) -> Arrays:
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
-  )(blocks.Scalars.of(bounds, a, mixed), inputs)
-  dq, dk, dv = gradients
-  return Arrays(
-    layout.to_queries(dq, a.q.shape),
-    layout.to_keys(dk, a.k.shape),
-    layout.to_keys(dv, a.v.shape),
-  )
+  )(blocks.Scalars.of(bounds, a, mixed, layer), operands)
+  dk, dv = (layout.to_keys(x, a.k.shape) for x in gradients[1:])
+  return Arrays(layout.to_queries(gradients.dq, a.q.shape), dk, dv)
 
 
 def _state(call: Call, i: Inputs, dq_dtype: Any) -> State:
@@ -380,20 +387,14 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   calls = spans.of_call(whole, tiles.backward_keys(whole, sizes))
   if calls == [whole]:
     dq_dtype = a.q.dtype if a.scale is None else jnp.float32
-    grads = _run(whole, a, outs, d, dq_dtype)
+    grads = _run(whole, a, outs, d, dq_dtype, saved.places)
   else:
     outs, d = (
       x._replace(lse=whole.layout.to_lse(x.lse, a.q.shape)) for x in (outs, d)
     )
     grads = spans.added(_run, calls, a, outs, d)
-  dq, d_scale = grads.q, None
   if a.scale is not None:
-    d_scale = (a.q.astype(jnp.float32) * dq).sum(axis=(1, 2, 3))
-    dq = dq * a.scale[:, None, None, None]
-  grads = Arrays(
-    q=dq.astype(a.q.dtype),
-    k=grads.k,
-    v=grads.v,
-    scale=d_scale,
-  )
+    d_scale = (a.q.astype(jnp.float32) * grads.q).sum(axis=(1, 2, 3))
+    dq = (grads.q * a.scale[:, None, None, None]).astype(a.q.dtype)
+    grads = grads._replace(q=dq, scale=d_scale)
   return rotation.back(p, grads, saved.arrays, a)

@@ -83,9 +83,12 @@ class Scalars(NamedTuple):
   mixed: Any  # [B n_q], see `finite.mixed_segments`; of the backward
   scale: Any  # [B] float32
   window: Any  # [2 B]: left and right of each batch element
+  layer: Any  # [1] int32, of what lies in stacks
 
   @classmethod
-  def of(cls, segment_bounds: Any, a: Arrays, mixed: Any = None) -> Scalars:
+  def of(
+    cls, segment_bounds: Any, a: Arrays, mixed: Any = None, layer: Any = None
+  ) -> Scalars:
     """The operands."""
     scale, window = a.scale, a.window
     return cls(
@@ -93,6 +96,7 @@ class Scalars(NamedTuple):
       mixed,
       scale if scale is None else scale.astype(jnp.float32),
       window if window is None else window.reshape(-1),
+      layer if layer is None else layer.reshape(1),
     )
 
 

@@ -33,7 +33,7 @@ _LETTERS = {  # of queries and of keys
 
 def check_layout(op: str, layout: Any, head_size: Any) -> None:
   """Whether it is one of the names, and H is given where shapes lack it."""
-  if layout not in _LETTERS:
+  if layout is not None and layout not in _LETTERS:
     names = ", ".join(map(repr, _LETTERS))
     raise ValueError(f"{op}: layout must be one of {names}, got {layout!r}")
   if layout == "BT(NH)":
@@ -46,7 +46,7 @@ def check_layout(op: str, layout: Any, head_size: Any) -> None:
       )
   elif head_size is not None:
     raise ValueError(
-      f"{op}: head_size must be None with layout {layout!r}, whose shapes "
+      f"{op}: head_size must be None with layout {layout}, whose shapes "
       f"have it, got {head_size!r}"
     )
 
@@ -56,12 +56,12 @@ def as_qkv(
   q: Any,
   k: Any,
   v: Any,
-  layout: LayoutName = "BTNH",
+  layout: LayoutName | None = None,
   head_size: int | None = None,
 ) -> tuple[jax.Array, ...]:
   """Arrays [B, T, N, H] that fit, of one dtype: the widest of the three."""
   q, k, v = as_floats(op, q=q, k=k, v=v)
-  of_queries, of_keys = _LETTERS[layout]
+  of_queries, of_keys = _LETTERS[layout or "BTNH"]
   for name, array in dict(q=q, k=k, v=v).items():
     if array.ndim != (3 if layout == "BT(NH)" else 4):
       letters = of_queries if name == "q" else of_keys

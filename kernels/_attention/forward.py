@@ -23,17 +23,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .._frame import tpu
+from .._frame import room, tpu
 from .._frame.manual import varying_like
+from .._frame.room import Places
 from .._sincos import phases, rotate
 from . import blocks, finite, memory, pairs, rotation, spans, tiles
+from .softmax import MASKED, lse_of, reciprocal, row_maximum, sum_by_lane
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
-
-# Hides a key.  Finite, so that a row that has seen no key yet stays a number:
-# what it gathers is multiplied by exp2(MASKED - m) = 0 at its first key.  And
-# not so low that the difference with a logit overflows.
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 class Inputs(NamedTuple):
@@ -44,6 +41,7 @@ class Inputs(NamedTuple):
   v: Any  # [S, H]
   segments: blocks.SegmentRefs | None
   rope: blocks.RopeRefs | None
+  store: Any = None  # where out goes, in HBM, if it lies in a stack
 
 
 class Outputs(NamedTuple):
@@ -193,12 +191,12 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
       mask = _mask(block, i, s, g, keys.key0, logits.shape)
       logits = jnp.where(mask, logits, MASKED)
     before = None if keys.starts else s.m[g, :]
-    m = _row_maximum(logits)
+    m = row_maximum(logits)
     if before is not None:
       m = jnp.maximum(before, m)
     s.m[g, :] = m
     weights = jnp.exp2((logits - tpu.across(m, width)) * p.to_base_2)
-    total = _sum_by_lane(weights)
+    total = sum_by_lane(weights)
     acc = tpu.dot(weights.astype(v.dtype), v, tpu.NN)
     if before is not None:
       decay = jnp.exp2((before - m) * p.to_base_2)
@@ -223,18 +221,6 @@ def _mask(
   return blocks.visible(block, shape, 0, g.start, key0, ids)
 
 
-def _row_maximum(logits: jax.Array) -> jax.Array:
-  """[R, keys] to [R, LANES], equal in all lanes."""
-  top = jnp.max(logits, axis=1, keepdims=True)
-  return jnp.broadcast_to(top, (logits.shape[0], tpu.LANES))
-
-
-def _sum_by_lane(weights: jax.Array) -> jax.Array:
-  """[R, keys] to [R, LANES]: the sum over lanes is left for the end."""
-  parts = jnp.split(weights, weights.shape[1] // tpu.LANES, axis=1)
-  return functools.reduce(jnp.add, parts)
-
-
 def _add_decayed(
   s: State, g: Any, decay: jax.Array, total: jax.Array, acc: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -252,7 +238,7 @@ def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   out = call.layout.by_rows(o.out)
   totals = [jnp.sum(s.total[r, :], axis=1, keepdims=True) for r in parts]
   for r, total in zip(parts, totals, strict=True):
-    inverse = _reciprocal(total, o.out.dtype)
+    inverse = reciprocal(total, o.out.dtype)
     if may_see_nothing:
       inverse = jnp.where(s.m[r, :1] <= MASKED / 2, 0.0, inverse)
     out.store(int(r.start), s.acc[r, :] * inverse)
@@ -260,14 +246,10 @@ def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   m, total = jnp.split(
     tpu.columns_to_lanes([s.m[r, :] for r in parts] + columns), 2
   )
-  lse = _lse(m, total, p)
+  lse = lse_of(m, total, p)
   if may_see_nothing:
     lse = _minus_infinity_where_masked(lse, m)
   tpu.store_lanes(o.lse, lse)
-
-
-def _lse(m: jax.Array, total: jax.Array, p: Problem) -> jax.Array:
-  return m + jnp.log2(total) * (1 / p.to_base_2)
 
 
 def _minus_infinity_where_masked(lse: jax.Array, m: jax.Array) -> jax.Array:
@@ -276,40 +258,39 @@ def _minus_infinity_where_masked(lse: jax.Array, m: jax.Array) -> jax.Array:
   return jnp.where((m <= MASKED / 2) & ~is_nan, -jnp.inf, lse)
 
 
-# In `pl` up to JAX 0.10, deprecated there since.
-_approximate_reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
-
-
-def _reciprocal(x: jax.Array, dtype: Any) -> jax.Array:
-  """1 / x, well within dtype's precision."""
-  if dtype == jnp.float32:
-    return 1.0 / x
-  guess = _approximate_reciprocal(x, approx=True)
-  return guess * (2.0 - x * guess)
-
-
 # --- the call -----------------------------------------------------------------
 
 
-def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
-  """out [B, T, N, H], and lse by row, [B K, 1, rows]."""
+def _run(
+  call: Call, arrays: Arrays, out_dtype: Any, places: Places | None = None
+) -> tuple[Outs, Any]:
+  """out [B, T, N, H], and lse by row, [B K, 1, rows]; out's stack, if any."""
   (q, k, v), specs = tiles.operands(call, arrays)
   batch = arrays.q.shape[0]
   bounds, ids, id_specs = blocks.segment_operands(call, arrays.segments)
   rope, rope_specs = blocks.rope_operands(call, arrays)
+  inputs, of_out = Inputs(q, k, v, ids, rope), specs.q
+  in_specs = Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs)
+  out, layer = varying_like(q, q.shape, out_dtype), None
+  if places is not None:
+    out, layer = places.stacks["out"], places.layer
+    inputs, of_out = inputs._replace(store=out), room.block_of_layer(specs.q)
+    in_specs = in_specs._replace(store=pl.BlockSpec(memory_space=pl.ANY))
+    out = varying_like(q, out.shape, out_dtype)
+  operands = blocks.Scalars.of(bounds, arrays, layer=layer), inputs
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_fwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=call.layout.grid(batch, pl.cdiv(call.t, call.block_q)),
-      in_specs=[Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs)],
-      out_specs=[Outputs(specs.q, specs.lanes)],
-      scratch_shapes=[_state(call, Inputs(q, k, v, ids, rope), out_dtype)],
+      in_specs=[in_specs],
+      out_specs=[Outputs(of_out, specs.lanes)],
+      scratch_shapes=[_state(call, inputs, out_dtype)],
     ),
     out_shape=[
       Outputs(
-        varying_like(q, q.shape, out_dtype),
+        out,
         varying_like(
           q,
           (batch * call.kv_heads, 1, call.layout.rows(call.t)),
@@ -317,9 +298,17 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
         ),
       )
     ],
+    # The last operand is the first result, of which one layer is written.
+    input_output_aliases=(
+      {} if layer is None else {len(jax.tree.leaves(operands)) - 1: 0}
+    ),
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
-  )(blocks.Scalars.of(bounds, arrays), Inputs(q, k, v, ids, rope))
-  return Outs(call.layout.to_queries(outs.out, arrays.q.shape), outs.lse)
+  )(*operands)
+  own, stack = outs.out, None
+  if places is not None:
+    stack = own
+    own = jax.lax.dynamic_index_in_dim(own, places.layer, keepdims=False)
+  return Outs(call.layout.to_queries(own, arrays.q.shape), outs.lse), stack
 
 
 def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
@@ -342,16 +331,17 @@ def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
 # --- the pass -----------------------------------------------------------------
 
 
-def forward(p: Problem, a: Arrays) -> Outs:
+def forward(p: Problem, a: Arrays, *, places: Places | None = None) -> Any:
   """Attention by one call if VMEM holds all keys, else by several, merged.
 
   Args:
     p: the problem, with a config and a positive scale.
     a: the arrays; positions if q and k are still to be rotated.
+    places: the stack in which out is to lie, where `stored` allows it.
 
   Returns:
     out [B, T, N, H], and lse by row, [B K, 1, rows], in units of
-    `Problem.unit`.
+    `Problem.unit`.  With `places`, these and the stack.
   """
   a = rotation.before(p, a)
   sizes = memory.Sizes.of_problem(p, a)
@@ -359,6 +349,11 @@ def forward(p: Problem, a: Arrays) -> Outs:
   keys = tiles.forward_keys(whole, sizes)
   calls = spans.of_call(whole, keys)
   if calls == [whole]:
-    return _run(whole, a, a.q.dtype)
-  outs = spans.merged(_run, calls, a)
+    outs, stack = _run(whole, a, a.q.dtype, places)
+    return outs if places is None else (outs, stack)
+
+  def run(*args: Any) -> Outs:
+    return _run(*args)[0]
+
+  outs = spans.merged(run, calls, a)
   return outs._replace(lse=whole.layout.of_lse(outs.lse))

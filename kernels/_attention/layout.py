@@ -65,7 +65,7 @@ class Layout:
     kind: Kind = "heads"
     if p.layout == "BT(NH)" and head_size % tpu.LANES == 0:
       kind = "flat"
-    elif p.layout == "BTNH" and kv_heads == 1:
+    elif p.layout in ("BTNH", None) and kv_heads == 1:
       kind = "packed"
     return cls(kind, kv_heads, group, _chunk(p, group), head_size)
 
@@ -84,7 +84,7 @@ class Layout:
   def in_pairs(self, p: Problem) -> Layout | None:
     """The same order of rows from [B, T, N, H] as it is, if that can be had.
 
-    Where heads fill no tiles, XLA keeps the heads of a token apart anyway.
+    Only where the caller says that it lies so.  Where heads fill no tiles, XLA keeps the heads of a token apart anyway.
     """
     is_transposed = p.layout == "BTNH" and self.kind == "heads"
     counts = self.kv_heads, self.kv_heads * self.group

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._frame import switches
+from .._frame import room, switches
 from .._frame.check import (
   Implementation,
   as_array,
@@ -46,6 +46,7 @@ from .spec import (
   refuse_arrays,
   sides,
 )
+from .stores import stored
 from .tiles import FlashAttentionConfig
 
 # --- the op -------------------------------------------------------------------
@@ -155,6 +156,8 @@ _flash = kernel_op(
   plain_forward=_plain_forward,
   plain_linear=_plain_linear,
   plain_backward=_plain_backward,
+  stores=stored,
+  writes="out",
 )
 
 # --- public -------------------------------------------------------------------
@@ -173,7 +176,7 @@ def flash_attention(
   logits_soft_cap: float | None = None,
   rope: Rope | None = None,
   return_lse: bool = False,
-  layout: LayoutName = "BTNH",
+  layout: LayoutName | None = None,
   head_size: int | None = None,
   mask: None = None,
   bias: None = None,
@@ -209,10 +212,10 @@ def flash_attention(
     rope: rotates q and k by their positions first; needs T = S.  Its base may
       be a traced scalar, which has a gradient in the reference alone.
     return_lse: also return the log of the sum of exponentials.
-    layout: how q, k, v and out lie in memory; the shapes above are "BTNH".
-      "BNTH" is heads first, q and out [B, N, T, H], k and v [B, K, S, H], what
-      projections write and read for nothing, unlike "BTNH" with several kv
-      heads; "BT(NH)" is flat, [B, T, N H] and
+    layout: how q, k, v and out lie in memory.  None: of the shapes above, as XLA
+      likes it; a projection writes and reads them heads first for nothing.
+      "BTNH": row-major, as arrays from outside are.  "BNTH": heads first, q and
+      out [B, N, T, H], k and v [B, K, S, H].  "BT(NH)": flat, [B, T, N H] and
       [B, S, K H].  The kernels read and write all three in place, and their
       gradients.  Where they cannot, XLA transposes to heads first and back:
       "BT(NH)" and "BTNH" with a head size that is no multiple of 128; and
@@ -260,6 +263,9 @@ def flash_attention(
   )
   outs = _flash(problem, arrays)
   out = from_btnh(outs.out.astype(dtype), layout)
+  here = room.current()
+  if here is not None and dtype == outs.out.dtype:
+    here.renamed(out, outs.out, functools.partial(from_btnh, layout=layout))
   return (out, outs.lse) if return_lse else out
 
 
@@ -289,7 +295,7 @@ def _cost(
   is_causal=False,
   local_window_size=None,
   segment_ids=None,
-  layout: LayoutName = "BTNH",
+  layout: LayoutName | None = None,
   head_size=None,
   **_,
 ) -> tuple[Cost, Cost]:
@@ -323,7 +329,7 @@ def _rope_at(shape: tuple[int, int]) -> Any:
 def _case(name, shape, dtype=jnp.bfloat16, s=None, **kwargs) -> Case:
   """Of shape (B, T, N, K, H) and S keys, T of them by default."""
   b, t, n, k, h = shape
-  of_layout = functools.partial(from_btnh, layout=kwargs.get("layout", "BTNH"))
+  of_layout = functools.partial(from_btnh, layout=kwargs.get("layout"))
   q, kv = (
     jax.eval_shape(of_layout, jax.ShapeDtypeStruct((b, *dims, h), dtype))
     for dims in ((t, n), (s or t, k))
@@ -368,9 +374,9 @@ FLASH_ATTENTION = Op(
     _causal("gemma_2b_8k", _GEMMA_2B),
     _causal("gemma_2b_4k", (1, 4096, 8, 1, 256)),
     _causal("gemma_2b_4x2k", (4, 2048, 8, 1, 256)),
-    _causal("gemma_7b_8k", _GEMMA_7B),
+    _causal("gemma_7b_8k", _GEMMA_7B, layout="BTNH"),
     _causal("gemma_2b_32k", (1, 32768, 8, 1, 256)),
-    _causal("llama_gqa_8k", _LLAMA),
+    _causal("llama_gqa_8k", _LLAMA, layout="BTNH"),
     _causal("window_1024", _GEMMA_2B, local_window_size=(1024, 0)),
     _causal("packed_8x1024", _GEMMA_2B, segment_ids=_packed((1, 8192), 8)),
     _causal("gemma_2b_8k_rope", _GEMMA_2B, rope=_rope_at((1, 8192))),

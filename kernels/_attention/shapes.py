@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-# By the legend's letters; the last is heads side by side.
+# By the legend's letters; the last is heads side by side.  Where it is not said,
+# it is of shape "BTNH", and XLA is free to lay it out.
 LayoutName = Literal["BTNH", "BNTH", "BT(NH)"]
 
 
-def to_btnh(x: Any, layout: LayoutName, head_size: int | None) -> Any:
+def to_btnh(x: Any, layout: LayoutName | None, head_size: int | None) -> Any:
   """A caller's array of queries or keys as [B, T, N, H]."""
   if layout == "BNTH":
     return x.swapaxes(1, 2)
@@ -18,7 +19,7 @@ def to_btnh(x: Any, layout: LayoutName, head_size: int | None) -> Any:
   return x
 
 
-def from_btnh(x: Any, layout: LayoutName) -> Any:
+def from_btnh(x: Any, layout: LayoutName | None) -> Any:
   """The inverse."""
   if layout == "BNTH":
     return x.swapaxes(1, 2)

@@ -66,37 +66,16 @@ def segments_of(segment_ids: SegmentIds) -> Segments | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-  """Everything that is not an array.
+class Logits:
+  """How logits come from the products q . k.
 
   Attributes:
     scale: multiplies the logits, as does that of the arrays.
-    is_causal: query i sees keys up to i.
-    window: (left, right), both inclusive; or None, and it may be an array.
     soft_cap: cap of the logits, or None.
-    base_frequency: of the rotation, if positions come along without a base.
-    return_lse: whether the log of the sum of exponentials is a result.
-    layout: how the caller's arrays lie in memory; `Arrays` is always [B, T, N,
-      H], of which XLA makes the caller's, and nothing is moved.
-    implementation: as the caller gave it.
-    config: tile sizes, None for the op's own choice.
   """
 
   scale: float
-  is_causal: bool = False
-  window: tuple[int, int] | None = None
   soft_cap: float | None = None
-  base_frequency: float = 10_000.0
-  return_lse: bool = False
-  layout: LayoutName = "BTNH"
-  implementation: Implementation = None
-  config: FlashAttentionConfig | None = None
-
-  @property
-  def tiles(self) -> FlashAttentionConfig:
-    """The config that was chosen, once one was."""
-    assert self.config is not None
-    return self.config
 
   @property
   def unit(self) -> float:
@@ -123,6 +102,36 @@ class Problem:
       return products if scale is None else products * scale
     factor = self.scale / self.soft_cap
     return jnp.tanh(products * (factor if scale is None else factor * scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem(Logits):
+  """Everything that is not an array.
+
+  Attributes:
+    is_causal: query i sees keys up to i.
+    window: (left, right), both inclusive; or None, and it may be an array.
+    base_frequency: of the rotation, if positions come along without a base.
+    return_lse: whether the log of the sum of exponentials is a result.
+    layout: how the caller's arrays lie in memory; `Arrays` is always [B, T, N,
+      H], of which XLA makes the caller's, and nothing is moved.
+    implementation: as the caller gave it.
+    config: tile sizes, None for the op's own choice.
+  """
+
+  is_causal: bool = False
+  window: tuple[int, int] | None = None
+  base_frequency: float = 10_000.0
+  return_lse: bool = False
+  layout: LayoutName | None = None
+  implementation: Implementation = None
+  config: FlashAttentionConfig | None = None
+
+  @property
+  def tiles(self) -> FlashAttentionConfig:
+    """The config that was chosen, once one was."""
+    assert self.config is not None
+    return self.config
 
 
 def sides(window: Window) -> tuple[Any, Any] | None:
@@ -365,7 +374,7 @@ def flash_attention_reference(
   logits_soft_cap: float | None = None,
   rope: Rope | None = None,
   return_lse: bool = False,
-  layout: LayoutName = "BTNH",
+  layout: LayoutName | None = None,
   head_size: int | None = None,
   mask: None = None,
   bias: None = None,

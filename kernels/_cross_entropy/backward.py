@@ -46,6 +46,7 @@ from .spec import (
   RowNumbers,
   Statistics,
   capped,
+  table_of,
   through_cap,
 )
 from .tiles import Tiles, for_columns, tiles_of
@@ -338,23 +339,21 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
   reads the table and adds to the table's gradient, in float32 in HBM.
   """
   assert p.config is not None
-  a, wanted = saved.arrays, saved.wanted
+  a, wanted, of_x = saved.arrays, saved.wanted, saved.outs
   (n, d), v = a.x.shape, a.embedding.shape[0]
   tiles = tiles_of(p.config, n, v, is_forward=False, keep=p.keeps_exponentials)
   static, blocks = Static.of(p, tiles, v), n // tiles.rows
   # In one block the table's gradient is complete.  Several add it up in whole
   # tiles: the interpreter cannot alias an array with a ragged one.
-  de_type = varying_like(a.x, a.embedding.shape, a.embedding.dtype)
+  de_type = varying_like(a.x, a.embedding.shape, table_of(a).dtype)
   if blocks > 1:
     padded = tpu.round_up(v, tiles.vocab_block)
     de_type = varying_like(a.x, (padded, d), jnp.float32)
   types = Outputs(
     dx=varying_like(a.x, (tiles.rows, d), a.x.dtype) if wanted.x else None,
-    de=de_type if wanted.embedding else None,
+    de=de_type if table_of(wanted) else None,
   )
-  numbers = RowNumbers(
-    saved.outs.top, d_outs.total, d_outs.target, saved.outs.target
-  )
+  numbers = RowNumbers(of_x.top, d_outs.total, d_outs.target, of_x.target)
   operands = Inputs(
     scalars=jnp.append(a.valid_vocab, 0),
     labels=a.labels[None],
@@ -365,7 +364,7 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
     de_before=None,
   )
   if blocks == 1:
-    return RowArrays(*_call(static, operands, types), None, None)
+    return a.gradients(*_call(static, operands, types))
 
   def add(de: jax.Array | None, block: Any) -> tuple[Any, Any]:
     inputs = _rows_of_block(operands, block, tiles.rows)
@@ -377,8 +376,8 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
   if dx is not None:
     dx = jnp.concatenate([dx[None], rest]).reshape(n, d)
   if de is not None:
-    de = de[:v].astype(a.embedding.dtype)
-  return RowArrays(dx, de, None, None)
+    de = de[:v].astype(table_of(a).dtype)
+  return a.gradients(dx, de)
 
 
 def _rows_of_block(inputs: Inputs, block: Any, rows: int) -> Inputs:

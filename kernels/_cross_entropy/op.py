@@ -35,7 +35,7 @@ from .._frame.check import (
 from .._frame.kernel import kernel_op
 from .._frame.manual import vary_alike
 from .._frame.op import Case, Cost, Integers, Op, nbytes
-from .._frame.sharding import Axes, Split, leading_dims
+from .._frame.sharding import Axes, Split, is_split, leading_dims
 from .backward import backward
 from .forward import exponentials_types, forward
 from .labels import labels_checked
@@ -86,7 +86,9 @@ def _losses(
   if more:
     x = jnp.pad(x, ((0, more), (0, 0)))
     labels = jnp.pad(labels, (0, more), constant_values=-1)
-  statistics = row_op(p, RowArrays(x, a.embedding, labels, valid_vocab))
+  statistics = row_op(
+    p, RowArrays(x, a.embedding, labels, valid_vocab, a.source)
+  )
   statistics = Statistics(*(row[:n] for row in statistics))
   statistics = _combined(statistics, vocab_axes)
   loss = _loss(statistics, label_exists, p.z_loss).reshape(a.labels.shape)
@@ -142,7 +144,13 @@ def _split(p: Problem, a: Arrays) -> Split:
   tokens = leading_dims(a.labels.ndim)
   weights = None if a.weights is None else tokens
   return Split(
-    Arrays(tokens + "D", "Vd", tokens, weights),
+    Arrays(
+      tokens + "D",
+      "Vd",
+      tokens,
+      weights,
+      a.source if a.source is None else "Vd",
+    ),
     Outs(tokens),
     over="BTV",
     gathers="Dd",
@@ -155,16 +163,29 @@ _linear_cross_entropy = kernel_op(
   reference=reference,
   forward=forward,
   backward=backward,
-  saves=("x", "embedding", "labels", "valid_vocab", "top", "target"),
+  saves=("x", "embedding", "labels", "valid_vocab", "source", "top", "target"),
   names=("top", "total", "target", "kept"),
   keeps=True,
   split=_split,
   vmap=("loop", "loop"),
   around=_losses,
   plain_forward=_plain_forward,
+  constants=lambda a: () if a.source is None else ("embedding",),
 )
 
 # --- public -------------------------------------------------------------------
+
+
+def _rounded(p: Problem, a: Arrays) -> Arrays:
+  """On a mesh, the table in x's dtype, so that half as much is gathered.
+
+  The kernels round it so in any case; its gradient stays float32.
+  """
+  halves = (a.embedding.dtype, a.x.dtype) == (jnp.float32, jnp.bfloat16)
+  if not halves or not is_split("linear_cross_entropy", a, _split(p, a)):
+    return a
+  table = jax.lax.stop_gradient(a.embedding.astype(a.x.dtype))
+  return a._replace(embedding=table, source=a.embedding)
 
 
 def _checked(
@@ -262,7 +283,7 @@ def linear_cross_entropy(
   check_positive(op, logits_soft_cap=cap)
   z_loss = as_number(op, "z_loss", z_loss)
   problem = Problem(cap, z_loss, vocab, implementation, config)
-  loss = _linear_cross_entropy(problem, arrays).loss
+  loss = _linear_cross_entropy(problem, _rounded(problem, arrays)).loss
   return labels_checked(loss, arrays.labels, arrays.weights, vocab)
 
 

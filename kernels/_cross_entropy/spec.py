@@ -30,6 +30,15 @@ class Arrays(NamedTuple):
   embedding: Any  # [V, D]
   labels: Any  # [...] integers
   weights: Any  # [...], or None
+  source: Any = None  # [V, D] float32, what the embedding was rounded from
+
+
+def table_of(a: Any) -> Any:
+  """Of a record: what of embedding and source has the gradient.
+
+  The values are the embedding's.
+  """
+  return a.embedding if a.source is None else a.source
 
 
 class Outs(NamedTuple):
@@ -102,7 +111,7 @@ def reference(p: Problem, a: Arrays) -> Outs:
   return Outs(
     linear_cross_entropy_reference(
       a.x,
-      a.embedding,
+      table_of(a),
       a.labels,
       weights=a.weights,
       logits_soft_cap=p.logits_soft_cap,
@@ -125,6 +134,14 @@ class RowArrays(NamedTuple):
   embedding: Any  # [V, D]
   labels: Any  # [R] int32
   valid_vocab: Any  # [1] int32: rows of the table from here on are padding
+  source: Any = None  # as in `Arrays`
+
+  def gradients(self, dx: Any, de: Any) -> RowArrays:
+    """The record of them, `de` that of the table."""
+    grads = RowArrays(dx, de, None, None)
+    if self.source is None:
+      return grads
+    return grads._replace(embedding=None, source=de)
 
 
 class Statistics(NamedTuple):
@@ -193,7 +210,7 @@ def statistics_reference(p: Problem, a: RowArrays) -> Statistics:
   """The kernels' results in plain jnp."""
   # Where the vocabulary is split, its end in this part is known at run time.
   end = None if p.vocab_is_split else p.valid_vocab_size
-  table = a.embedding[:end].astype(a.x.dtype)
+  table = table_of(a)[:end].astype(a.x.dtype)
   valid = jnp.arange(table.shape[0]) < a.valid_vocab
   if p.vocab_is_split:
     table = jnp.where(valid[:, None], table, 0)

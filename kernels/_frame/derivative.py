@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
 from .lowering import guarded, off_tpu
 from .manual import vary_alike, varying_like
+from .room import Places
 
 Leaves = Sequence[Any]
 # Of residuals and tangents, or of residuals and cotangents.
@@ -196,47 +198,134 @@ def refused(message: str, tangents: Leaves, outs: Leaves) -> Leaves:
 # --- of an op -----------------------------------------------------------------
 
 
-def _primal(op: Any, problem: Any, arrays: Any) -> Any:
-  return op.run(problem, arrays, keep=False)[0]
+def _primal(op: Any, problem: Any, arrays: Any, places: Any) -> Any:
+  """The results, and the op's stores in a scan over layers, if it has any."""
+  outs, _, _ = op.run(problem, arrays, keep=False)
+  return outs, None if places is None else places.stacks
 
 
 def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
-  (arrays,), (tangents,) = primals, tangents
-  outs, kept = op.run(problem, arrays, keep=True)
+  (arrays, places), (tangents, d_places) = primals, tangents
+  outs, kept, stacks = op.run(problem, arrays, keep=True, places=places)
   outs, kept = op.named(outs), op.named(kept)
   wanted = jax.tree.map(is_perturbed, tangents)
   wanted = wanted._replace(**dict.fromkeys(op.constants(arrays), False))
-  saved = op.saved(arrays, outs, kept)
-  residuals, saved_tree = jax.tree.flatten(saved)
-  out_leaves, out_tree = jax.tree.flatten(outs)
-
-  def restored(residuals: Any, d_outs: Any) -> tuple[Any, Any]:
-    saved = jax.tree.unflatten(saved_tree, residuals)
-    pair = vary_alike((saved, jax.tree.unflatten(out_tree, d_outs)))
-    return pair[0]._replace(wanted=wanted), pair[1]
-
-  def transpose(residuals: Any, d_outs: Any) -> Any:
-    saved, d_outs = restored(residuals, d_outs)
-    return jax.tree.leaves(op.run_backward(problem, saved, d_outs))
-
-  def forward(residuals: Any, tangents: Any) -> Any:
-    # What reverse mode does in plain jnp, the other way round: so it needs no
-    # more of the forward pass than is saved for that.
-    def back(*d_outs: Any) -> Any:
-      saved, d = restored(residuals, d_outs)
-      return jax.tree.leaves(op.plain_gradients(problem, saved, d))
-
-    types = [varying_like(x, x.shape, x.dtype) for x in out_leaves]
-    return list(jax.linear_transpose(back, *types)(list(tangents)))
-
+  layer = None if places is None else places.layer
+  residuals, saved_tree = jax.tree.flatten(
+    (op.saved(arrays, outs, kept), layer)
+  )
+  # Integers among the results have no tangent, and None for a cotangent.
+  floats = outs._replace(
+    **{n: None for n, x in outs._asdict().items() if not _is_float(x)}
+  )
+  out_leaves, out_tree = jax.tree.flatten((floats, stacks))
+  d_stacks = [] if places is None else jax.tree.leaves(d_places.stacks)
   pairs = zip(jax.tree.leaves(tangents), jax.tree.leaves(wanted), strict=True)
-  perturbed = [d for d, want in pairs if want]
+  own = [d for d, want in pairs if want]
+  derivative = _Derivative(
+    op=op,
+    problem=problem,
+    wanted=wanted,
+    saved_tree=saved_tree,
+    outs=jax.tree.map(lambda x: varying_like(x, x.shape, x.dtype), floats),
+    stacks=jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stacks
+    ),
+    moving=[is_perturbed(d) for d in d_stacks],
+    own=len(own),
+  )
   message = (
     f"{op.name}: the kernel has no forward-mode derivative (jvp, jacfwd, "
     f"linearize); pass implementation='xla'"
   )
-  d_outs = linear(forward, transpose, residuals, perturbed, out_leaves, message)
-  return outs, jax.tree.unflatten(out_tree, d_outs)
+  d_outs = linear(
+    derivative.forward,
+    derivative.transpose,
+    residuals,
+    own + list(filter(is_perturbed, d_stacks)),
+    out_leaves,
+    message,
+  )
+  d_outs, d_stacks = jax.tree.unflatten(out_tree, d_outs)
+  return (outs, stacks), (with_integers(outs, d_outs), d_stacks)
+
+
+def _is_float(x: Any) -> bool:
+  return x is not None and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def with_integers(outs: Any, d_outs: Any) -> Any:
+  """Tangents or cotangents of a record of results, as JAX wants them.
+
+  Those of integers, None in ours, are of a type of their own.
+  """
+  missing = {
+    name: np.zeros(x.shape, jax.dtypes.float0)
+    for name, x in outs._asdict().items()
+    if x is not None and not _is_float(x)
+  }
+  return d_outs._replace(**missing)
+
+
+class _Derivative(NamedTuple):
+  """An op's two linear functions, of residuals and leaves.
+
+  Attributes:
+    op: the op.
+    problem: its problem.
+    wanted: as `Saved` has it.
+    saved_tree: of the residuals, what is saved and the layer of stores.
+    outs: types of the results.
+    stacks: types of the op's stores, by name; None if it has none.
+    moving: for each of them whether it has a tangent.
+    own: how many of the arrays have one.
+  """
+
+  op: Any
+  problem: Any
+  wanted: Any
+  saved_tree: Any
+  outs: Any
+  stacks: Any
+  moving: list[bool]
+  own: int
+
+  def _restored(self, residuals: Any, d_outs: Any) -> tuple[Any, Any, Any]:
+    """What is saved, the cotangents as a record, and the layer."""
+    saved, layer = jax.tree.unflatten(self.saved_tree, residuals)
+    d_outs = jax.tree.unflatten(jax.tree.structure(self.outs), d_outs)
+    saved, d_outs = vary_alike((saved, d_outs))
+    return saved._replace(wanted=self.wanted), d_outs, layer
+
+  def transpose(self, residuals: Any, cotangents: Any) -> Any:
+    count = len(jax.tree.leaves(self.outs))
+    d_outs, full = cotangents[:count], cotangents[count:]
+    saved, d_outs, layer = self._restored(residuals, d_outs)
+    if full:
+      # The cotangents of stores are the stores; they go on to the layer before.
+      names = jax.tree.structure(self.stacks)
+      places = Places(layer, jax.tree.unflatten(names, full))
+      saved = saved._replace(places=places)
+    grads = jax.tree.leaves(self.op.run_backward(self.problem, saved, d_outs))
+    onward = zip(full, self.moving, strict=True)
+    return [*grads, *(stack for stack, moves in onward if moves)]
+
+  def forward(self, residuals: Any, tangents: Any) -> Any:
+    # What reverse mode does in plain jnp, the other way round: so it needs no
+    # more of the forward pass than is saved for that.
+    def back(*d_outs: Any) -> Any:
+      saved, d, _ = self._restored(residuals, d_outs)
+      return jax.tree.leaves(self.op.plain_gradients(self.problem, saved, d))
+
+    types = jax.tree.leaves(self.outs)
+    own, rest = list(tangents[: self.own]), iter(tangents[self.own :])
+    d_outs = jax.linear_transpose(back, *types)(own)
+    stacks = zip(jax.tree.leaves(self.stacks), self.moving, strict=True)
+    d_stacks = [
+      next(rest) if moves else jnp.zeros(x.shape, x.dtype)
+      for x, moves in stacks
+    ]
+    return [*d_outs, *d_stacks]
 
 
 def is_perturbed(tangent: Any) -> bool:

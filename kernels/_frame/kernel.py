@@ -24,17 +24,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from . import switches
-from .derivative import differentiable, refused, without_derivatives
+from . import room, switches
+from .derivative import (
+  differentiable,
+  refused,
+  with_integers,
+  without_derivatives,
+)
 from .manual import replaced, vary_alike, vary_as_all
-from .mapped import Vmap, mapped_kernel, one_by_one
+from .mapped import Vmap, mapped_kernel, one_by_one, unless_mapped
 from .sharding import Split, is_split, per_device
 
 
@@ -47,12 +52,15 @@ class Saved(NamedTuple):
     kept: what `forward` returned beside its results, None if the op keeps none.
     wanted: as arrays, whether the gradient of each is asked for.  What is
       returned for the others does not matter.
+    places: what lies in stacks of all layers, to be read there by the kernel
+      and not from `arrays` or `outs`; None if nothing does.
   """
 
   arrays: Any
   outs: Any
   kept: Any
   wanted: Any
+  places: room.Places | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,6 +92,11 @@ class kernel_op:  # lower case, as jax.custom_vjp
       for it is another field's.
     passes: fields of the arrays that are fields of the results too, as they
       are; the kernels see their cotangents alone.
+    stores: of a problem and its arrays, the names of fields of the arrays and
+      the results that `backward` can read in a stack of all layers, and the
+      form that each has there; see `room`.
+    writes: of these the one that the kernel of `forward` itself writes there:
+      forward(problem, arrays, places=...) returns (outs, the stack).
   """
 
   name: str
@@ -102,6 +115,8 @@ class kernel_op:  # lower case, as jax.custom_vjp
   plain_linear: Callable[..., Any] | None = None
   constants: Callable[[Any], Iterable[str]] = lambda _: ()
   passes: tuple[str, ...] = ()
+  stores: Callable[[Any, Any], Mapping[str, room.Form]] = lambda *_: {}
+  writes: str = ""
 
   def __call__(self, problem: Any, arrays: Any) -> Any:
     """The op on arrays of any sharding; its door has checked them."""
@@ -152,27 +167,90 @@ class kernel_op:  # lower case, as jax.custom_vjp
 
   def on_device(self, problem: Any, arrays: Any) -> Any:
     """The differentiable op on one device's arrays."""
-    return differentiable(self, problem, vary_alike(arrays))
+    arrays, here = vary_alike(arrays), room.current()
+    forms = {} if here is None else self.stores(problem, arrays)
+    if here is None or not forms:
+      return differentiable(self, problem, arrays, None)[0]
+    start, places = here.places(self._types(problem, arrays, forms))
+    outs, stacks = differentiable(self, problem, arrays, places)
+    if places is not None:
+      here.fill(start, stacks)
+      self._note(here, start, forms, outs)
+    return outs
 
-  def run(self, problem: Any, arrays: Any, keep: bool) -> tuple[Any, Any]:
-    """(outs, kept) by whichever implementation it is to be."""
+  def _note(
+    self, here: room.Room, start: int, forms: Mapping[str, room.Form], outs: Any
+  ) -> None:
+    """Which results lie in stores, for what uses them next."""
+    for place, name in enumerate(sorted(forms), start):
+      if name in outs._fields:
+        here.note(getattr(outs, name), place, forms[name].back)
+
+  def _types(
+    self, problem: Any, arrays: Any, forms: Mapping[str, room.Form]
+  ) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Of what the op keeps in stores."""
+    fields = arrays._asdict()
+    if not forms.keys() <= fields.keys():
+      plain = functools.partial(self.plain_forward or self.reference, problem)
+      fields |= jax.eval_shape(plain, arrays)._asdict()
+    return {
+      name: jax.eval_shape(form.make, fields[name])
+      for name, form in forms.items()
+    }
+
+  def run(
+    self, problem: Any, arrays: Any, keep: bool, places: Any = None
+  ) -> tuple[Any, Any, Any]:
+    """(outs, kept, stacks) by whichever implementation it is to be.
+
+    Args:
+      problem: the problem.
+      arrays: its arrays.
+      keep: whether what the backward pass reads is kept.
+      places: of the op's stores, which are filled; or None.
+    """
+    forms = {} if places is None else self.stores(problem, arrays)
     passing = {field: getattr(arrays, field) for field in self.passes}
     arrays = arrays._replace(**dict.fromkeys(passing))
-    outs, kept = self._run(problem, arrays, keep)
-    return outs._replace(**passing), kept
 
-  def _run(self, problem: Any, arrays: Any, keep: bool) -> tuple[Any, Any]:
-    def either(function: Callable[..., Any], arrays: Any) -> tuple[Any, Any]:
+    def put(outs: Any, arrays: Any, places: Any) -> Any:
+      return None if places is None else places.put(forms, arrays, outs)
+
+    def either(function: Callable[..., Any], arrays: Any, places: Any) -> Any:
+      kept = None
       if self.keeps:
-        return function(problem, arrays, keep=keep)
-      return function(problem, arrays), None
+        outs, kept = function(problem, arrays, keep=keep)
+      else:
+        outs = function(problem, arrays)
+      return outs, kept, put(outs, arrays, places)
 
-    return self._dispatch(
+    def by_kernel(arrays: Any, places: Any) -> Any:
+      mapped = mapped_kernel(
+        self.vmap[0], lambda arrays: either(self.forward, arrays, None)
+      )
+      outs, kept, _ = mapped(arrays)
+      return outs, kept, put(outs, arrays, places)
+
+    def in_place(arrays: Any, places: Any) -> Any:
+      outs, stack = self.forward(problem, arrays, places=places)
+      written = places.stacks | {self.writes: stack}
+      rest = places._replace(
+        stacks={k: s for k, s in places.stacks.items() if k != self.writes}
+      )
+      return outs, None, written | put(outs, arrays, rest)
+
+    kernel = by_kernel
+    if places is not None and self.writes in places.stacks:
+      kernel = unless_mapped(in_place, by_kernel)
+    outs, kept, stacks = self._dispatch(
       problem.implementation,
-      mapped_kernel(self.vmap[0], functools.partial(either, self.forward)),
+      kernel,
       functools.partial(either, self.plain_forward or self.reference),
       arrays,
+      places,
     )
+    return outs._replace(**passing), kept, stacks
 
   def run_backward(self, problem: Any, saved: Saved, d_outs: Any) -> Any:
     """The gradients that are wanted, None for the other arrays."""
@@ -182,9 +260,15 @@ class kernel_op:  # lower case, as jax.custom_vjp
       saved = saved._replace(wanted=wanted)
       return self._only_wanted(problem, function, saved, d_outs)
 
+    kernel = functools.partial(either, self.backward)
+    of_examples = mapped = mapped_kernel(self.vmap[1], kernel)
+    if saved.places is not None:  # of several examples there is no such stack
+      mapped = unless_mapped(
+        kernel, lambda saved, d: of_examples(saved._replace(places=None), d)
+      )
     return self._dispatch(
       problem.implementation,
-      mapped_kernel(self.vmap[1], functools.partial(either, self.backward)),
+      mapped,
       functools.partial(either, self.plain_backward or self.reference_vjp),
       saved._replace(wanted=None),
       d_outs,
@@ -228,7 +312,8 @@ class kernel_op:  # lower case, as jax.custom_vjp
         return plain_forward(problem, arrays, keep=False)[0]
       return plain_forward(problem, arrays)
 
-    return jax.vjp(of_floats, floats)[1](d_outs)[0]
+    outs, vjp = jax.vjp(of_floats, floats)
+    return vjp(with_integers(outs, d_outs))[0]
 
   def _dispatch(
     self, implementation: Any, kernel: Any, reference: Any, *args: Any

@@ -46,6 +46,21 @@ def _as_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
   return mapped
 
 
+def unless_mapped(
+  kernel: Callable[..., Any], mapped: Callable[..., Any]
+) -> Callable[..., Any]:
+  """`kernel`, of which there is nothing under vmap; there, `mapped`."""
+  one = custom_vmap(switches.kernel(kernel))
+
+  @one.def_vmap
+  def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:
+    axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+    outs = jax.vmap(mapped, tuple(axes), axis_size=axis_size)(*args)
+    return outs, jax.tree.map(lambda _: True, outs)
+
+  return one
+
+
 @switches.plain
 def one_by_one(
   name: str, op: Callable[[Any], Any], arrays: Any, letters: Any

@@ -57,11 +57,14 @@ class Case:
     args: positional arguments, each a ShapeDtypeStruct (floats) or Integers.
     kwargs: keyword arguments: static values, or arrays described likewise,
       also inside pytrees such as `Rope`.
+    donated: which of its arrays, by their place among `specs`, results may
+      take the memory of.
   """
 
   name: str
   args: tuple[Any, ...]
   kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  donated: tuple[int, ...] = ()
 
   def _flatten(self):
     return jax.tree.flatten((self.args, dict(self.kwargs)), is_leaf=_is_array)

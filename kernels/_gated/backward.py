@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .._frame import tpu
+from .._frame import room, tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
 from .._row_norm import epsilon_operand
@@ -248,6 +248,9 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   plan = Plan(p, sizes, backward_tiles(sizes, p.config))
   arrays, scalars = _inputs(plan, a, saved.kept, d), Scalars.of(a)
   specs, shapes = _specs(plan, arrays), _out_shapes(plan, a)
+  if saved.places is not None:
+    x, of_x = saved.places.stacks["x"], room.block_of_layer(specs[0].x)
+    arrays, specs = arrays._replace(x=x), (specs[0]._replace(x=of_x), specs[1])
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, plan=plan),
     name=f"{sizes.op}_bwd",

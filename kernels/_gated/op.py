@@ -16,6 +16,7 @@ from .._frame import switches
 from .._frame.check import Implementation
 from .._frame.kernel import kernel_op
 from .._frame.op import Case, Cost, Op, nbytes
+from .._frame.room import Form
 from .._frame.sharding import Axes, Split, leading_dims
 from .._layers import LayerOf
 from .._row_norm import Norm
@@ -97,6 +98,12 @@ def _whose_gradients_leave_by_ports(a: Arrays) -> tuple[str, ...]:
   return () if a.port_gate is None else ("w_gate", "w_up", "w_down")
 
 
+def _kept_in_room(p: Problem, a: Arrays) -> dict[str, Form]:
+  """Beside what the kernel writes itself, x, which XLA does."""
+  in_scan = a.port_gate is not None and p.keeps_products
+  return {"x": Form(lambda x: x, lambda x: x)} if in_scan else {}
+
+
 _geglu = kernel_op(
   "geglu",
   reference=reference,
@@ -115,6 +122,7 @@ _geglu = kernel_op(
   plain_linear=plain_linear,
   constants=_whose_gradients_leave_by_ports,
   passes=("port_gate", "port_up", "port_down"),
+  stores=_kept_in_room,
 )
 _feed_forward = dataclasses.replace(
   _geglu, name="feed_forward", around=_summed_over_f

@@ -33,13 +33,18 @@ store itself, as the last layer left it, so that each layer's kernel can read:
     forward    not set -> layer 0 -> ... -> layer L-1 -> store
     backward   dropped <- layer 0 <- ... <- layer L-1 <- store
 
+An op that is given no `LayerOf`, as attention, finds such stores by itself, in
+the room that a layer has while it is traced: `_frame/room.py`.
+
 Read in this order:
 
-    scan.py    scan_layers
-    weight.py  LayerOf, what the body gets in place of a weight
-    turns.py   where ports and stores begin, turn back and end
+    scan.py     scan_layers
+    weight.py   LayerOf, what the body gets in place of a weight
+    product.py  layer_einsum, where a product is XLA's and not a kernel's
+    turns.py    where ports and stores begin, turn back and end
 """
 
+from .product import layer_einsum as layer_einsum
 from .scan import ScanPart as ScanPart
 from .scan import scan_layers as scan_layers
 from .weight import LayerOf as LayerOf

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from .._frame.room import room_of
 from .turns import open_stores, turn
 from .weight import LayerOf
 
@@ -96,25 +98,33 @@ class _Scan(NamedTuple):
   ) -> tuple[Any, Any, Any]:
     """The carry and the ports after a part's layers, and their results."""
     asked: list[list[jax.ShapeDtypeStruct]] = []
+    checkpoint = part.checkpoint
 
     def layer(state: Any, xs: Any, /) -> Any:
-      (carry, ports, stores), (index, own) = state, xs
+      (carry, ports, (*stores, others)), (index, own) = state, xs
       at = [index] * len(ports)
       weights = list(map(LayerOf, self.stacks, ports, at, stores))
       in_stack, apart = iter(weights), iter(own)
       x = [next(in_stack) if stay else next(apart) for stay in self.stays]
-      carry, y = part.f(carry, jax.tree.unflatten(self.tree, x))
-      asked[:] = [w.asked for w in weights]
+      x = jax.tree.unflatten(self.tree, x)
+      with (
+        room_of(index, others)
+        if checkpoint is None
+        else contextlib.nullcontext() as room
+      ):
+        carry, y = part.f(carry, x)
+      asked[:] = [w.asked for w in weights] + [room.asked if room else []]
       closed = [w.closed() for w in weights]
-      return (carry, [c[0] for c in closed], [c[1] for c in closed]), y
+      stores = [c[1] for c in closed] + [room.stores if room else []]
+      return (carry, [c[0] for c in closed], stores), y
 
     stop = start + part.layers
     xs = (
       jnp.arange(start, stop, dtype=jnp.int32),
       [x[start:stop] for x in self.others],
     )
-    stores: list[Any] = [[] for _ in self.stacks]
-    if part.checkpoint is None:
+    stores: list[Any] = [[] for _ in self.stacks] + [[]]
+    if checkpoint is None:
       jax.eval_shape(
         lambda state, xs: layer(state, jax.tree.map(lambda x: x[0], xs)),
         (carry, ports, stores),
@@ -123,7 +133,7 @@ class _Scan(NamedTuple):
       # By a layer's index, so those of the parts before have room too.
       carry, stores = open_stores(carry, stop, asked)
     else:
-      layer = part.checkpoint(layer)
+      layer = checkpoint(layer)
     (carry, ports, stores), ys = jax.lax.scan(
       layer, (carry, ports, stores), xs, **options
     )

@@ -1,0 +1,174 @@
+"""Page 5: new keys and values, put into the blocks on their way through VMEM.
+
+A block that has a place for some of them gets them before it is computed with;
+the tiles that changed go back to the cache, and nothing else.  New keys lie at
+any row of a tile, whose rows are packed in 16 or 8 bits, so they are kept in
+float32, in columns of 128 lanes: there, a load may begin anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .._frame import tpu
+from .stream import Step, Stream
+from .tiles import Call
+
+
+class New(NamedTuple):
+  """What is put in, of as many rows of the batch as are held together.
+
+  As refs of the kernel's operands [held T K, H] and [1, held T K]; in scratch
+  as `take` leaves it.
+  """
+
+  k: Any
+  v: Any
+  k_scale: Any
+  v_scale: Any
+
+
+def new_types(call: Call, quantized: bool) -> New:
+  """Scratch, with room before and after."""
+  new_rows = call.held * call.new_rows
+  columns = tpu.lanes(call.head_size) // tpu.LANES
+  rows = tpu.round_up(new_rows + 2 * call.tile, tpu.SUBLANES)
+  values = pltpu.VMEM((columns, rows, tpu.LANES), jnp.float32)
+  scale = None
+  if quantized:
+    lanes = 2 * call.block_rows + tpu.lanes(new_rows) + tpu.LANES
+    scale = pltpu.VMEM((1, lanes), jnp.float32)
+  return New(values, values, scale, scale)
+
+
+def take(call: Call, new: New, scratch: New) -> None:
+  """New keys and values, as `put` wants them."""
+  for name in ("k", "v"):
+    rows, to = getattr(new, name), getattr(scratch, name)
+    for column in range(to.shape[0]):
+      first = column * tpu.LANES
+      width = min(call.head_size - first, tpu.LANES)
+      part = rows[:, pl.ds(first, width)].astype(jnp.float32)
+      to[column, pl.ds(call.tile, rows.shape[0]), pl.ds(0, width)] = part
+  for name in ("k_scale", "v_scale"):
+    lanes, to = getattr(new, name), getattr(scratch, name)
+    if to is not None:
+      to[:, pl.ds(call.block_rows, lanes.shape[1])] = lanes[...]
+
+
+def put(
+  stream: Stream, scratch: New, step: Step, block: Any, slot: Any, goes: Any
+) -> None:
+  """Into a block that has arrived in a slot.
+
+  Args:
+    stream: of the call.
+    scratch: the new keys, taken.
+    step: the grid step.
+    block: the block.
+    slot: where it is.
+    goes: whether what has changed goes back to the cache.
+  """
+  call = stream.call
+  key0, first = block * call.block_kv, stream.scalars.first(call, step.b)
+  has_room = (first < key0 + call.block_kv) & (first + call.t > key0)
+
+  @pl.when(has_room)
+  def _():
+    k = call.kv_heads
+    # Rows of the block: the first new one, and the end of them.
+    row0 = (first - key0) * k
+    end = stream.scalars.end(call, step.b) - key0
+    end = jnp.minimum(end, call.block_kv) * k
+    end = jnp.minimum(end, row0 + call.new_rows)
+    place = _Place(stream, scratch, step.b, block, slot, row0, end)
+    sent = place.each(call.tile, functools.partial(_put_tile, place, goes))
+    stream.at.tiles[slot] = jnp.where(goes, sent, 0)
+    if stream.at.lanes is not None:
+      _put_scales(place)
+
+      def send(row: Any) -> None:
+        pl.when(goes)(lambda: stream.send_lanes(step.b, block, slot, row))
+
+      sent = place.each(tpu.LANES, send)
+      stream.at.lanes[slot] = jnp.where(goes, sent, 0)
+
+
+class _Place(NamedTuple):
+  """Where new rows go in a block: from row0, which may be negative, to end."""
+
+  stream: Stream
+  scratch: New
+  b: Any
+  block: Any
+  slot: Any
+  row0: Any
+  end: Any
+
+  def each(self, size: int, body: Any) -> Any:
+    """body(row) for every group of `size` rows with new ones; their number."""
+    first = jax.lax.div(jnp.maximum(self.row0, 0), size)
+    last = jax.lax.div(jnp.maximum(self.end, 0) + (size - 1), size)
+
+    def one(i: Any, _: None) -> None:
+      body(pl.multiple_of(i * size, size))
+
+    jax.lax.fori_loop(first, last, one, None)
+    return jnp.maximum(last - first, 0)
+
+  @property
+  def first_held(self) -> Any:
+    """The row's first new key among those that are held."""
+    call = self.stream.call
+    return 0 if call.held == 1 else self.b * call.new_rows
+
+  def is_new(self, index: jax.Array) -> jax.Array:
+    """Whether a row of the block, by its index, is."""
+    return (index >= self.row0) & (index < self.end)
+
+
+def _put_tile(place: _Place, goes: Any, row: Any) -> None:
+  stream, call = place.stream, place.stream.call
+  start = place.first_held + (row - place.row0) + call.tile
+  shape = call.tile, call.head_size
+  is_new = place.is_new(row + jax.lax.broadcasted_iota(jnp.int32, shape, 0))
+  for slots, new in (
+    (stream.slots.k, place.scratch.k),
+    (stream.slots.v, place.scratch.v),
+  ):
+    columns = [
+      new[column, pl.ds(start, call.tile), :] for column in range(new.shape[0])
+    ]
+    rows = jnp.concatenate(columns, axis=1)[:, : call.head_size]
+    tile = place.slot, pl.ds(row, call.tile)
+    old = slots[tile]
+    both = jnp.where(is_new, rows, old.astype(jnp.float32))
+    slots[tile] = both.astype(old.dtype)
+
+  @pl.when(goes)
+  def _():
+    stream.send_tile(place.b, place.block, place.slot, row)
+
+
+def _put_scales(place: _Place) -> None:
+  """All lanes of the block: those of the new ones, turned to their places."""
+  stream, call = place.stream, place.stream.call
+  width = call.block_rows
+  start = place.first_held + (width - place.row0)
+  whole = jax.lax.div(start, tpu.LANES) * tpu.LANES
+  lanes = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+  for slots, new in (
+    (stream.slots.k_scale, place.scratch.k_scale),
+    (stream.slots.v_scale, place.scratch.v_scale),
+  ):
+    size = width + tpu.LANES
+    wide = new[:, pl.ds(pl.multiple_of(whole, tpu.LANES), size)]
+    turned = pltpu.roll(wide, size - (start - whole), 1)[:, :width]
+    old = slots[place.slot]
+    slots[place.slot] = jnp.where(place.is_new(lanes), turned, old)

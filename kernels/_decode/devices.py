@@ -1,0 +1,66 @@
+"""Page 8: one device's part of a cache that is split over a mesh.
+
+Rows of the batch and heads need nothing of each other.  Of a cache that is
+split along its length each device has some keys of every row: it attends to
+these, as if they were all, and what the devices found is merged by their lse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from .._frame.sharding import Axes
+from .spec import Arrays, Outs
+
+
+def shifted(a: Arrays, axes: Axes) -> Arrays:
+  """The arrays with positions counted from this device's first key."""
+  first_key = jax.lax.axis_index(axes) * a.k.shape[-3]
+  return a._replace(shift=jnp.full_like(a.lengths, first_key))
+
+
+def merged_over(outs: Outs, axes: Axes) -> Outs:
+  """The results over the keys of all devices."""
+  assert outs.lse is not None
+  top = jax.lax.pmax(jax.lax.stop_gradient(outs.lse), axes)
+  top = jnp.where(jnp.isneginf(top), 0.0, top)
+  weight = jnp.exp(outs.lse - top)
+  total = jax.lax.psum(weight, axes)
+  share = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1.0), 0.0)
+  share = share.swapaxes(1, 2)[..., None]
+  out = jax.lax.psum(share * outs.out.astype(share.dtype), axes)
+  lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
+  return outs._replace(out=out.astype(outs.out.dtype), lse=lse)
+
+
+def with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
+  """Of the kv heads that a device has, those of its query heads.
+
+  They are more where kv heads are fewer than the devices that share the query
+  heads.  One for every g query heads, the most that never have two.
+  """
+  q_axes, kv_axes = axes.get("N", ()), axes.get("K", ())
+  n, kv_heads = a.q.shape[2], a.k.shape[-2]
+  if q_axes == kv_axes or kv_heads == 1:
+    return a
+  all_heads = n * _size(q_axes)
+  group = all_heads // (kv_heads * _size(kv_axes))
+  g = math.gcd(n, group)
+  first = jax.lax.axis_index(q_axes) * n if q_axes else 0
+  first_kv = jax.lax.axis_index(kv_axes) * kv_heads if kv_axes else 0
+  heads = (first + g * jnp.arange(n // g)) // group - first_kv
+
+  def own(x: jax.Array | None) -> jax.Array | None:
+    return None if x is None else jnp.take(x, heads, axis=-2, mode="clip")
+
+  return a._replace(
+    k=own(a.k), v=own(a.v), new_k=own(a.new_k), new_v=own(a.new_v)
+  )
+
+
+def _size(axes: Axes) -> int:
+  return jax.lax.axis_size(axes) if axes else 1

@@ -1,0 +1,316 @@
+"""Page 7: the kernel.
+
+One grid step is a block of queries of one row, with all their heads, against
+every key that they see:
+
+  1. begin    at the first step, as many blocks of the cache set out as may
+  2. take     new keys and values, if there are any: of all rows at the first
+              step; if they are many, of a row at its first
+  3. blocks   for each block: one more sets out; this one is awaited; new keys
+              are put into it, and go back; then the online softmax, as in flash
+              attention, masked at the ends
+  4. finish   out = acc / sum,   lse = m + log2 sum
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .._attention.softmax import MASKED, lse_of, reciprocal
+from .._frame import tpu
+from .._frame.manual import varying_like
+from . import append, attend, stream, tiles
+from .append import New
+from .cache import Cache, quantized
+from .spec import Arrays, Outs, Problem, rotated, unflattened
+from .stream import CacheRefs, Scalars, Step, Stream
+from .tiles import Call
+
+
+class Inputs(NamedTuple):
+  """Refs, in the kernel; R = block_q N rows; None where there is none."""
+
+  q: Any  # [R, H]
+  new: New | None
+  cache: CacheRefs  # in HBM
+
+
+class Outputs(NamedTuple):
+  """Refs, in the kernel."""
+
+  out: Any  # [R, H]
+  lse: Any  # [R, LANES] float32, equal in all lanes; or None
+  cache: CacheRefs | None  # in HBM: that of the inputs
+
+
+class State(NamedTuple):
+  """Scratch: the online softmax of every row, and what is on its way."""
+
+  rows: attend.Rows
+  others: Any  # [R, block] MASKED where a key is of another head; or None
+  new: New | None
+  slots: CacheRefs
+  at: stream.Cursor
+  semaphores: stream.Semaphores
+
+
+# --- the kernel ---------------------------------------------------------------
+
+
+def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: State, *, call: Call):
+  index = pl.program_id(0) * call.blocks_q + pl.program_id(1)
+  hbm = i.cache if o.cache is None else o.cache
+  copies = Stream(call, scalars, hbm, s.slots, s.at, s.semaphores)
+  step = Step.of(call, scalars, index)
+
+  @pl.when(index == 0)
+  def _():
+    copies.begin()
+    if s.others is not None:
+      s.others[...] = attend.others(call)
+
+  if i.new is not None and s.new is not None:
+    is_first = pl.program_id(1) == 0 if call.held == 1 else index == 0
+    pl.when(is_first)(functools.partial(append.take, call, i.new, s.new))
+
+  def arrives(block: Any) -> Any:
+    slot = copies.take(step, block)
+    if s.new is not None:
+      # A row's last step sees all new keys; those before it only put them in.
+      goes = pl.program_id(1) == call.blocks_q - 1
+      append.put(copies, s.new, step, block, slot, goes)
+    return slot
+
+  keys = attend.Keys(s.slots, s.others)
+  scale = None if scalars.scale is None else scalars.scale[step.b]
+
+  def on_block(block: Any, slot: Any) -> Any:
+    copies.send_for_next()
+    is_last, after = block + 1 == step.last, copies.slot_after(slot)
+    pl.when(jnp.logical_not(is_last))(lambda: (arrives(block + 1), None)[1])
+    tile = attend.Tile(call, step, block, slot, scale)
+    to_keys = functools.partial(attend.to_keys, tile, i.q, keys, s.rows)
+
+    def with_mask(masked: bool) -> None:
+      jax.lax.cond(
+        is_last,
+        lambda: to_keys(None, masked=masked),
+        lambda: to_keys(after, masked=masked),
+      )
+
+    sees_all = step.sees_all(call, block)
+    jax.lax.cond(sees_all, lambda: with_mask(False), lambda: with_mask(True))
+    return after
+
+  slot = arrives(step.first)
+  attend.begin(call, i.q, keys, slot, s.rows)
+  jax.lax.fori_loop(step.first, step.last, on_block, slot)
+  _finish(call, o, s.rows)
+  if i.new is not None:
+    pl.when(index == call.steps - 1)(copies.finish)
+
+
+def _finish(call: Call, o: Outputs, s: attend.Rows) -> None:
+  """out = acc / sum and lse = m + log2 sum."""
+  total = jnp.sum(s.total[...], axis=1, keepdims=True)
+  saw_nothing = s.m[:, :1] <= MASKED / 2
+  inverse = reciprocal(total, o.out.dtype)
+  inverse = jnp.where(saw_nothing, 0.0, inverse)
+  o.out[...] = (s.acc[...] * inverse).astype(o.out.dtype)
+  if o.lse is not None:
+    lse = lse_of(s.m[...], total, call.problem)
+    o.lse[...] = jnp.where(saw_nothing & (lse == lse), -jnp.inf, lse)
+
+
+# --- the call -----------------------------------------------------------------
+
+
+def forward(p: Problem, a: Arrays) -> Outs:
+  """Attention, and the cache with the new keys if there are any.
+
+  Args:
+    p: the problem, with a positive scale.
+    a: the arrays.
+  """
+  a = rotated(p, a)
+  (length, kv_heads), whole = a.k.shape[-3:-1], _in_whole_chunks(a)
+  outs = _run(tiles.call_of(p, whole), whole)
+  if a.new_k is None or whole.k.shape[-3] == length:
+    return outs
+  return outs._replace(
+    k=outs.k[..., :length, :, :],
+    v=outs.v[..., :length, :, :],
+    k_scale=_cut(outs.k_scale, length * kv_heads),
+    v_scale=_cut(outs.v_scale, length * kv_heads),
+  )
+
+
+def _cut(scale: jax.Array | None, lanes: int) -> jax.Array | None:
+  return None if scale is None else scale[..., :lanes]
+
+
+def _in_whole_chunks(a: Arrays) -> Arrays:
+  """The arrays, with a cache of a length that can be copied in chunks.
+
+  This copies the cache, where its length is odd: `decode_attention` says so.
+  """
+  length, kv_heads = a.k.shape[-3:-1]
+  is_quantized = a.k_scale is not None
+  unit = tiles.unit_of(kv_heads, a.k.dtype.itemsize, is_quantized)
+  more = -length % unit
+  if not more:
+    return a
+
+  def longer(x: Any) -> Any:
+    return _padded(x, -3, more)
+
+  def wider(x: Any) -> Any:
+    return None if x is None else _padded(x, -1, more * kv_heads)
+
+  return a._replace(
+    k=longer(a.k),
+    v=longer(a.v),
+    k_scale=wider(a.k_scale),
+    v_scale=wider(a.v_scale),
+  )
+
+
+def _padded(x: jax.Array, axis: int, more: int) -> jax.Array:
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, more)
+  return jnp.pad(x, widths)
+
+
+def _run(call: Call, a: Arrays) -> Outs:
+  p, (b, t, n, h) = call.problem, a.q.shape
+  is_quantized, appends = a.k_scale is not None, a.new_k is not None
+  cache = _flat(Cache.of(a))
+  in_hbm = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), cache)
+  of_rows = pl.BlockSpec((None, call.rows, h), lambda b, i, *_: (b, i, 0))
+  of_lse = pl.BlockSpec(
+    (None, call.rows, tpu.LANES), lambda b, i, *_: (b, i, 0)
+  )
+  new, of_new = _new(call, a) if appends else (None, None)
+  scalars = Scalars(
+    lengths=a.lengths,
+    shift=a.shift,
+    layer=None if a.layer is None else a.layer.reshape(1),
+    table=None if a.table is None else a.table.reshape(-1),
+    left=a.left,
+    scale=a.scale,
+  )
+  inputs = Inputs(a.q.reshape(b, t * n, h), new, cache)
+  out_types = Outputs(
+    varying_like(a.q, (b, t * n, h), a.q.dtype),
+    varying_like(a.q, (b, t * n, tpu.LANES), jnp.float32)
+    if p.return_lse
+    else None,
+    jax.tree.map(lambda x: varying_like(x, x.shape, x.dtype), cache)
+    if appends
+    else None,
+  )
+  needed = tiles.vmem_bytes(call, a)
+  got = f"T = {t}, N = {n}, K = {call.kv_heads}, H = {h}"
+  (outs,) = pl.pallas_call(
+    functools.partial(_kernel, call=call),
+    name="decode_attention",
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(b, call.blocks_q),
+      in_specs=[Inputs(of_rows, of_new, in_hbm)],
+      out_specs=[
+        Outputs(
+          of_rows,
+          of_lse if p.return_lse else None,
+          in_hbm if appends else None,
+        )
+      ],
+      scratch_shapes=[_state(call, a, is_quantized)],
+    ),
+    out_shape=[out_types],
+    input_output_aliases=_aliases(scalars, inputs, out_types),
+    compiler_params=tpu.compiler_params(
+      tpu.vmem_to_ask("decode_attention", needed, _USUAL_VMEM_BYTES, got)
+    ),
+  )(scalars, inputs)
+  return _outs(call, a, outs)
+
+
+_USUAL_VMEM_BYTES = 32 << 20
+
+
+def _aliases(scalars: Scalars, i: Inputs, o: Outputs) -> dict[int, int]:
+  """The cache's operands, the last, by the results that are the same memory."""
+  if o.cache is None:
+    return {}
+  count = len(jax.tree.leaves(i.cache))
+  operands = len(jax.tree.leaves((scalars, i)))
+  results = len(jax.tree.leaves(o))
+  return {operands - n: results - n for n in range(1, count + 1)}
+
+
+def _flat(cache: Cache) -> CacheRefs:
+  """[X, S K, H] and [X, 1, S K] of a cache: the same memory."""
+  values = (
+    x.reshape(-1, x.shape[-3] * x.shape[-2], x.shape[-1]) for x in cache[:2]
+  )
+  scales = (
+    None if x is None else x.reshape(-1, *x.shape[-2:]) for x in cache[2:]
+  )
+  return CacheRefs(*values, *scales)
+
+
+def _new(call: Call, a: Arrays) -> tuple[New, New]:
+  """The new keys and values, in the cache's dtype, and their blocks."""
+  k, v, k_scale, v_scale = a.new_k, a.new_v, None, None
+  shape = call.batch // call.held, call.held * call.new_rows
+  if a.k_scale is not None:
+    (k, k_scale), (v, v_scale) = quantized(k), quantized(v)
+    k_scale, v_scale = (x.reshape(shape[0], 1, -1) for x in (k_scale, v_scale))
+  k, v = (x.astype(a.k.dtype).reshape(*shape, -1) for x in (k, v))
+  new = New(k, v, k_scale, v_scale)
+
+  def block(x: jax.Array) -> pl.BlockSpec:
+    def index(b: Any, *_: Any) -> tuple[Any, ...]:
+      return (b if call.held == 1 else 0), 0, 0
+
+    return pl.BlockSpec((None, *x.shape[1:]), index)
+
+  return new, jax.tree.map(block, new)
+
+
+def _state(call: Call, a: Arrays, is_quantized: bool) -> State:
+  """Types of the scratch."""
+  h, rows = call.head_size, call.rows
+  slots = pltpu.VMEM((call.slots, call.block_rows, h), a.k.dtype)
+  scales = None
+  if is_quantized:
+    scales = pltpu.VMEM((call.slots, 1, call.block_rows), jnp.float32)
+  others = pltpu.VMEM((rows, call.block_rows), jnp.float32)
+  return State(
+    rows=attend.rows_types(call),
+    others=others if call.kv_heads > 1 else None,
+    new=append.new_types(call, is_quantized) if a.new_k is not None else None,
+    slots=CacheRefs(slots, slots, scales, scales),
+    at=stream.cursor_types(call, is_quantized),
+    semaphores=stream.semaphore_types(call),
+  )
+
+
+def _outs(call: Call, a: Arrays, outs: Outputs) -> Outs:
+  """As the op has them."""
+  b, t, n, _ = a.q.shape
+  lse = None
+  if outs.lse is not None:
+    lse = outs.lse[:, :, 0].reshape(b, t, n).swapaxes(1, 2)
+    lse *= call.problem.unit
+  out = outs.out.reshape(a.q.shape)
+  if outs.cache is None:
+    return Outs(out, lse)
+  return unflattened(Outs(out, lse, *outs.cache), a)
