@@ -99,8 +99,10 @@ class _Attention:
 
   @staticmethod
   def can_do(case: Case) -> bool:
-    able = {"is_causal", "local_window_size", "segment_ids"}
-    return bool(case.kwargs.get("is_causal")) and set(case.kwargs) <= able
+    able = {"is_causal", "local_window_size", "segment_ids", "layout"}
+    row_major = case.kwargs.get("layout", "BTNH") == "BTNH"
+    is_known = row_major and set(case.kwargs) <= able
+    return is_known and bool(case.kwargs.get("is_causal"))
 
   @property
   def is_plain(self) -> bool:

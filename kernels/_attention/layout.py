@@ -84,7 +84,8 @@ class Layout:
   def in_pairs(self, p: Problem) -> Layout | None:
     """The same order of rows from [B, T, N, H] as it is, if that can be had.
 
-    Only where the caller says that it lies so.  Where heads fill no tiles, XLA keeps the heads of a token apart anyway.
+    Only where the caller says that it lies so.  Where heads fill no tiles, XLA
+    keeps the heads of a token apart anyway.
     """
     is_transposed = p.layout == "BTNH" and self.kind == "heads"
     counts = self.kv_heads, self.kv_heads * self.group

@@ -212,8 +212,8 @@ def flash_attention(
     rope: rotates q and k by their positions first; needs T = S.  Its base may
       be a traced scalar, which has a gradient in the reference alone.
     return_lse: also return the log of the sum of exponentials.
-    layout: how q, k, v and out lie in memory.  None: of the shapes above, as XLA
-      likes it; a projection writes and reads them heads first for nothing.
+    layout: how q, k, v and out lie in memory.  None: of the shapes above, as
+      XLA likes it; projections write and read them heads first for nothing.
       "BTNH": row-major, as arrays from outside are.  "BNTH": heads first, q and
       out [B, N, T, H], k and v [B, K, S, H].  "BT(NH)": flat, [B, T, N H] and
       [B, S, K H].  The kernels read and write all three in place, and their

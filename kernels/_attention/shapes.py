@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-# By the legend's letters; the last is heads side by side.  Where it is not said,
-# it is of shape "BTNH", and XLA is free to lay it out.
+# By the legend's letters; the last is heads side by side.  Where none is said,
+# the shape is "BTNH", and XLA is free to lay it out.
 LayoutName = Literal["BTNH", "BNTH", "BT(NH)"]
 
 
