@@ -156,6 +156,21 @@ def test_queries_in_several_blocks(window):
   agrees(q, caches, lengths, kernel, new=new, local_window_size=window)
 
 
+@pytest.mark.parametrize("form", ["dense", "pages", "int8"])
+def test_many_queries_of_several_kv_heads(form):
+  """Heads are taken apart; the new keys are in the cache first."""
+  q, caches, lengths, new = draw(2, 36, 160, 8, 2, 32, lengths=[160, 50])
+  kwargs = {"return_lse": True, "local_window_size": (70, 0)}
+  if form == "int8":
+    caches = tuple(QuantizedCache.quantize(x) for x in caches[:2])
+  else:
+    caches = poisoned(caches, lengths)
+  if form == "pages":
+    caches, kwargs["page_table"] = in_pages(caches, 80)
+  caches = jax.tree.map(lambda x: jnp.stack([x * 0, x]), caches)
+  agrees(q, caches, lengths, new=new, layer=jnp.int32(1), **kwargs)
+
+
 def test_numbers_that_are_traced():
   q, caches, lengths, _ = draw(2, 2, 256, 4, 2, 64)
 

@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._attention.softmax import MASKED, lse_of, reciprocal
 from .._frame import tpu
 from .._frame.manual import varying_like
-from . import append, attend, stream, tiles
+from . import apart, append, attend, stream, tiles
 from .append import New
 from .cache import Cache, quantized
 from .spec import Arrays, Outs, Problem, rotated, unflattened
@@ -139,6 +139,10 @@ def forward(p: Problem, a: Arrays) -> Outs:
     a: the arrays.
   """
   a = rotated(p, a)
+  if apart.is_better(a):
+    a, cache = apart.written(a)
+    outs = apart.together(forward(p, apart.by_head(a)), a)
+    return cache._replace(out=outs.out, lse=outs.lse)
   (length, kv_heads), whole = a.k.shape[-3:-1], _in_whole_chunks(a)
   outs = _run(tiles.call_of(p, whole), whole)
   if a.new_k is None or whole.k.shape[-3] == length:
