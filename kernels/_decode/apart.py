@@ -41,14 +41,14 @@ def by_head(a: Arrays) -> Arrays:
   """Each kv head as a row of the batch: one kv head, and no table."""
   (b, t, n, h), kv_heads = a.q.shape, a.k.shape[-2]
 
-  def of_rows(x: jax.Array | None) -> jax.Array | None:
-    if x is None:
-      return None
+  def of_rows(x: jax.Array) -> jax.Array:
     if a.layer is not None:
       x = jax.lax.dynamic_index_in_dim(x, a.layer, keepdims=False)
     return tokens_of(x, a.table, kv_heads).swapaxes(1, 2)
 
-  k, v, k_scale, v_scale = map(of_rows, Cache.of(a))
+  k, v, k_scale, v_scale = (
+    None if x is None else of_rows(x) for x in Cache.of(a)
+  )
 
   def cache(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else x.reshape(b * kv_heads, -1, 1, h)
