@@ -156,6 +156,12 @@ def test_queries_in_several_blocks(window):
   agrees(q, caches, lengths, kernel, new=new, local_window_size=window)
 
 
+def test_pages_that_are_no_whole_tiles():
+  q, caches, lengths, new = draw(2, 3, 96, 4, 1, 64, jnp.bfloat16)
+  caches, table = in_pages(caches, 24)
+  agrees(q, caches, lengths, new=new, page_table=table)
+
+
 @pytest.mark.parametrize("form", ["dense", "pages", "int8"])
 def test_many_queries_of_several_kv_heads(form):
   """Heads are taken apart; the new keys are in the cache first."""

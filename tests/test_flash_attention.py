@@ -236,7 +236,7 @@ FORWARD_MUTANTS = {
     "causal",
     (FORWARD, "_add_decayed", sum_not_rescaled),
   ),
-  "lse without the sum": ("ragged", (FORWARD, "_lse", lambda m, total, p: m)),
+  "lse without the sum": ("ragged", (FORWARD, "lse_of", lambda m, total, p: m)),
   "padding is seen": (
     "segments",
     (BLOCKS, "_same_segment", lambda ids: ids.rows == ids.keys),

@@ -43,6 +43,7 @@ def calls_and_sizes(backward, arrays, is_causal=True, **kwargs):
     scale=1.0,
     is_causal=is_causal,
     window=kwargs.get("local_window_size"),
+    layout=kwargs.get("layout"),
   )
   q, k, v, ids, positions = arrays
   segments = None if ids is None else SPEC.Segments(ids, ids)
@@ -130,7 +131,8 @@ def test_the_longest_in_pairs_compiles(backward, shape):
   """Row-major, in place; what is longer is taken heads first, in spans."""
 
   def kind(length):
-    call, _ = calls_and_sizes(backward, of_length(length, **shape))
+    arrays = of_length(length, **shape)
+    call, _ = calls_and_sizes(backward, arrays, layout="BTNH")
     return call.layout.kind
 
   longest = 1024
@@ -138,7 +140,7 @@ def test_the_longest_in_pairs_compiles(backward, shape):
     longest += 1024
   assert longest > 4096
   arrays = of_length(longest - 8, **shape)  # the last block is not whole
-  compiles(program(backward, is_causal=True), arrays)
+  compiles(program(backward, is_causal=True, layout="BTNH"), arrays)
 
 
 @pytest.mark.parametrize("ids", [False, swept(True)])

@@ -389,12 +389,12 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     dq_dtype = a.q.dtype if a.scale is None else jnp.float32
     grads = _run(whole, a, outs, d, dq_dtype, saved.places)
   else:
-    outs, d = (
-      x._replace(lse=whole.layout.to_lse(x.lse, a.q.shape)) for x in (outs, d)
-    )
+    by_head = functools.partial(whole.layout.to_lse, shape=a.q.shape)
+    outs, d = (x._replace(lse=by_head(x.lse)) for x in (outs, d))
     grads = spans.added(_run, calls, a, outs, d)
+  dq, d_scale = grads.q, None
   if a.scale is not None:
-    d_scale = (a.q.astype(jnp.float32) * grads.q).sum(axis=(1, 2, 3))
-    dq = (grads.q * a.scale[:, None, None, None]).astype(a.q.dtype)
-    grads = grads._replace(q=dq, scale=d_scale)
+    d_scale = (a.q.astype(jnp.float32) * dq).sum(axis=(1, 2, 3))
+    dq *= a.scale[:, None, None, None]
+  grads = grads._replace(q=dq.astype(a.q.dtype), scale=d_scale)
   return rotation.back(p, grads, saved.arrays, a)

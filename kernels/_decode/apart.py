@@ -1,4 +1,4 @@
-"""Page 8: many queries of several kv heads, a kv head at a time.
+"""Page 8: what XLA takes apart first: many queries of several kv heads, pages.
 
 Where rows are few, the queries of all heads meet the keys of all kv heads,
 which costs K times the work of the matrix unit and no time, as HBM takes longer
@@ -6,6 +6,8 @@ than both.  Of many rows it would be the time.  Then XLA takes the heads of the
 rows' keys and values apart, and each kv head is a row of the batch of its own.
 The copy is of what one layer has room for: a fraction of the time of so many
 queries.
+
+Pages of so few tokens that they are no whole tiles become rows likewise.
 """
 
 from __future__ import annotations
@@ -37,17 +39,35 @@ def written(a: Arrays) -> tuple[Arrays, Outs]:
   return a, outs
 
 
-def by_head(a: Arrays) -> Arrays:
-  """Each kv head as a row of the batch: one kv head, and no table."""
-  (b, t, n, h), kv_heads = a.q.shape, a.k.shape[-2]
+def _rows(a: Arrays) -> Cache:
+  """The layer's keys and values as each row has them: [B, S, K, ...]."""
 
   def of_rows(x: jax.Array) -> jax.Array:
     if a.layer is not None:
       x = jax.lax.dynamic_index_in_dim(x, a.layer, keepdims=False)
-    return tokens_of(x, a.table, kv_heads).swapaxes(1, 2)
+    return tokens_of(x, a.table, a.k.shape[-2])
 
+  return Cache(*(None if x is None else of_rows(x) for x in Cache.of(a)))
+
+
+def in_rows(a: Arrays) -> Arrays:
+  """Of pages that cannot be copied in chunks: a cache of rows, which XLA makes.
+
+  That of scales is flat again, as the kernel reads it.
+  """
+  k, v, *scales = _rows(a)
+  k_scale, v_scale = (
+    None if x is None else x.reshape(x.shape[0], 1, -1) for x in scales
+  )
+  cache = Cache(k, v, k_scale, v_scale)
+  return a._replace(**cache._asdict(), layer=None, table=None)
+
+
+def by_head(a: Arrays) -> Arrays:
+  """Each kv head as a row of the batch: one kv head, and no table."""
+  (b, t, n, h), kv_heads = a.q.shape, a.k.shape[-2]
   k, v, k_scale, v_scale = (
-    None if x is None else of_rows(x) for x in Cache.of(a)
+    None if x is None else x.swapaxes(1, 2) for x in _rows(a)
   )
 
   def cache(x: jax.Array | None) -> jax.Array | None:

@@ -143,6 +143,10 @@ def forward(p: Problem, a: Arrays) -> Outs:
     a, cache = apart.written(a)
     outs = apart.together(forward(p, apart.by_head(a)), a)
     return cache._replace(out=outs.out, lse=outs.lse)
+  if a.table is not None and not tiles.is_in_chunks(a):
+    a, cache = apart.written(a)
+    outs = forward(p, apart.in_rows(a))
+    return cache._replace(out=outs.out, lse=outs.lse)
   (length, kv_heads), whole = a.k.shape[-3:-1], _in_whole_chunks(a)
   outs = _run(tiles.call_of(p, whole), whole)
   if a.new_k is None or whole.k.shape[-3] == length:
@@ -165,11 +169,9 @@ def _in_whole_chunks(a: Arrays) -> Arrays:
   This copies the cache, where its length is odd: `decode_attention` says so.
   """
   length, kv_heads = a.k.shape[-3:-1]
-  is_quantized = a.k_scale is not None
-  unit = tiles.unit_of(kv_heads, a.k.dtype.itemsize, is_quantized)
-  more = -length % unit
-  if not more:
+  if tiles.is_in_chunks(a):
     return a
+  more = -length % tiles.unit_of(a)
 
   def longer(x: Any) -> Any:
     return _padded(x, -3, more)
@@ -223,7 +225,7 @@ def _run(call: Call, a: Arrays) -> Outs:
   got = f"T = {t}, N = {n}, K = {call.kv_heads}, H = {h}"
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
-    name="decode_attention",
+    name="decode_attention_fwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(b, call.blocks_q),

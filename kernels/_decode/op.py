@@ -197,8 +197,8 @@ def decode_attention(
       at or beyond a row's length are not read and may hold anything.  The
       kernel reads it where it lies if S is a multiple of 16 (bfloat16), 8
       (float32) or 128 (int8), over K; else XLA copies it to such a length.  So
-      it does with a layer's keys and values, heads first, where K > 1 and T N
-      > 256.
+      it does with a layer's keys and values where K > 1 and T N > 256, and with
+      pages of another length.
     v_cache: likewise, of the same shape.
     lengths: [B] integers: valid keys of each row, the T newest included.  At
       most S, else `checkify` finds an error, and only S keys are seen.  Where a

@@ -136,16 +136,21 @@ class Call:
     return self.page % self.block_kv == 0
 
 
-def unit_of(kv_heads: int, itemsize: int, quantized: bool) -> int:
-  """Tokens of which the length of a cache must be a multiple to be copied.
+def unit_of(a: Arrays) -> int:
+  """Tokens of which a row of the cache must have a multiple to be copied.
 
   Whole tiles of its rows; where there are scales, which lie in lanes, whole
   registers of them.
   """
-  rows = 4 // itemsize * tpu.SUBLANES
-  if quantized:
+  rows = 4 // a.k.dtype.itemsize * tpu.SUBLANES
+  if a.k_scale is not None:
     rows = max(rows, tpu.LANES)
-  return rows // math.gcd(rows, kv_heads)
+  return rows // math.gcd(rows, a.k.shape[-2])
+
+
+def is_in_chunks(a: Arrays) -> bool:
+  """Whether it has."""
+  return a.k.shape[-3] % unit_of(a) == 0
 
 
 def call_of(p: Problem, a: Arrays) -> Call:
@@ -154,8 +159,7 @@ def call_of(p: Problem, a: Arrays) -> Call:
   pages = 1 if a.table is None else a.table.shape[1]
   itemsize = a.k.dtype.itemsize
   config = p.config or DecodeAttentionConfig()
-  unit = unit_of(kv_heads, itemsize, a.k_scale is not None)
-  chunk = unit
+  chunk = unit_of(a)
   while chunk < _CHUNK and page % (2 * chunk) == 0:
     chunk *= 2
   most = power_of_two(page * pages)
