@@ -50,6 +50,7 @@ Read in this order; each page stands on those before it:
     spans      more keys than one call holds
     rotation   where RoPE is applied, if it is part of a problem
     finite     what is not a number, behind a mask
+    heads      which kv heads a device needs, over a mesh
     stores     what lies in stacks, in a scan over layers
     blocks     which keys a block of queries meets, and the mask
     softmax    its steps in a forward kernel, those of decode attention too

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +30,7 @@ from .backward import backward
 from .door import as_qkv, as_rope, as_segments, as_window, check_layout
 from .finite import plain_backward
 from .forward import forward
+from .heads import own_kv_heads
 from .layout import Layout
 from .shapes import LayoutName, from_btnh, to_btnh
 from .spec import (
@@ -107,27 +107,12 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
 
 
 def _with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
-  """Of the kv heads that a device has, those of its query heads.
-
-  They are more where kv heads are fewer than the devices that share the query
-  heads.  One for every g query heads, the most that never have two.
-  """
-  q_axes, kv_axes = axes.get("N", ()), axes.get("K", ())
-  if q_axes == kv_axes:
+  """Of the kv heads that a device has, those of its query heads."""
+  heads = own_kv_heads(a.q.shape[2], a.k.shape[2], axes)
+  if heads is None:
     return a
-  n, kv_heads = a.q.shape[2], a.k.shape[2]
-  all_heads = n * jax.lax.axis_size(q_axes)
-  group = all_heads // (kv_heads * _size(kv_axes))
-  g = math.gcd(n, group)
-  first = jax.lax.axis_index(q_axes) * n
-  first_kv = jax.lax.axis_index(kv_axes) * kv_heads if kv_axes else 0
-  heads = (first + g * jnp.arange(n // g)) // group - first_kv
   k, v = (jnp.take(x, heads, axis=2, mode="clip") for x in (a.k, a.v))
   return a._replace(k=k, v=v)
-
-
-def _size(axes: Axes) -> int:
-  return jax.lax.axis_size(axes) if axes else 1
 
 
 def _rotated_before(p: Problem, a: Arrays) -> Arrays:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .cache import Cache, tokens_of
-from .spec import Arrays, Outs, appended, flattened, unflattened
+from .cache import Cache
+from .spec import Arrays, Outs, in_rows
 
 # Rows of queries and heads from which on the matrix unit would take longer than
 # HBM does, whatever K is.
@@ -29,33 +29,12 @@ def is_better(a: Arrays) -> bool:
   return a.k.shape[-2] > 1 and t * n > _MANY_ROWS
 
 
-def written(a: Arrays) -> tuple[Arrays, Outs]:
-  """The arrays with the new keys in the cache, and it as a result."""
-  if a.new_k is None:
-    return a, Outs(None)
-  cache = appended(flattened(a))
-  outs = unflattened(Outs(None, **cache._asdict()), a)
-  a = a._replace(**Cache.of(outs)._asdict(), new_k=None, new_v=None)
-  return a, outs
-
-
-def _rows(a: Arrays) -> Cache:
-  """The layer's keys and values as each row has them: [B, S, K, ...]."""
-
-  def of_rows(x: jax.Array) -> jax.Array:
-    if a.layer is not None:
-      x = jax.lax.dynamic_index_in_dim(x, a.layer, keepdims=False)
-    return tokens_of(x, a.table, a.k.shape[-2])
-
-  return Cache(*(None if x is None else of_rows(x) for x in Cache.of(a)))
-
-
-def in_rows(a: Arrays) -> Arrays:
+def pages_joined(a: Arrays) -> Arrays:
   """Of pages that cannot be copied in chunks: a cache of rows, which XLA makes.
 
   That of scales is flat again, as the kernel reads it.
   """
-  k, v, *scales = _rows(a)
+  k, v, *scales = in_rows(a)
   k_scale, v_scale = (
     None if x is None else x.reshape(x.shape[0], 1, -1) for x in scales
   )
@@ -67,7 +46,7 @@ def by_head(a: Arrays) -> Arrays:
   """Each kv head as a row of the batch: one kv head, and no table."""
   (b, t, n, h), kv_heads = a.q.shape, a.k.shape[-2]
   k, v, k_scale, v_scale = (
-    None if x is None else x.swapaxes(1, 2) for x in _rows(a)
+    None if x is None else x.swapaxes(1, 2) for x in in_rows(a)
   )
 
   def cache(x: jax.Array | None) -> jax.Array | None:

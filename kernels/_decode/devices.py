@@ -7,12 +7,12 @@ these, as if they were all, and what the devices found is merged by their lse.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from .._attention.heads import own_kv_heads
 from .._frame.sharding import Axes
 from .spec import Arrays, Outs
 
@@ -38,21 +38,10 @@ def merged_over(outs: Outs, axes: Axes) -> Outs:
 
 
 def with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
-  """Of the kv heads that a device has, those of its query heads.
-
-  They are more where kv heads are fewer than the devices that share the query
-  heads.  One for every g query heads, the most that never have two.
-  """
-  q_axes, kv_axes = axes.get("N", ()), axes.get("K", ())
-  n, kv_heads = a.q.shape[2], a.k.shape[-2]
-  if q_axes == kv_axes or kv_heads == 1:
+  """Of the kv heads that a device has, those of its query heads."""
+  heads = own_kv_heads(a.q.shape[2], a.k.shape[-2], axes)
+  if heads is None:
     return a
-  all_heads = n * _size(q_axes)
-  group = all_heads // (kv_heads * _size(kv_axes))
-  g = math.gcd(n, group)
-  first = jax.lax.axis_index(q_axes) * n if q_axes else 0
-  first_kv = jax.lax.axis_index(kv_axes) * kv_heads if kv_axes else 0
-  heads = (first + g * jnp.arange(n // g)) // group - first_kv
 
   def own(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else jnp.take(x, heads, axis=-2, mode="clip")
@@ -60,7 +49,3 @@ def with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
   return a._replace(
     k=own(a.k), v=own(a.v), new_k=own(a.new_k), new_v=own(a.new_v)
   )
-
-
-def _size(axes: Axes) -> int:
-  return jax.lax.axis_size(axes) if axes else 1

@@ -28,7 +28,7 @@ from .._frame.manual import varying_like
 from . import apart, append, attend, stream, tiles
 from .append import New
 from .cache import Cache, quantized
-from .spec import Arrays, Outs, Problem, rotated, unflattened
+from .spec import Arrays, Outs, Problem, rotated, unflattened, with_new_keys
 from .stream import CacheRefs, Scalars, Step, Stream
 from .tiles import Call
 
@@ -93,7 +93,11 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: State, *, call: Call):
   def on_block(block: Any, slot: Any) -> Any:
     copies.send_for_next()
     is_last, after = block + 1 == step.last, copies.slot_after(slot)
-    pl.when(jnp.logical_not(is_last))(lambda: (arrives(block + 1), None)[1])
+
+    @pl.when(jnp.logical_not(is_last))
+    def _():
+      arrives(block + 1)
+
     tile = attend.Tile(call, step, block, slot, scale)
     to_keys = functools.partial(attend.to_keys, tile, i.q, keys, s.rows)
 
@@ -140,12 +144,12 @@ def forward(p: Problem, a: Arrays) -> Outs:
   """
   a = rotated(p, a)
   if apart.is_better(a):
-    a, cache = apart.written(a)
+    a, cache = with_new_keys(a)
     outs = apart.together(forward(p, apart.by_head(a)), a)
     return cache._replace(out=outs.out, lse=outs.lse)
   if a.table is not None and not tiles.is_in_chunks(a):
-    a, cache = apart.written(a)
-    outs = forward(p, apart.in_rows(a))
+    a, cache = with_new_keys(a)
+    outs = forward(p, apart.pages_joined(a))
     return cache._replace(out=outs.out, lse=outs.lse)
   (length, kv_heads), whole = a.k.shape[-3:-1], _in_whole_chunks(a)
   outs = _run(tiles.call_of(p, whole), whole)

@@ -19,7 +19,7 @@ from .._frame.kernel import Saved, kernel_op
 from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split
 from .._rope import Rope
-from .cache import CacheArray, QuantizedCache
+from .cache import Cache, CacheArray, QuantizedCache
 from .devices import merged_over, shifted, with_own_kv_heads
 from .door import Given, checked_arguments, problem_of, results_of
 from .forward import forward
@@ -27,11 +27,10 @@ from .spec import (
   Arrays,
   Outs,
   Problem,
-  appended,
-  flattened,
   reference,
   rotated,
   unflattened,
+  with_new_keys,
 )
 from .tiles import DecodeAttentionConfig
 
@@ -88,12 +87,8 @@ def _on_device(
   if a.new_k is not None and axes.get("N", ()) != axes.get("K", ()):
     # All devices that share the query heads have these kv heads, and write the
     # same to them, as only XLA can say.
-    flat = rotated(p, flattened(a))
-    cache = appended(flat)._asdict()
-    whole = unflattened(Outs(None, **cache), given)
-    cache = {name: getattr(whole, name) for name in cache}
-    a = a._replace(**cache, q=flat.q, new_k=None, new_v=None)
-    a = a._replace(positions=None, base=None)
+    a, outs = with_new_keys(rotated(p, a))
+    cache = Cache.of(outs)._asdict()
   a = with_own_kv_heads(a, axes)
   sign = 1.0
   if not p.scale > 0:  # the kernel takes a maximum before it scales

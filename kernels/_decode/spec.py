@@ -77,28 +77,35 @@ class Problem(Logits):
 
 def reference(p: Problem, a: Arrays) -> Outs:
   """The maths of the room's docstring in plain jnp."""
-  a = rotated(p, a)
-  written = Outs(None, None)
-  if a.new_k is not None:
-    new = appended(flattened(a))
-    written = unflattened(Outs(None, **new._asdict()), a)
-    a = a._replace(**Cache.of(written)._asdict())
+  a, cache = with_new_keys(rotated(p, a))
   outs = _attention(p, a)
-  return written._replace(out=outs.out, lse=outs.lse if p.return_lse else None)
+  return cache._replace(out=outs.out, lse=outs.lse if p.return_lse else None)
 
 
-def _attention(p: Problem, a: Arrays) -> Outs:
-  t, kv_heads = a.q.shape[1], a.k.shape[-2]
+def with_new_keys(a: Arrays) -> tuple[Arrays, Outs]:
+  """The arrays with the new keys in the cache, and it as a result."""
+  if a.new_k is None:
+    return a, Outs(None)
+  cache = appended(flattened(a))
+  outs = unflattened(Outs(None, **cache._asdict()), a)
+  a = a._replace(**Cache.of(outs)._asdict(), new_k=None, new_v=None)
+  return a, outs
+
+
+def in_rows(a: Arrays) -> Cache:
+  """The layer's keys and values as each row has them, [B, S, K, ...]."""
 
   def of_rows(x: jax.Array) -> jax.Array:
     if a.layer is not None:
       x = jax.lax.dynamic_index_in_dim(x, a.layer, keepdims=False)
-    return tokens_of(x, a.table, kv_heads)
+    return tokens_of(x, a.table, a.k.shape[-2])
 
-  k, v, k_scale, v_scale = (
-    None if x is None else of_rows(x) for x in Cache.of(a)
-  )
-  assert k is not None and v is not None
+  return Cache(*(None if x is None else of_rows(x) for x in Cache.of(a)))
+
+
+def _attention(p: Problem, a: Arrays) -> Outs:
+  t = a.q.shape[1]
+  k, v, k_scale, v_scale = in_rows(a)
   s = k.shape[1]
   first, end = first_and_end(a, s)
   valid = (jnp.arange(s) < end[:, None])[:, :, None, None]
