@@ -3,6 +3,7 @@
     DIR/config.json          the model's config and what else was recorded
     DIR/tokenizer.model
     DIR/checkpoints/STEP/    params/ and optimizer/, by Orbax
+    DIR/checkpoints/STEP/record.json    what the run was made with
     DIR/checkpoints/STEP/checksums.json
 
 Orbax writes a step under another name and renames it when all is on disk.
@@ -31,12 +32,14 @@ from . import ops as _ops
 from ._config import GemmaConfig
 from ._errors import UserError
 from ._files import write_atomically
+from ._lock import locked
 from ._model import Gemma, abstract_gemma, model_params, with_params
 from ._tokenizer import Tokenizer
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 _CHECKSUMS = "checksums.json"
+_RECORD = "record.json"
 
 
 # --- a whole model, in and out ---
@@ -52,13 +55,14 @@ def save_checkpoint(
   """Writes what `load_checkpoint` reads; an older `step` there stays.
 
   Raises:
-    UserError: if the directory cannot be written, or belongs to another
-      model or tokenizer.
+    UserError: if the directory cannot be written, is in use by a run, or
+      belongs to another model or tokenizer.
   """
   directory = open_directory(directory)
-  write_identity(directory, {"model": model.config.to_dict()}, tokenizer)
-  with Checkpoints(directory, keep=None) as checkpoints:
-    checkpoints.save(step, params=model_params(model))
+  with locked(directory):
+    write_identity(directory, {"model": model.config.to_dict()}, tokenizer)
+    with Checkpoints(directory, keep=None) as checkpoints:
+      checkpoints.save(step, params=model_params(model))
 
 
 def load_checkpoint(
@@ -135,13 +139,18 @@ def write_identity(
 ) -> None:
   """Writes config.json and tokenizer.model, or checks those that are there.
 
+  What may differ in config.json is as given afterwards.
+
   Raises:
     UserError: as `check_identity`.
   """
   identity = {**identity, "tokenizer": tokenizer_identity(tokenizer)}
   if (directory / CONFIG).exists():
-    check_identity(directory, read_identity(directory), identity)
-    return
+    there = read_identity(directory)
+    check_identity(directory, there, identity)
+    identity = {**there, **identity}
+    if identity == there:
+      return
   write_atomically(directory / TOKENIZER, tokenizer.model)
   text = json.dumps(identity, indent=2) + "\n"
   write_atomically(directory / CONFIG, text.encode())
@@ -172,6 +181,8 @@ def check_identity(
 ) -> None:
   """Refuses a directory that was made with another model, data or settings.
 
+  The model's `remat` may differ, and its `context_length` may grow.
+
   Args:
     directory: for the message.
     there: what its config.json records.
@@ -183,7 +194,10 @@ def check_identity(
   """
   for field, new in _flatten(now).items():
     old = _flatten(there).get(field)
-    if old != new:
+    grows = (
+      field == "model.context_length" and isinstance(old, int) and old <= new
+    )
+    if old != new and field != "model.remat" and not grows:
       raise UserError(
         f"work directory {directory}: it was made with {field} = {old}, and "
         f"now {field} = {new}; go back to the former, or give another "
@@ -247,8 +261,12 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Frees Orbax's threads."""
     self._manager.close()
 
-  def save(self, step: int, **items: Any) -> None:
+  def save(
+    self, step: int, *, record: dict[str, Any] | None = None, **items: Any
+  ) -> None:
     """Writes `items`, pytrees of arrays, as `step`: wholly or not at all.
+
+    With `record`, of what JSON has, which `read_record` reads.
 
     Raises:
       UserError: if the disk is full.
@@ -263,6 +281,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     try:
       self._manager.save(step, args=ocp.args.Composite(**args))
       path = self._root / str(step)
+      if record is not None:
+        write_atomically(path / _RECORD, json.dumps(record, indent=2).encode())
       checksums = json.dumps(_checksums(path), indent=2)
       write_atomically(path / _CHECKSUMS, checksums.encode())
     except (OSError, ValueError) as error:
@@ -281,6 +301,17 @@ class Checkpoints(contextlib.AbstractContextManager):
       UserError: if a file is damaged or an array has another shape.
     """
     return _restore(self._directory, step, **abstract)
+
+
+def read_record(directory: pathlib.Path, step: int) -> dict[str, Any]:
+  """The record with which `step` was saved; {} if there was none."""
+  path = directory / "checkpoints" / str(step) / _RECORD
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError) as error:
+    raise UserError(f"checkpoint {path}: damaged") from error
 
 
 def complete_steps(directory: pathlib.Path) -> list[int]:
