@@ -21,14 +21,13 @@ import json
 import os
 import pathlib
 import shutil
-import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from . import ops as _ops
+from ._checksums import CHECKSUMS, verify, write_checksums
 from ._config import GemmaConfig
 from ._errors import UserError
 from ._files import write_atomically
@@ -38,8 +37,8 @@ from ._tokenizer import Tokenizer
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
-_CHECKSUMS = "checksums.json"
 _RECORD = "record.json"
+_TRIES = 10  # to read a step before the run that made it deletes it
 
 
 # --- a whole model, in and out ---
@@ -92,17 +91,35 @@ def load_checkpoint(
       f"checkpoint {directory}: {TOKENIZER} is not the file its {CONFIG} "
       "describes; restore both from a copy, or train anew in another directory"
     )
+  model = abstract_gemma(config, ops)
+  for _ in range(_TRIES):
+    wanted = _choose(directory, step)
+    try:
+      restored = _restore(directory, wanted, params=model_params(model))
+    except Exception:
+      # A run that goes on deletes old steps: perhaps this one, while it was
+      # read.
+      if step is None and wanted not in complete_steps(directory):
+        continue
+      raise
+    return with_params(model, restored["params"]), tokenizer
+  raise UserError(
+    f"checkpoint {directory}: its run deletes steps faster than they are read; "
+    "give the run a larger --keep"
+  )
+
+
+def _choose(directory: pathlib.Path, step: int | None) -> int:
+  """`step`, or the newest."""
   steps = complete_steps(directory)
   wanted = max(steps, default=None) if step is None else step
-  if wanted not in steps:
+  if wanted is None or wanted not in steps:
     raise UserError(
       f"checkpoint {directory}: no complete step"
       f"{'' if step is None else f' {step}'}; it has "
       f"{', '.join(map(str, steps)) or 'none'}"
     )
-  model = abstract_gemma(config, ops)
-  restored = _restore(directory, wanted, params=model_params(model))
-  return with_params(model, restored["params"]), tokenizer
+  return wanted
 
 
 # --- the directory and its identity ---
@@ -283,8 +300,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       path = self._root / str(step)
       if record is not None:
         write_atomically(path / _RECORD, json.dumps(record, indent=2).encode())
-      checksums = json.dumps(_checksums(path), indent=2)
-      write_atomically(path / _CHECKSUMS, checksums.encode())
+      write_checksums(path)
     except (OSError, ValueError) as error:
       # Orbax passes on TensorStore's errors: a ValueError whose message holds
       # the error number, where Python's own OSError has an attribute.
@@ -320,7 +336,7 @@ def complete_steps(directory: pathlib.Path) -> list[int]:
   return [
     step
     for step in _step_directories(directory)
-    if (root / str(step) / _CHECKSUMS).exists()
+    if (root / str(step) / CHECKSUMS).exists()
   ]
 
 
@@ -333,7 +349,10 @@ def _step_directories(directory: pathlib.Path) -> list[int]:
 def _restore(
   directory: pathlib.Path, step: int, **abstract: Any
 ) -> dict[str, Any]:
-  _verify(directory, step)
+  root = directory / "checkpoints" / str(step)
+  earlier = [s for s in complete_steps(directory) if s < step]
+  use = f"go back to step {earlier[-1]}" if earlier else "train from the start"
+  verify(root, f"delete {root} to {use}")
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   restored = {}
   with ocp.StandardCheckpointer() as checkpointer:
@@ -376,52 +395,3 @@ def _no_space(directory: pathlib.Path, detail: str) -> UserError:
     f"{f' ({detail})' if detail else ''}; make room and start again, earlier "
     "checkpoints are intact"
   )
-
-
-# --- checksums ---
-
-
-def _checksums(step: pathlib.Path) -> dict[str, list[int]]:
-  """Size and CRC-32 of every file under `step`, by relative path."""
-  return {
-    str(path.relative_to(step)): [path.stat().st_size, _crc32(path)]
-    for path in sorted(step.rglob("*"))
-    if path.is_file() and path.name != _CHECKSUMS
-  }
-
-
-def _crc32(path: pathlib.Path) -> int:
-  crc = 0
-  for block in _blocks(path):
-    crc = zlib.crc32(block, crc)
-  return crc
-
-
-def _blocks(path: pathlib.Path) -> Iterator[bytes]:
-  with open(path, "rb") as file:
-    while block := file.read(1 << 22):
-      yield block
-
-
-def _verify(directory: pathlib.Path, step: int) -> None:
-  root = directory / "checkpoints" / str(step)
-  earlier = [s for s in complete_steps(directory) if s < step]
-  use = f"go back to step {earlier[-1]}" if earlier else "train from the start"
-  fix = f"delete {root} to {use}"
-  try:
-    checksums = json.loads((root / _CHECKSUMS).read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f"checkpoint {root / _CHECKSUMS}: damaged; {fix}"
-    ) from error
-  for name, (size, crc) in checksums.items():
-    path = root / name
-    if not path.is_file():
-      problem = "missing"
-    elif path.stat().st_size != size:
-      problem = f"cut, {path.stat().st_size:,} of {size:,} bytes"
-    elif _crc32(path) != crc:
-      problem = "damaged, its checksum differs"
-    else:
-      continue
-    raise UserError(f"checkpoint {path}: {problem}; {fix}")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ._errors import UserError
-from ._output import standard_streams
+from ._output import standard_streams, tell
 
 if TYPE_CHECKING:
   from ._train.config import TrainConfig
@@ -173,10 +173,9 @@ def _train_and_sample(config: TrainConfig) -> int:
   result = train(config)
   if result.interrupted_by is not None:
     saved = f"after step {result.step}, which is saved"
-    print(
+    tell(
       f"pallas-gemma: stopped {saved if result.step else 'before a step'}; "
-      "give the same command to go on",
-      file=sys.stderr,
+      "give the same command to go on\n"
     )
     return 128 + result.interrupted_by
   if result.held_out_loss is not None and result.unigram_loss is not None:

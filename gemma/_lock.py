@@ -63,7 +63,6 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
       # Nothing came of it: leave nothing.
       with contextlib.suppress(OSError):
         (directory / _LOCK).unlink()
-        directory.rmdir()
     lock.release()
 
 

@@ -50,7 +50,7 @@ class Output(io.TextIOBase):
 
   def __init__(self, stream: TextIO | None):
     self.gone = False
-    self._stream = getattr(stream, "wrapped", stream)
+    self._stream: Any = getattr(stream, "wrapped", stream)
     self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
     # Text is written to the descriptor itself: a thread that waits inside one
     # of Python's streams holds its lock, and the program could not end.
@@ -145,6 +145,13 @@ def reporting(
     output.drain()
 
 
+def tell(text: str) -> None:
+  """Writes to standard error; without waiting long, and without errors."""
+  output = Output(sys.stderr)
+  output.write(text)
+  output.drain()
+
+
 # --- the streams of a command ---
 
 
@@ -155,22 +162,20 @@ class _Unwritable(Exception):
 class _Stream:
   """A stream of Python's whose errors are those of a command."""
 
-  def __init__(self, wrapped: TextIO | None):
-    self.wrapped: Any = wrapped
+  def __init__(self, wrapped: TextIO):
+    self.wrapped = wrapped
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.wrapped, name)
 
   def write(self, text: str) -> int:
     with self._errors():
-      if self.wrapped is not None:
-        self.wrapped.write(text)
+      self.wrapped.write(text)
     return len(text)
 
   def flush(self) -> None:
     with self._errors():
-      if self.wrapped is not None:
-        self.wrapped.flush()
+      self.wrapped.flush()
 
   @contextlib.contextmanager
   def _errors(self) -> Iterator[None]:
@@ -199,9 +204,13 @@ def standard_streams() -> Iterator[None]:
   one line and the code 2.  Errors of standard error are passed over.
   """
   _open_descriptors()
-  out = cast(TextIO, _Stream(sys.stdout))
-  err = cast(TextIO, _ErrorStream(sys.stderr))
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+  with contextlib.ExitStack() as stack:
+    # Python has None for streams that were never open; libraries expect some.
+    nothing = stack.enter_context(open(os.devnull, "w"))
+    out = cast(TextIO, _Stream(sys.stdout or nothing))
+    err = cast(TextIO, _ErrorStream(sys.stderr or nothing))
+    stack.enter_context(contextlib.redirect_stdout(out))
+    stack.enter_context(contextlib.redirect_stderr(err))
     try:
       try:
         yield

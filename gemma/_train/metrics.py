@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.figure
+import tensorboardX.proto.event_pb2
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
 from .._errors import UserError
 from .._files import write_atomically
 
 _FILE = "metrics.jsonl"
+_events: Any = tensorboardX.proto.event_pb2  # generated, without types
 _BUFFER = 8192  # bytes that wait to be written together
 
 Record = dict[str, Any]
@@ -105,18 +105,14 @@ class _Board:
       directory.mkdir(exist_ok=True)
       self._writer = EventsWriter(str(directory / "events"))
     # What another process has written of these steps and later ones is void.
-    start = SessionLog(status=SessionLog.START)
-    self._write(Event(step=first_step, session_log=start))
+    log = _events.SessionLog
+    self._write(step=first_step, session_log=log(status=log.START))
 
   def write(self, record: Record) -> None:
     """Adds a record."""
-    values = [
-      value
-      for name, number in record.items()
-      if name != "step"
-      for value in scalar(name, number).value
-    ]
-    self._write(Event(step=record["step"], summary=Summary(value=values)))
+    for name, number in record.items():
+      if name != "step":
+        self._write(step=record["step"], summary=scalar(name, number))
 
   def flush(self) -> None:
     """Puts all records on disk."""
@@ -130,11 +126,10 @@ class _Board:
       with contextlib.suppress(OSError):
         self._writer.close()
 
-  def _write(self, event: Event) -> None:
-    event.wall_time = time.time()
+  def _write(self, **event: Any) -> None:
     if self._writer is not None:
       with contextlib.suppress(OSError):
-        self._writer.write_event(event)
+        self._writer.write_event(_events.Event(wall_time=time.time(), **event))
 
 
 def unwritten_record(

@@ -121,6 +121,7 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
   """What must be the same for a run to be resumed: config.json holds it."""
   return {
     "model": config.model.to_dict(),
+    "data": {"held_out": config.held_out},
     "training": {
       "seed": config.seed,
       "batch_size": config.batch_size,
@@ -130,7 +131,7 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def _data_identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-  """As `_identity`, of the text."""
+  """As `_identity`, with what tells the text from others."""
   return {
     "data": {
       "documents": len(corpus.documents),

@@ -191,8 +191,8 @@ def _describe(run: Run) -> Iterator[str]:
   rows = run.evaluation_rows
   batches = -(-len(rows) // config.batch_size)
   yield (
-    f"evaluates {rows.num_labels:,} held-out tokens, {batches:,} batches, every "
-    f"{config.evaluate_every:,} steps"
+    f"evaluates {rows.num_labels:,} held-out tokens, {batches:,} batches, "
+    f"every {config.evaluate_every:,} steps"
   )
   for change in run.changes:
     yield f"changed   {change}"
