@@ -109,7 +109,7 @@ class Output(io.TextIOBase):
       if isinstance(item, threading.Event):
         item.set()
       else:
-        self._write_bytes(item.encode(self._encoding, "replace"))
+        self._write_bytes(item.encode(self._encoding, "backslashreplace"))
 
   def _write_bytes(self, content: bytes) -> None:
     descriptor = cast(int, self._descriptor)

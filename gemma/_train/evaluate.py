@@ -40,7 +40,7 @@ def evaluation_rows(rows: Rows, config: TrainConfig) -> Rows:
     return rows
   seed = list(str(config.seed).encode())  # NumPy takes none below 0
   order = np.random.default_rng(seed).permutation(len(rows))
-  drawn = Rows(**rows[np.sort(order[:wanted])])
+  drawn = rows.take(np.sort(order[:wanted]))
   # Very short rows may hold nothing but ends of documents, which predict
   # nothing.
   return drawn if drawn.num_labels else rows
