@@ -50,7 +50,9 @@ class Output(io.TextIOBase):
 
   def __init__(self, stream: TextIO | None):
     self.gone = False
-    self._stream: Any = getattr(stream, "wrapped", stream)
+    self._stream: Any = stream
+    if isinstance(stream, _Stream):
+      self._stream = stream.wrapped
     self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
     # Text is written to the descriptor itself: a thread that waits inside one
     # of Python's streams holds its lock, and the program could not end.

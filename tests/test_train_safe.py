@@ -4,6 +4,7 @@ whoever else wants its directory."""
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib
 import io
 import json
@@ -111,6 +112,22 @@ def compiled_once(tmp_path_factory):
   reset_cache()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+  """Runs whose steps are the same program have the same functions."""
+  loop = room("_train.loop")
+  make = functools.cache(loop.make_steps)
+  others = dict(data=(), work_dir=None, eval_batches="auto", allow_change=False)
+  others |= dict.fromkeys(("evaluate_every", "save_every", "keep"), 1)
+
+  def make_steps(config, valid_vocab_size):
+    return make(dataclasses.replace(config, **others), valid_vocab_size)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "make_steps", make_steps)
+    yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """The directory of an undisturbed run."""
@@ -175,23 +192,35 @@ def has_records(directory: pathlib.Path, count: int = 1) -> bool:
   return False
 
 
-def test_who_reads_the_output_may_end_first(command, tmp_path):
-  """As when `train | tee log` gets a Ctrl-C."""
+def test_one_process_writes_others_read_and_who_reads_the_output_may_end_first(
+  command, tmp_path
+):
+  """The latter as when `train | tee log` gets a Ctrl-C."""
+  directory = tmp_path / "run"
   pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  child = command(tmp_path / "run", **pipe)
-  wait_for(lambda: has_records(tmp_path / "run"), child)
+  child = command(directory, "--save-every", 50, **pipe)
+  wait_for(lambda: steps(directory), child)
+  model, tokenizer = load_checkpoint(directory)
+  named = f"in use by process {child.pid} on .*, since 2.*; wait for it or stop"
+  with pytest.raises(UserError, match=named):
+    run(config(directory, steps=10**6))
+  with pytest.raises(UserError, match=named):
+    save_checkpoint(directory, model, tokenizer, step=10**7)
+
   child.stdout.close()
   child.send_signal(signal.SIGINT)
   errors = child.stderr.read().decode()
   assert child.wait() == 128 + signal.SIGINT
-  (step,) = steps(tmp_path / "run")
+  step = steps(directory)[-1]
   assert errors.splitlines() == [
     "",
     "finishing the step and saving; Ctrl-C again to stop at once",
     f"pallas-gemma: stopped after step {step}, which is saved; give the same "
     "command to go on",
   ]
-  assert [*numbers(tmp_path / "run")] == [*range(1, step + 1)]
+  assert [*numbers(directory)] == [*range(1, step + 1)]
+  save_checkpoint(directory, model, tokenizer, step=10**7)
+  assert steps(directory)[-1] == 10**7
 
 
 def test_who_reads_the_output_may_have_stopped_to_read(command, tmp_path):
@@ -247,24 +276,11 @@ def test_before_the_first_step_a_signal_ends_at_once(command, tmp_path):
   assert child.returncode == 128 + signal.SIGTERM
   assert (out, errors) == ("", "\npallas-gemma: ended by SIGTERM\n")
   assert time.monotonic() - started < 5
-
-
-def test_a_directory_has_one_writer_and_many_readers(command, tmp_path):
-  directory = tmp_path / "run"
-  quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  child = command(directory, "--save-every", 50, **quiet)
-  wait_for(lambda: steps(directory), child)
-  model, tokenizer = load_checkpoint(directory)
-  named = f"in use by process {child.pid} on .*, since 2.*; wait for it or stop"
-  with pytest.raises(UserError, match=named):
-    run(config(directory, steps=10**6))
-  with pytest.raises(UserError, match=named):
-    save_checkpoint(directory, model, tokenizer, step=10**7)
-  child.send_signal(signal.SIGKILL)  # it cannot take anything away
-  child.wait()
-  assert (directory / ".lock.holder").exists()
-  save_checkpoint(directory, model, tokenizer, step=10**7)
-  assert steps(directory)[-1] == 10**7
+  # Whose process is gone has no lock, whatever it left behind.
+  assert (tmp_path / "run" / ".lock.holder").exists()
+  with room("_lock").locked(tmp_path / "run"):
+    pass
+  assert not (tmp_path / "run" / ".lock.holder").exists()
 
 
 def test_a_signal_that_is_ignored_stays_so():
