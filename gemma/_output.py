@@ -50,9 +50,7 @@ class Output(io.TextIOBase):
 
   def __init__(self, stream: TextIO | None):
     self.gone = False
-    self._stream: Any = stream
-    if isinstance(stream, _Stream):
-      self._stream = stream.wrapped
+    self._stream = _own(stream)
     self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
     # Text is written to the descriptor itself: a thread that waits inside one
     # of Python's streams holds its lock, and the program could not end.
@@ -123,6 +121,11 @@ class Output(io.TextIOBase):
       except OSError as error:
         self.gone |= error.errno in _NO_READER
         return
+
+
+def _own(stream: Any) -> Any:
+  """Python's own stream of one that is taken for a command's."""
+  return stream.wrapped if isinstance(stream, _Stream) else stream
 
 
 def _descriptor(stream: Any) -> int | None:

@@ -571,7 +571,6 @@ ALTERING = {
   "optimizer.clip_norm 1.0 -> 2.0": adam(clip_norm=2.0),
   "z_loss 0.0 -> 0.0001": dict(z_loss=1e-4),
   "steps 12 -> 13 (the learning rate falls over all steps": dict(steps=13),
-  "steps 12 -> 11": dict(steps=11),
 }
 
 
@@ -582,6 +581,12 @@ def test_what_alters_training_is_refused_by_name(finished, message):
     run(config(finished, **ALTERING[message]))
   assert message in str(error.value) and "--allow-change" in str(error.value)
   assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_fewer_steps_than_are_done_are_done(copy):
+  assert "training is complete" in run(config(copy, steps=11))
+  with pytest.raises(UserError, match="steps 12 -> 11, .*beta1 0.9 -> 0.8"):
+    run(config(copy, steps=11, **adam(beta1=0.8)))
 
 
 def test_all_changes_are_named_and_with_the_flag_made_and_said(copy):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def train(
     UserError: when the data, the directory or a checkpoint does not fit; the
       message says what to do, and nothing that was there is lost.
   """
-  existed = config.directory.exists()
+  existed = os.path.exists(config.directory)
   directory = open_directory(config.directory)
   try:
     with (
