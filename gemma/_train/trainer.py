@@ -148,7 +148,7 @@ def _train(
     loop.report()
   stopped = interruption.signal
   if stopped is None and output.gone and loop.step < config.steps:
-    stopped = signal.SIGPIPE
+    stopped = getattr(signal, "SIGPIPE", signal.SIGTERM)  # not in Windows
   result = _result(run.directory, loop.step)
   return dataclasses.replace(result, interrupted_by=stopped)
 
