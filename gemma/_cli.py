@@ -16,7 +16,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 from ._errors import UserError
 
@@ -36,6 +36,9 @@ commands:
 _MISUSE = 2  # the exit code for what the user can mend
 
 _Config = TypeVar("_Config")
+
+# Fields of `SampleConfig` that are not arguments of the call of a `Sampler`.
+_OF_THE_SAMPLER = ("checkpoint", "prompt", "step", "batch_size", "weights")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,8 @@ class SampleConfig:
       text where its last tokens stood before.  The text is the same; where it
       repeats itself it comes faster.
     batch_size: prompts that are continued at the same time, at most.
+    weights: int8 halves what weights are read and kept, for a text that differs
+      a little; None computes with the checkpoint's own.
   """
 
   checkpoint: pathlib.Path
@@ -86,6 +91,7 @@ class SampleConfig:
   seed: int = 0
   speculate: int = 0
   batch_size: int = 32
+  weights: Literal["int8"] | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -212,11 +218,13 @@ def _print_samples(config: SampleConfig) -> None:
   from ._sample.sampler import Sampler
 
   model, tokenizer = load_checkpoint(config.checkpoint, step=config.step)
+  if config.weights == "int8":
+    model = model.quantize()
   sampler = Sampler(model, tokenizer, batch_size=config.batch_size)
   asked = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
-    if field.name not in ("checkpoint", "prompt", "step", "batch_size")
+    if field.name not in _OF_THE_SAMPLER
   }
   if config.max_new_tokens is None:
     longest = max(len(tokenizer.encode(p, add_bos=True)) for p in config.prompt)
