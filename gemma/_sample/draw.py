@@ -90,7 +90,7 @@ def penalise(
   return logits
 
 
-def _scale(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
+def _scale(logits: jax.Array, temperature: Any) -> jax.Array:
   """Logits after temperature, of which the largest is 0."""
   # With a maximum of 0 no logit overflows to infinity, however small the
   # temperature: negative infinities are harmless, they have weight 0.
