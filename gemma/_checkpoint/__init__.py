@@ -16,7 +16,7 @@ What is promised, and by which page:
                 (Orbax restores an array with a flipped bit without complaint)
     arrays      arrays to and from files; what was written is read back and
                 compared before it counts
-    steps       which steps there are.  One is written under a hidden name and
+    steps       which steps there are.  One is written in a hidden folder and
                 gets its own by one rename when all is on disk, compared and
                 summed; older ones are removed after that, the best one never.
                 So at every instant there is a complete one, once there was one

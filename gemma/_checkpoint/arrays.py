@@ -84,8 +84,13 @@ def _check_shapes(directory: pathlib.Path, there: Any, wanted: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_path(path): tuple(leaf.shape) for path, leaf in leaves}
 
-  found = shapes(there)
-  for name, shape in shapes(wanted).items():
+  found, expected = shapes(there), shapes(wanted)
+  for name in found.keys() - expected.keys():
+    raise UserError(
+      f"checkpoint {directory}: of another config: it has {name}, which there "
+      f"is not by {CONFIG}; restore {CONFIG} from a copy"
+    )
+  for name, shape in expected.items():
     if found.get(name) != shape:
       raise UserError(
         f"checkpoint {directory}: of another config: {name} is "

@@ -1,14 +1,14 @@
 """Which steps there are, and how one comes and goes without a gap.
 
-    .STEP.part   is being written
-    STEP         complete, if it has its checksums
-    STEP.new     complete, and about to take the place of an older STEP
-    .STEP.old    is being removed
-    STEP.unfinished  had no checksums when a run was resumed; see
-                 `set_aside_unfinished`
+    checkpoints/STEP               complete, if it has its checksums
+    checkpoints/STEP.unfinished    had none when a run was resumed
+    checkpoints/.working/
+        STEP.part                  is being written
+        STEP.new                   complete, about to take an older STEP's place
+        STEP.old                   is being removed
 
-Each goes to the next by a rename.  A process killed in between leaves hidden
-folders, which `clean` removes, and perhaps a STEP.new, which counts as STEP.
+Each goes to the next by a rename.  A process killed in between leaves things in
+.working, which the next `Checkpoints` clears; a STEP.new there counts as STEP.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pathlib
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 from .._errors import UserError
@@ -29,8 +30,8 @@ from .checksums import CHECKSUMS, verify
 
 _RECORD = "record.json"
 _LOSS = "loss.json"
-_STEP = re.compile(r"(0|[1-9][0-9]*)(\.new)?")
-_LEFTOVER = re.compile(r"\.\d+(\.\w+)?\.(part|old)|.*\.orbax-checkpoint-tmp.*")
+_STEP = re.compile(r"(0|[1-9][0-9]*)")
+_NEW = re.compile(r"(0|[1-9][0-9]*)\.new")
 
 
 # --- which there are ---
@@ -47,23 +48,23 @@ def unfinished_steps(directory: pathlib.Path) -> list[int]:
   This version makes none: a folder gets its name when all is in it.  Either an
   earlier version was killed while saving, or the file was lost.
   """
-  complete, names = complete_folders(directory), _names(_root(directory))
-  steps = {int(match[1]) for match in map(_STEP.fullmatch, names) if match}
-  return sorted(steps - set(complete))
+  steps = set(_folders(_root(directory), _STEP))
+  return sorted(steps - set(complete_folders(directory)))
 
 
 def complete_folders(directory: pathlib.Path) -> dict[int, pathlib.Path]:
   """The folder of each complete step."""
-  root = _root(directory)
+  root, working = _root(directory), _working(directory)
   while True:
-    names = _names(root)
-    found: dict[int, pathlib.Path] = {}
-    for name in sorted(names):  # STEP.new after STEP
-      match = _STEP.fullmatch(name)
-      if match and (root / name / CHECKSUMS).exists():
-        found[int(match[1])] = root / name
-    # If another process renamed a folder meanwhile, look again.
-    if names == _names(root):
+    before = _inodes(root), _inodes(working)
+    folders = _folders(root, _STEP) | _folders(working, _NEW)
+    found = {
+      step: folder
+      for step, folder in folders.items()
+      if (folder / CHECKSUMS).exists()
+    }
+    # If another process renamed folders meanwhile, look again.
+    if before == (_inodes(root), _inodes(working)):
       return found
 
 
@@ -129,8 +130,25 @@ def _root(directory: pathlib.Path, step: int | None = None) -> pathlib.Path:
   return root if step is None else root / str(step)
 
 
-def _names(root: pathlib.Path) -> list[str]:
-  return sorted(os.listdir(root)) if root.is_dir() else []
+def _working(directory: pathlib.Path) -> pathlib.Path:
+  return _root(directory) / ".working"
+
+
+def _inodes(root: pathlib.Path) -> dict[str, int]:
+  """What is in `root`: a folder that takes another's name has another inode."""
+  try:
+    with os.scandir(root) as entries:
+      return {entry.name: entry.inode() for entry in entries}
+  except (FileNotFoundError, NotADirectoryError):
+    return {}
+
+
+def _folders(
+  root: pathlib.Path, pattern: re.Pattern[str]
+) -> dict[int, pathlib.Path]:
+  """What is in `root` under a name like `pattern`, by its step."""
+  matches = [(name, pattern.fullmatch(name)) for name in _inodes(root)]
+  return {int(match[1]): root / name for name, match in matches if match}
 
 
 # --- what was said of them ---
@@ -211,56 +229,71 @@ def read_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
 # --- how they come and go ---
 
 
-def new_folder(directory: pathlib.Path, step: int) -> pathlib.Path:
-  """An empty one, to write a step in."""
-  folder = _root(directory) / f".{step}.part"
+@contextlib.contextmanager
+def new_folder(directory: pathlib.Path, step: int) -> Iterator[pathlib.Path]:
+  """An empty one, to write a step in; it does not stay there."""
+  folder = _working(directory) / f"{step}.part"
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
-  return folder
+  try:
+    yield folder
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+    _leave(directory)
 
 
 def publish(folder: pathlib.Path, directory: pathlib.Path, step: int) -> None:
   """Makes `folder`, complete and with its checksums, the step's."""
-  final = _root(directory, step)
+  final, new = _root(directory, step), _working(directory) / f"{step}.new"
+  if new.exists():  # complete as well, and older
+    _replace(directory, step)
   if os.path.lexists(final):
-    new = final.with_name(f"{step}.new")
-    if new.exists():  # is complete as well, and older
-      discard(final)
-      os.rename(new, final)
     os.rename(folder, new)
-    discard(final, instead=new)
+    _replace(directory, step)
   else:
     os.rename(folder, final)
   sync_folder(final.parent)
 
 
-def discard(folder: pathlib.Path, instead: pathlib.Path | None = None) -> None:
-  """Removes a step, whole as long as it has its name.
+def _replace(directory: pathlib.Path, step: int) -> None:
+  """Gives STEP.new the name STEP, and removes what had it."""
+  working = _working(directory)
+  old = working / f"{step}.old"
+  shutil.rmtree(old, ignore_errors=True)
+  # Nothing has it if the process was killed after this line the last time.
+  with contextlib.suppress(FileNotFoundError):
+    os.rename(_root(directory, step), old)
+  os.rename(working / f"{step}.new", _root(directory, step))
+  shutil.rmtree(old, ignore_errors=True)
+  _leave(directory)
 
-  Args:
-    folder: of the step.
-    instead: another, which gets its name.
-  """
-  old = folder.with_name(f".{folder.name}.old")
+
+def _discard(directory: pathlib.Path, folder: pathlib.Path) -> None:
+  """Removes a folder, which is whole as long as it has its name."""
+  working = _working(directory)
+  old = working / f"{folder.name}.old"
+  working.mkdir(exist_ok=True)
   shutil.rmtree(old, ignore_errors=True)
-  os.rename(folder, old)
-  if instead is not None:
-    os.rename(instead, folder)
+  with contextlib.suppress(FileNotFoundError):  # by hand, meanwhile
+    os.rename(folder, old)
   shutil.rmtree(old, ignore_errors=True)
+  _leave(directory)
+
+
+def _leave(directory: pathlib.Path) -> None:
+  with contextlib.suppress(OSError):  # not empty
+    _working(directory).rmdir()
 
 
 def clean(directory: pathlib.Path) -> None:
   """Ends what a killed process began: replacing, writing, removing."""
-  root = _root(directory)
-  for name in _names(root):
-    if name.endswith(".new") and _STEP.fullmatch(name):
-      final = root / name.removesuffix(".new")
-      if os.path.lexists(final):
-        discard(final, instead=root / name)
-      else:
-        os.rename(root / name, final)
-    elif _LEFTOVER.fullmatch(name):
-      shutil.rmtree(root / name, ignore_errors=True)
+  working = _working(directory)
+  for step in _folders(working, _NEW):
+    _replace(directory, step)
+  shutil.rmtree(working, ignore_errors=True)
+  # Of earlier versions.
+  for folder in _root(directory).glob("*.orbax-checkpoint-tmp*"):
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside_unfinished(directory: pathlib.Path) -> dict[int, pathlib.Path]:
@@ -276,7 +309,7 @@ def set_aside_unfinished(directory: pathlib.Path) -> dict[int, pathlib.Path]:
     folder = _root(directory, step)
     aside[step] = folder.with_name(f"{step}.unfinished")
     if aside[step].exists():
-      discard(aside[step])
+      _discard(directory, aside[step])
     os.rename(folder, aside[step])
   return aside
 
@@ -302,5 +335,4 @@ def prune(directory: pathlib.Path, keep: int, saved: int) -> None:
         losses[step] = loss
   spared.add(_lowest(losses))
   for step in sorted(set(folders) - spared):
-    with contextlib.suppress(FileNotFoundError):  # by hand, meanwhile
-      discard(folders[step])
+    _discard(directory, folders[step])

@@ -41,8 +41,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     if keep is not None and keep < 1:
       raise UserError(f"keep: wanted 1 or more, or None, got {keep}")
     self._keep = keep
-    # The step that is never removed, whatever its number.
-    self._newest = -1
+    # The step saved last, which stays whatever its number.
+    self._last = -1
     steps.clean(self._directory)
 
   def __exit__(self, *_) -> None:
@@ -74,8 +74,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     if size > free:
       raise _no_space(self._directory, f"{size:,} bytes wanted, {free:,} free")
     with _disk_errors(self._directory):
-      folder = steps.new_folder(self._directory, step)
-      try:
+      with steps.new_folder(self._directory, step) as folder:
         for name, item in items.items():
           write_arrays(folder / name, item)
         if record is not None:
@@ -84,10 +83,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if loss is not None:
           steps.write_loss(folder, loss)
         steps.publish(folder, self._directory, step)
-      except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-      self._newest = step
+      self._last = step
       self._prune()
 
   def note_loss(self, step: int, loss: float) -> None:
@@ -120,8 +116,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   def _prune(self) -> None:
     # Nothing is removed before something was saved in its place.
-    if self._keep is not None and self._newest >= 0:
-      steps.prune(self._directory, self._keep, self._newest)
+    if self._keep is not None and self._last >= 0:
+      steps.prune(self._directory, self._keep, self._last)
 
 
 def restore(
