@@ -84,7 +84,9 @@ def _second_axes(
     steps, values = curve(records, field)
     if len(steps) < 2:
       continue
-    above = losses.secondary_xaxis(place)
+    above = losses.twiny()
+    above.set_xlim(losses.get_xlim())
+    above.spines["top"].set_position(("axes", place))
     above.xaxis.set_major_formatter(
       matplotlib.ticker.FuncFormatter(_label_of(axis, steps, values))
     )
