@@ -330,6 +330,7 @@ def test_directories_of_earlier_versions_load_without_a_word(
   assert read_record(copy, 3) == {} and best_step(copy) is None
   save_checkpoint(copy, models[1], tokenizer, step=4)
   assert same(load_checkpoint(copy)[0], models[1])
+  assert "checksum" in json.loads((copy / "config.json").read_text())
   assert not caplog.records and capfd.readouterr() == ("", "")
 
 

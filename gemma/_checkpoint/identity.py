@@ -53,14 +53,23 @@ def write_identity(
 ) -> None:
   """Writes config.json and tokenizer.model, or checks those that are there.
 
+  A config.json of earlier versions gets its checksum then.
+
   Raises:
     UserError: as `check_identity`.
   """
   identity = {**identity, "tokenizer": tokenizer_identity(tokenizer)}
   if (directory / CONFIG).exists():
-    check_identity(directory, read_identity(directory), identity)
+    there = read_identity(directory)
+    check_identity(directory, there, identity)
+    if _CHECKSUM not in json.loads((directory / CONFIG).read_text()):
+      _write_config(directory, there)
     return
   write_atomically(directory / TOKENIZER, tokenizer.model)
+  _write_config(directory, identity)
+
+
+def _write_config(directory: pathlib.Path, identity: dict[str, Any]) -> None:
   summed = {**identity, _CHECKSUM: _checksum(identity)}
   text = json.dumps(summed, indent=2) + "\n"
   write_atomically(directory / CONFIG, text.encode())

@@ -33,7 +33,8 @@ def save_checkpoint(
   A step of this number that is there already is replaced, once the new one is
   on disk and was read back: a process that is killed leaves the one or the
   other.  Other steps stay, whatever their numbers; `load_checkpoint` takes the
-  highest unless it is told which.
+  highest unless it is told which.  A step that `train` saved has an optimizer
+  too, which is not written here: in its place, training cannot go on from it.
 
   Args:
     directory: made if it is missing.

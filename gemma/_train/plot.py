@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import pathlib
@@ -91,7 +92,7 @@ def _second_axes(
       matplotlib.ticker.FuncFormatter(_label_of(axis, steps, values))
     )
     above.set_xlabel(words)
-    place += 0.14
+    place += 0.12
 
 
 def _label_of(
@@ -231,17 +232,22 @@ def curve(
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-  """A running mean, its weights falling by e over a fiftieth of the curve.
-
-  Divided by the sum of the weights, so that it begins at the first value.
+  """Of each value and its neighbours a mean, whose weights fall on both sides
+  by e over a fiftieth of the curve: it lies neither above a falling curve nor
+  below.
   """
   keep = math.exp(-1 / max(len(y) / 50, 5))
-  total = weight = 0.0
-  result = []
-  for value in y:
-    total, weight = keep * total + value, keep * weight + 1
-    result.append(total / weight)
-  return np.array(result)
+
+  def sums(values: np.ndarray) -> np.ndarray:
+    return np.array(
+      list(itertools.accumulate(values, lambda total, x: keep * total + x))
+    )
+
+  def both(values: np.ndarray) -> np.ndarray:
+    # The value itself is in the sums of both directions.
+    return sums(values) + sums(values[::-1])[::-1] - values
+
+  return both(y) / both(np.ones(len(y)))
 
 
 def format_value(axis: Axis, value: float) -> str:
