@@ -1,6 +1,7 @@
 """What a run records, and the pictures drawn from it."""
 
 import dataclasses
+import importlib
 import io
 import itertools
 import json
@@ -20,9 +21,11 @@ from pallas_gemma.gemma import (
   read_metrics,
   train,
 )
-from pallas_gemma.gemma._train import plot
-from pallas_gemma.gemma._train.metrics import Metrics
-from pallas_gemma.gemma._train.step import fresh_state, make_steps
+
+plot, metrics, steps = (
+  importlib.import_module(f"pallas_gemma.gemma._train.{name}")
+  for name in ("plot", "metrics", "step")
+)
 
 pytestmark = pytest.mark.no_interpreter
 
@@ -93,9 +96,9 @@ def test_showing_the_z_loss_costs_no_second_head():
       head="recompute",
       model=dataclasses.replace(MODEL, vocab_size=4000),
     )
-    arguments = jax.eval_shape(lambda: fresh_state(settings))
-    step = make_steps(settings, 400)[0]
-    lowered = step.lower(*arguments, {**batch, "weights": weights})  # type: ignore[attr-defined]
+    arguments = jax.eval_shape(lambda: steps.fresh_state(settings))
+    step = steps.make_steps(settings, 400)[0]
+    lowered = step.lower(*arguments, {**batch, "weights": weights})
     return lowered.compile().cost_analysis()["flops"]
 
   # Of the three products of the head, a fourth would be a third more.
@@ -115,8 +118,8 @@ def test_every_record_has_tokens_and_time(runs):
 def test_time_between_two_calls_is_not_of_the_run(tmp_path):
   for step, gap in ((1, 0.0), (2, 0.2)):
     time.sleep(gap)
-    with Metrics(tmp_path, step=step - 1) as metrics:
-      metrics.write({"step": step})
+    with metrics.Metrics(tmp_path, step=step - 1) as records:
+      records.write({"step": step})
   one, two = read_metrics(tmp_path)
   assert two["time"] - one["time"] >= 0.2
   assert one["seconds"] <= two["seconds"] < one["seconds"] + 0.2

@@ -56,7 +56,8 @@ def read_arrays(
     )
   # By the handler: the checkpointer would ask for a file that steps of earlier
   # versions do not have, and warn.
-  there = ocp.StandardCheckpointHandler().metadata(folder)
+  handler: Any = ocp.StandardCheckpointHandler()
+  there = handler.metadata(folder)
   _check_shapes(directory, there.tree, abstract)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   placed = jax.tree.map(

@@ -191,10 +191,11 @@ def labels(paths: Sequence[pathlib.Path]) -> list[str]:
   for path, parts in zip(paths, whole, strict=True):
     if whole.count(parts) > 1:
       raise UserError(f"run {path}: given twice; give different runs")
-  for length in range(1, max(map(len, whole)) + 1):
+  length = 0
+  names = [""] * len(paths)
+  while length == 0 or len(set(names)) < len(names):
+    length += 1
     names = [str(pathlib.Path(*parts[-length:])) for parts in whole]
-    if len(set(names)) == len(names):
-      break
   return names
 
 
