@@ -216,6 +216,16 @@ def test_killed_at_random_points_a_step_is_always_there(tmp_path):
     first = newest + 2
 
 
+def test_a_directory_that_cannot_be_written_is_said(tmp_path):
+  with Checkpoints(tmp_path / "made", keep=1) as checkpoints:
+    checkpoints.save(1, params=state(1))
+    (tmp_path / "made" / "checkpoints" / ".working").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write a checkpoint: .* intact"):
+      checkpoints.save(2, params=state(2))
+  (tmp_path / "made" / "checkpoints" / ".working").unlink()
+  assert_holds(tmp_path / "made", 1, {1})
+
+
 def test_what_is_read_back_must_be_what_was_written(tmp_path, monkeypatch):
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.save(1, params=state(1))

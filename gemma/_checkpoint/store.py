@@ -70,10 +70,12 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
     step = step_number(step)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
-    free = shutil.disk_usage(self._directory).free
-    if size > free:
-      raise _no_space(self._directory, f"{size:,} bytes wanted, {free:,} free")
     with _disk_errors(self._directory):
+      self._directory.mkdir(parents=True, exist_ok=True)
+      free = shutil.disk_usage(self._directory).free
+      if size > free:
+        detail = f"{size:,} bytes wanted, {free:,} free"
+        raise _no_space(self._directory, detail)
       with steps.new_folder(self._directory, step) as folder:
         for name, item in items.items():
           write_arrays(folder / name, item)

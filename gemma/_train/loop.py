@@ -117,7 +117,8 @@ class Loop:
     config = self._run.config
     measured = {name: float(x) for name, x in self._pending.items()}
     self._pending = None
-    loss, norm = measured["loss"], measured["gradient_norm"]
+    loss = measured.get("total_loss", measured["loss"])
+    norm = measured["gradient_norm"]
     if not all(map(math.isfinite, measured.values())):
       raise UserError(
         f"loss is {loss}, its gradient {norm}, at step {self.step}; give a "
