@@ -29,6 +29,7 @@ and with plain JAX elsewhere.
 commands:
   train    train on text files, or on Python's documentation; resumes by itself
   sample   continue a prompt from a checkpoint
+  plot     draw the losses of runs beside each other
 
 `pallas-gemma COMMAND --help` lists the options of a command.
 """
@@ -49,7 +50,8 @@ class SampleConfig:
     checkpoint: work directory of `train`, or directory of `save_checkpoint`.
     prompt: texts to continue.  Default: one empty text, the beginning of a
       document.
-    step: which of its checkpoints.  Default: the newest.
+    step: which of its checkpoints: a number, or best for that of the lowest
+      held-out loss.  Default: the newest.
     max_new_tokens: tokens to add at most.  Default: 200, or as many as the
       model's context has room for.
     temperature: 0 takes the likeliest token each time, 1 follows the model's
@@ -78,7 +80,7 @@ class SampleConfig:
 
   checkpoint: pathlib.Path
   prompt: tuple[str, ...] = ("",)
-  step: int | None = None
+  step: int | Literal["best"] | None = None
   max_new_tokens: int | None = None
   temperature: float = 0.8
   top_k: int | None = None
@@ -196,6 +198,17 @@ def _sample(arguments: list[str]) -> int:
   return 0
 
 
+def _plot(arguments: list[str]) -> int:
+  from ._train.plot_options import PlotConfig
+
+  config = _parse(PlotConfig, "plot", arguments)
+
+  from ._train.plot import plot_runs
+
+  print(f"drawn in {plot_runs(config.runs, config.out, config.axis)}")
+  return 0
+
+
 def _keep_compiled(directory: pathlib.Path) -> None:
   """Keeps compiled programs in `directory`, so that the next start is faster.
 
@@ -246,4 +259,5 @@ def _print_samples(config: SampleConfig) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
   "train": _train,
   "sample": _sample,
+  "plot": _plot,
 }

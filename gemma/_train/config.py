@@ -8,6 +8,7 @@ from typing import Literal
 
 from .._config import GemmaConfig
 from .._errors import UserError
+from .._files import local_path
 
 
 def _require(condition: bool, field: str, wanted: str, got: object) -> None:
@@ -84,7 +85,9 @@ class TrainConfig:
     evaluate_every: steps between evaluations on the held-out text.
     save_every: steps between checkpoints; there is one at the end and on
       Ctrl-C too.
-    keep: checkpoints kept, the newest.
+    keep: checkpoints kept, the newest, besides the one of the lowest held-out
+      loss.  A new one is complete before an older one is removed, so the disk
+      must hold one more.
     optimizer: its settings.
     model: its sizes.
 
@@ -111,6 +114,11 @@ class TrainConfig:
 
   def __post_init__(self) -> None:
     """Checks the values."""
+    for name in ("data", "work_dir", "tokenizer"):
+      given = getattr(self, name)
+      for path in given if isinstance(given, tuple) else (given,):
+        if path is not None:
+          local_path(path, name)
     for field in (
       *("steps", "batch_size", "accumulation", "sequence_length"),
       *("evaluate_every", "save_every", "keep"),

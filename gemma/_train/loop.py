@@ -60,10 +60,12 @@ class Loop:
     self._unigram = unigram_loss(run.train_rows, run.held_out_rows, valid)
     self._clock = _Clock(config)
     self._saved = done
-    # Loss and gradient norm of the newest step, not read yet.  Reading them
+    # Losses and gradient norm of the newest step, not read yet.  Reading them
     # waits until the device has computed them, so they are read after the next
     # step has been started: the device always has work.
-    self._pending: tuple[jax.Array, jax.Array] | None = None
+    self._pending: dict[str, jax.Array] | None = None
+    # The newest evaluation: its step and what came out.
+    self._evaluated: tuple[int, float] | None = None
 
   def take_step(self) -> None:
     """One optimizer step, and the evaluation and checkpoint that are due.
@@ -81,7 +83,10 @@ class Loop:
     self._pending = measured
     last = self.step == config.steps
     if last or self.step % config.evaluate_every == 0:
-      self._report(self._evaluate())
+      loss = self._evaluate()
+      self._evaluated = self.step, loss
+      self._checkpoints.note_loss(self.step, loss)
+      self._report(loss)
     if last or self.step % config.save_every == 0:
       self.save()
 
@@ -95,8 +100,12 @@ class Loop:
     if self.step == self._saved:
       return
     self._metrics.flush()
+    step, loss = self._evaluated or (None, None)
     self._checkpoints.save(
-      self.step, params=self._params, optimizer=self._optimizer_state
+      self.step,
+      loss=loss if step == self.step else None,
+      params=self._params,
+      optimizer=self._optimizer_state,
     )
     self._saved = self.step
     self._clock.pause()
@@ -105,8 +114,12 @@ class Loop:
     """Records and shows the newest step, unless that was done already."""
     if self._pending is None:
       return
-    (loss, norm), self._pending = map(float, self._pending), None
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    config = self._run.config
+    measured = {name: float(x) for name, x in self._pending.items()}
+    self._pending = None
+    loss = measured.get("total_loss", measured["loss"])
+    norm = measured["gradient_norm"]
+    if not all(map(math.isfinite, measured.values())):
       raise UserError(
         f"loss is {loss}, its gradient {norm}, at step {self.step}; give a "
         "lower --optimizer.learning-rate or longer --optimizer.warmup-steps "
@@ -115,8 +128,8 @@ class Loop:
       )
     record = {
       "step": self.step,
-      "loss": loss,
-      "gradient_norm": norm,
+      "tokens": self.step * config.batch_size * config.sequence_length,
+      **measured,
       "learning_rate": np.asarray(self._schedule(self.step - 1)).item(),
       **self._clock.tick(),
     }

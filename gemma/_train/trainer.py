@@ -13,14 +13,21 @@ from collections.abc import Iterator
 import jax
 import rich.console
 
-from .._checkpoint import Checkpoints, complete_steps
+from .._checkpoint import (
+  Checkpoints,
+  best_step,
+  complete_steps,
+  read_losses,
+  set_aside_unfinished,
+)
 from .._flops import peak_flops
 from .._model import num_parameters
 from ..ops import describe_ops
 from .config import TrainConfig
 from .interrupt import deferred_interrupts
 from .loop import Loop
-from .metrics import Metrics, plot_losses, read_metrics
+from .metrics import Metrics, read_metrics
+from .plot import plot_losses
 from .progress import Progress
 from .run import Run, open_run
 from .step import abstract_model, device_memory, resolved
@@ -66,6 +73,11 @@ def train(
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
   run = open_run(config)
+  for step, folder in set_aside_unfinished(run.directory).items():
+    say(
+      f"step {step} is unfinished (it has no checksums.json) and ignored; it "
+      f"is now {folder}"
+    )
   done = max(complete_steps(run.directory), default=0)
   if done >= config.steps:
     say(
@@ -77,6 +89,13 @@ def train(
     say(line)
   result = _train(run, done, console)
   say(f"losses drawn in {plot_losses(run.directory)}")
+  best = best_step(run.directory)
+  if best is not None:
+    say(
+      f"best checkpoint: step {best}, held-out loss "
+      f"{read_losses(run.directory)[best]:.3f}; it is kept, and "
+      "`sample --step best` takes it"
+    )
   return result
 
 
