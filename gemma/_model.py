@@ -162,12 +162,17 @@ class Gemma(nnx.Module):
     """
     return quantize_weights(self)
 
+  @property
+  def is_quantized(self) -> bool:
+    """Whether its matrices are in int8."""
+    return is_quantized(self.blocks.gate[...])
+
   def _in_place(self) -> tuple[str, ...]:
     """Weights that stay in the stack of the layers.
 
     In int8 none: XLA reads them, and takes a layer out as it does so.
     """
-    return () if is_quantized(self.blocks.gate[...]) else IN_PLACE
+    return () if self.is_quantized else IN_PLACE
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Next-token logits [..., V] in float32 of hidden states [..., D]."""

@@ -19,6 +19,7 @@ from pallas_gemma.gemma import (
   Sampler,
   Tokenizer,
   UserError,
+  save_checkpoint,
 )
 from pallas_gemma.kernels import (
   Norm,
@@ -202,7 +203,7 @@ def test_a_model_predicts_much_the_same():
   np.testing.assert_allclose(last, got[:, -1], rtol=2e-5, atol=2e-5)
 
 
-def test_a_sampler_may_compute_with_it():
+def test_a_sampler_may_compute_with_it(tmp_path):
   tokenizer = Tokenizer.train(["The for statement. " * 20], vocab_size=280)
   model = Gemma(GemmaConfig.tiny(280), rngs=nnx.Rngs(0))
 
@@ -213,6 +214,8 @@ def test_a_sampler_may_compute_with_it():
 
   got = logprobs(model, weights="int8")
   assert got == logprobs(model.quantize()) != logprobs(model)
+  with pytest.raises(UserError, match="a model in int8 cannot be saved"):
+    save_checkpoint(tmp_path, model.quantize(), tokenizer)
   with pytest.raises(UserError, match="weights must be 'int8' or None"):
     Sampler(model, tokenizer, weights=cast(Any, "int4"))
 

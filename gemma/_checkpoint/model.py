@@ -44,9 +44,14 @@ def save_checkpoint(
 
   Raises:
     UserError: if the directory cannot be written, or belongs to another
-      model or tokenizer.
+      model or tokenizer, or the model is in int8.
   """
   step = step_number(step)
+  if model.is_quantized:
+    raise UserError(
+      f"checkpoint {directory}: a model in int8 cannot be saved; save the one "
+      "that it was made of, and quantize() what is loaded"
+    )
   directory = open_directory(directory)
   write_identity(directory, {"model": model.config.to_dict()}, tokenizer)
   with Checkpoints(directory, keep=None) as checkpoints:
