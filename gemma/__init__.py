@@ -3,9 +3,11 @@
     model      GemmaConfig, Gemma, Cache, Ops, KERNELS, REFERENCE
     text       Tokenizer
     sampling   Sampler, Completion
-    storage    save_checkpoint, load_checkpoint, Checkpoints
+    storage    save_checkpoint, load_checkpoint, Checkpoints, best_step,
+               read_record
     data       read_corpus, split_documents, tokenize, pack, training_batches
-    training   TrainConfig, train, TrainResult, read_metrics; and its parts:
+    training   TrainConfig, train, TrainResult, read_metrics, plot_runs; and
+               its parts:
                OptimizerConfig, make_optimizer, learning_rate_schedule,
                token_losses, loss_and_gradient, flops_per_token
     errors     UserError, for what the user can mend

@@ -1,7 +1,9 @@
 # The public names: type checkers read this list, and so does __init__.py.
 from ._cache import Cache as Cache
 from ._checkpoint import Checkpoints as Checkpoints
+from ._checkpoint import best_step as best_step
 from ._checkpoint import load_checkpoint as load_checkpoint
+from ._checkpoint import read_record as read_record
 from ._checkpoint import save_checkpoint as save_checkpoint
 from ._cli import main as main
 from ._config import GemmaConfig as GemmaConfig
@@ -27,6 +29,7 @@ from ._train.data import unigram_loss as unigram_loss
 from ._train.metrics import read_metrics as read_metrics
 from ._train.optimizer import learning_rate_schedule as learning_rate_schedule
 from ._train.optimizer import make_optimizer as make_optimizer
+from ._train.plot import plot_runs as plot_runs
 from ._train.step import choose_head as choose_head
 from ._train.step import loss_and_gradient as loss_and_gradient
 from ._train.step import token_losses as token_losses

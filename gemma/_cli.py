@@ -16,7 +16,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
 from ._errors import UserError
 from ._output import standard_streams, tell
@@ -33,6 +33,7 @@ and with plain JAX elsewhere.
 commands:
   train    train on text files, or on Python's documentation; resumes by itself
   sample   continue a prompt from a checkpoint
+  plot     draw the losses of runs beside each other
 
 `pallas-gemma COMMAND --help` lists the options of a command.
 """
@@ -40,6 +41,9 @@ commands:
 _MISUSE = 2  # the exit code for what the user can mend
 
 _Config = TypeVar("_Config")
+
+# Fields of `SampleConfig` that are not arguments of the call of a `Sampler`.
+_OF_THE_SAMPLER = ("checkpoint", "prompt", "step", "batch_size", "weights")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,8 @@ class SampleConfig:
     checkpoint: work directory of `train`, or directory of `save_checkpoint`.
     prompt: texts to continue.  Default: one empty text, the beginning of a
       document.
-    step: which of its checkpoints.  Default: the newest.
+    step: which of its checkpoints: a number, or best for that of the lowest
+      held-out loss.  Default: the newest.
     max_new_tokens: tokens to add at most.  Default: 200, or as many as the
       model's context has room for.
     temperature: 0 takes the likeliest token each time, 1 follows the model's
@@ -73,11 +78,13 @@ class SampleConfig:
       text where its last tokens stood before.  The text is the same; where it
       repeats itself it comes faster.
     batch_size: prompts that are continued at the same time, at most.
+    weights: int8 halves what weights are read and kept, for a text that differs
+      a little; None computes with the checkpoint's own.
   """
 
   checkpoint: pathlib.Path
   prompt: tuple[str, ...] = ("",)
-  step: int | None = None
+  step: int | Literal["best"] | None = None
   max_new_tokens: int | None = None
   temperature: float = 0.8
   top_k: int | None = None
@@ -90,6 +97,7 @@ class SampleConfig:
   seed: int = 0
   speculate: int = 0
   batch_size: int = 32
+  weights: Literal["int8"] | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -200,6 +208,17 @@ def _sample(arguments: list[str]) -> int:
   return 0
 
 
+def _plot(arguments: list[str]) -> int:
+  from ._train.plot_options import PlotConfig
+
+  config = _parse(PlotConfig, "plot", arguments)
+
+  from ._train.plot import plot_runs
+
+  print(f"drawn in {plot_runs(config.runs, config.out, config.axis)}")
+  return 0
+
+
 def _keep_compiled(directory: pathlib.Path) -> None:
   """Keeps compiled programs in `directory`, so that the next start is faster.
 
@@ -222,11 +241,13 @@ def _print_samples(config: SampleConfig) -> None:
   from ._sample.sampler import Sampler
 
   model, tokenizer = load_checkpoint(config.checkpoint, step=config.step)
+  if config.weights == "int8":
+    model = model.quantize()
   sampler = Sampler(model, tokenizer, batch_size=config.batch_size)
   asked = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
-    if field.name not in ("checkpoint", "prompt", "step", "batch_size")
+    if field.name not in _OF_THE_SAMPLER
   }
   if config.max_new_tokens is None:
     longest = max(len(tokenizer.encode(p, add_bos=True)) for p in config.prompt)
@@ -248,4 +269,5 @@ def _print_samples(config: SampleConfig) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
   "train": _train,
   "sample": _sample,
+  "plot": _plot,
 }

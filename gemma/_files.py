@@ -1,9 +1,43 @@
-"""Files that a crash cannot leave half written."""
+"""Paths that are on this machine, and files that a crash cannot halve."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import re
+
+from ._errors import UserError
+
+# As `pathlib` leaves it, which makes gs://b/x into gs:/b/x.  One letter before
+# the colon is a drive of Windows.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def local_path(
+  path: str | os.PathLike[str], what: str = "path"
+) -> pathlib.Path:
+  """The path, if it is one of this machine's file system.
+
+  Without this, gs://bucket/run would be a folder named "gs:" where the program
+  was started.
+
+  Args:
+    path: as the user gave it, or as `pathlib.Path` made it.
+    what: whose path it is, for the message.
+
+  Raises:
+    UserError: for SCHEME://..., such as gs://, s3:// and https://.
+  """
+  text = os.fspath(path)
+  if isinstance(text, bytes):
+    text = os.fsdecode(text)
+  if match := _SCHEME.match(text.lstrip()):
+    scheme, rest = match[1], text.lstrip()[match.end() :].lstrip("/")
+    raise UserError(
+      f"{what} {scheme}://{rest}: remote paths are not supported yet; mount it "
+      "or copy it to this machine, and give the local path"
+    )
+  return pathlib.Path(text)
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -18,3 +52,15 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+  sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+  """Puts on disk which names the folder has, so that a rename lasts."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError:  # some file systems have no such request
+    pass
+  finally:
+    os.close(descriptor)

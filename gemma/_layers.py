@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ._config import GemmaConfig
 from ._remat import AROUND_ATTENTION, Policy
-from .ops import FeedForwardConfig, Norm, Ops, layer_einsum
+from .ops import FeedForwardConfig, Norm, Ops, QuantizedWeight, layer_einsum
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """What a block is given to attend with: maps q [B, T, N, H] and k, v
@@ -57,10 +57,16 @@ class Embedder(nnx.Module):
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Rows [..., D] to logits [..., V] in float32."""
-    table = self.embedding[...].astype(self.dtype)
-    return jnp.einsum(
-      "...D,VD->...V", x, table, preferred_element_type=jnp.float32
+    table: Any = self.embedding[...]
+    quantized = isinstance(table, QuantizedWeight)
+    matrix = table.values if quantized else table
+    logits = jnp.einsum(
+      "...D,VD->...V",
+      x,
+      matrix.astype(self.dtype),
+      preferred_element_type=jnp.float32,
     )
+    return logits * table.scale[:, 0] if quantized else logits
 
 
 class Block(nnx.Module):

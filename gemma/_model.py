@@ -53,6 +53,7 @@ from . import _remat
 from ._cache import Cache
 from ._config import GemmaConfig
 from ._layers import IN_PLACE, Block, Embedder
+from ._weights import cast_weights, is_quantized, quantize_weights
 from .ops import KERNELS, Ops, Rope, ScanPart, scan_layers
 
 _CHUNK = 512  # tokens of a row that `prefill` reads at a time
@@ -139,7 +140,7 @@ class Gemma(nnx.Module):
     with jax.named_scope("embed"):
       x = self.embedder.embed(tokens)
     parts = [part(policy, layers) for policy, layers in remat]
-    x, _ = scan_layers(parts, x, self.blocks, in_place=IN_PLACE)
+    x, _ = scan_layers(parts, x, self.blocks, in_place=self._in_place())
     return self._final_norm(x)
 
   def cast(self) -> Gemma:
@@ -149,12 +150,29 @@ class Gemma(nnx.Module):
     bfloat16 decoding reads half the bytes.  The scales of norms are used in
     float32 and kept.
     """
-    dtype = jnp.dtype(self.config.dtype)
+    return cast_weights(self, jnp.dtype(self.config.dtype))
 
-    def cast(path: Any, x: jax.Array) -> jax.Array:
-      return x if is_norm_scale(path) else x.astype(dtype)
+  def quantize(self) -> Gemma:
+    """This model with its matrices in int8, a scale per output channel.
 
-    return jax.tree_util.tree_map_with_path(cast, self)
+    To sample from: with few rows a step takes little more than half the time of
+    bfloat16, and the weights half the memory.  Logits differ a little.  It can
+    be called as any model, but not trained or saved.  Of a model that is
+    quantised already, the same.
+    """
+    return quantize_weights(self)
+
+  @property
+  def is_quantized(self) -> bool:
+    """Whether its matrices are in int8."""
+    return is_quantized(self.blocks.gate[...])
+
+  def _in_place(self) -> tuple[str, ...]:
+    """Weights that stay in the stack of the layers.
+
+    In int8 none: XLA reads them, and takes a layer out as it does so.
+    """
+    return () if self.is_quantized else IN_PLACE
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Next-token logits [..., V] in float32 of hidden states [..., D]."""
@@ -284,7 +302,9 @@ class Gemma(nnx.Module):
     with jax.named_scope("embed"):
       x = self.embedder.embed(tokens)
     layers = jnp.arange(self.config.num_layers), self.blocks
-    (x, cache), _ = scan_layers(layer, (x, cache), layers, in_place=IN_PLACE)
+    (x, cache), _ = scan_layers(
+      layer, (x, cache), layers, in_place=self._in_place()
+    )
     lengths = written if counts is None else cache.lengths + counts
     cache = dataclasses.replace(cache, lengths=lengths.astype(jnp.int32))
     rows = self._final_norm(x.reshape(-1, self.config.width))
@@ -356,13 +376,3 @@ def abstract_gemma(config: GemmaConfig, ops: Ops) -> Gemma:
 def num_parameters(model: Gemma) -> int:
   """How many numbers the parameters of a model are, real or abstract."""
   return sum(math.prod(p.shape) for p in jax.tree.leaves(model))
-
-
-def is_norm_scale(path: tuple[Any, ...]) -> bool:
-  """Whether the parameter at a pytree path is the scale of a norm.
-
-  Known by its name, since its shape does not tell: stacked over the layers,
-  the scales of norms have two dimensions, as matrices have.
-  """
-  names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-  return any(name.endswith("norm") for name in names)

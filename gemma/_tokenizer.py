@@ -17,6 +17,7 @@ from typing import Any
 import sentencepiece
 
 from ._errors import UserError
+from ._files import local_path
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
@@ -89,7 +90,7 @@ class Tokenizer:
   def load(cls, path: str | pathlib.Path) -> Tokenizer:
     """Reads a `.model` file, for example Gemma's tokenizer.model."""
     try:
-      model = pathlib.Path(path).read_bytes()
+      model = local_path(path, "tokenizer").read_bytes()
     except OSError as error:
       raise UserError(
         f"tokenizer {path}: {error.strerror}; give a tokenizer.model file"
@@ -122,7 +123,7 @@ class Tokenizer:
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes a `.model` file that `load` and any SentencePiece reads."""
-    pathlib.Path(path).write_bytes(self.model)
+    local_path(path, "tokenizer").write_bytes(self.model)
 
   def encode(
     self, text: str, *, add_bos: bool = False, add_eos: bool = False

@@ -17,6 +17,7 @@ from pallas_gemma.kernels import (
   LinearCrossEntropyConfig as LinearCrossEntropyConfig,
 )
 from pallas_gemma.kernels import Norm as Norm
+from pallas_gemma.kernels import QuantizedWeight as QuantizedWeight
 from pallas_gemma.kernels import Rope as Rope
 from pallas_gemma.kernels import ScanPart as ScanPart
 from pallas_gemma.kernels import layer_einsum as layer_einsum

@@ -10,6 +10,7 @@ Everything public is named here; every module behind it starts with `_`.
     _gated          geglu and feed_forward
     _cross_entropy  linear_cross_entropy
     _layers         a scan over layers that copies none of their weights
+    _quantized      weights in int8
     _remat          what jax.checkpoint may keep of them
     _frame          what makes functions an op, the same for all: read it last
 
@@ -58,6 +59,7 @@ from ._layers import LayerOf as LayerOf
 from ._layers import ScanPart as ScanPart
 from ._layers import layer_einsum as layer_einsum
 from ._layers import scan_layers as scan_layers
+from ._quantized import QuantizedWeight as QuantizedWeight
 from ._remat import names_of as _names_of
 from ._remat import products_or as _products_or
 from ._rms_norm import OP as _RMS_NORM

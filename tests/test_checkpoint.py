@@ -135,6 +135,7 @@ def test_damage_beside_the_arrays_is_named(copy, file, damage):
 def test_arrays_of_another_config_are_refused(copy):
   path = files(copy)["config"]
   there = json.loads(path.read_text())
+  del there["checksum"]  # as who changes it by hand is told to
   there["model"]["hidden_size"] = 64
   path.write_text(json.dumps(there))
   with pytest.raises(
@@ -162,14 +163,19 @@ def test_a_missing_step_or_directory_is_refused(saved, tmp_path):
     load_checkpoint(tmp_path / "nothing")
 
 
-def test_an_unfinished_step_is_ignored_and_can_be_written_again(
+def test_an_unfinished_step_is_said_and_can_be_written_again(
   copy, model, tokenizer
 ):
-  """As after a kill between Orbax's last file and our checksums."""
-  files(copy)["checksums"].unlink()
+  """As an earlier version left it, or when its checksums were lost."""
+  checksums = files(copy)["checksums"]
+  checksums.unlink()
   with pytest.raises(UserError, match="no complete step 5; it has 3"):
     load_checkpoint(copy, step=5)
-  load_checkpoint(copy)
+  with pytest.raises(UserError, match="missing: step 5 is unfinished") as error:
+    load_checkpoint(copy)
+  assert str(checksums) in str(error.value)
+  assert str(error.value).endswith("to go back to step 3")
+  load_checkpoint(copy, step=3)
   save_checkpoint(copy, model, tokenizer, step=5)
   load_checkpoint(copy, step=5)
 

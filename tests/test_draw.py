@@ -18,9 +18,16 @@ pytestmark = pytest.mark.no_interpreter
 
 @jax.jit
 def cut(logits, limits):
-  """Weights [V]."""
+  """Weights [V], 0 for what a cut takes away: each token asked for."""
   logits -= jnp.max(logits)
-  return CUT.weights_of(logits[None], limits).reshape(-1)[: logits.size]
+  weights = CUT.weights_of(logits[None], limits.top_k)
+  likely = CUT.within_min_p(weights, limits.min_p).reshape(-1)[: logits.size]
+  if limits.top_p is None:
+    return likely
+  own, tokens = weights.reshape(1, -1), jnp.arange(weights.size)[None]
+  before = CUT.sum_before(weights, own, tokens)
+  is_within = before < CUT.mass_of(weights, limits.top_p)
+  return jnp.where(is_within[0, : logits.size], likely, 0.0)
 
 
 def by_sorting(logits, top_k, top_p, min_p):
@@ -60,14 +67,27 @@ def test_keeps_what_a_sort_keeps(logits, top_k, top_p, min_p):
   assert sure <= kept <= maybe, (sure, kept, maybe)
 
 
-def test_a_whole_vocabulary():
+def test_the_top_k_of_a_whole_vocabulary():
   logits = np.random.default_rng(0).standard_normal(256_128, np.float32) * 3
-  for top_k, top_p in ((1, np.inf), (40, 0.9), (300_000, 0.5), (1000, np.inf)):
-    limits = CUT.Cut(np.int32(top_k), np.float32(top_p), np.float32(0))
-    kept = np.asarray(cut(logits, limits)) > 0
-    sure, maybe = by_sorting(logits, top_k, top_p, 0.0)
+  for top_k in (1, 40, 1000, 300_000):
+    kept = np.asarray(cut(logits, CUT.Cut(np.int32(top_k)))) > 0
+    sure, maybe = by_sorting(logits, top_k, np.inf, 0.0)
     assert len(sure) <= kept.sum() <= len(maybe)
     assert kept[list(sure)].all()
+
+
+def test_the_top_p_of_a_whole_vocabulary():
+  """Of the tokens about the last one that is within."""
+  logits = np.random.default_rng(0).standard_normal(256_128, np.float32) * 3
+  weights = CUT.weights_of(logits[None] - logits.max(), None)
+  flat, order = np.asarray(weights).reshape(-1), np.argsort(-logits)
+  for top_p in (0.5, 0.9, 0.95):
+    sure, maybe = by_sorting(logits, 300_000, top_p, 0.0)
+    around = order[len(sure) - 20 : len(maybe) + 20]
+    before = CUT.sum_before(weights, flat[None, around], around[None])
+    kept = (before < CUT.mass_of(weights, np.float32(top_p)))[0]
+    kept = set(around[np.asarray(kept)].tolist())
+    assert sure & {*around.tolist()} <= kept <= maybe
 
 
 def test_equal_logits_are_kept_by_their_ids():
@@ -131,7 +151,8 @@ def distribution(logits, settings, seen, counts):
   counts = counts if settings.uses_counts else None
   logits = jnp.where(jnp.arange(V) < settings.vocab_size, logits, -jnp.inf)
   penalised = DRAW.penalise(logits, settings, seen, counts)
-  weights = DRAW.weights(penalised, settings).reshape(1, -1)[:, :V]
+  scaled = DRAW._scale(penalised, settings.temperature)
+  weights = cut(scaled[0], settings.cut)[None]
   return weights / weights.sum()
 
 
@@ -217,13 +238,84 @@ def test_every_part_of_the_sum_is_its_own_tokens():
   weights[:, 5] += 1e-3
   part = rng.random(500, np.float32)
   part[:50], part[50:100] = 0, np.nextafter(np.float32(1), np.float32(0))
-  got = np.asarray(jax.jit(DRAW._invert)(weights, part))
+  invert = jax.jit(DRAW._invert)
+  got = np.asarray(invert(weights[:, None], part[:, None]))[:, 0]
   ends = np.cumsum(weights.astype(np.float64), axis=1)
   limit, rows = part * ends[:, -1], np.arange(500)
   assert (weights[rows, got] > 0).all()
   assert (ends[rows, got] >= limit - 1e-5).all()
   assert ((ends - weights)[rows, got] <= limit + 1e-5).all()
   assert len({*got.tolist()}) > 25
+
+
+# --- top-p by trial -----------------------------------------------------------
+
+
+@jax.jit
+def drawn(logits, keys, top_p, min_p):
+  """Tokens of rows [B, V]."""
+  limits = CUT.Cut(top_p=top_p, min_p=min_p)
+  logits -= jnp.max(logits, axis=1, keepdims=True)
+  return DRAW._draw_within(keys, logits, limits)
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(
+  logits=st.lists(SOME | st.just(-np.inf), min_size=24, max_size=24),
+  top_p=st.floats(0.01, 1.0),
+  min_p=st.just(0.0) | st.floats(0.001, 1.0),
+  seed=st.integers(0, 2**31 - 1),
+)
+def test_tries_end_within_what_a_sort_keeps(logits, top_p, min_p, seed):
+  logits, min_p = np.array(logits, np.float32), float(np.float32(min_p))
+  hypothesis.assume(np.isfinite(logits).any())
+  keys = jax.random.split(jax.random.key(seed), 16)
+  rows = np.tile(logits, (16, 1))
+  got = drawn(rows, keys, np.float32(top_p), np.float32(min_p))
+  _, maybe = by_sorting(logits, 24, float(np.float32(top_p)), min_p)
+  assert set(np.asarray(got).tolist()) <= maybe
+
+
+@pytest.mark.parametrize("top_p", [0.06, 0.31, 0.96])
+@pytest.mark.parametrize("shape", ["steep", "flat", "equal"])
+def test_tries_are_in_proportion_to_what_a_sort_keeps(top_p, shape):
+  """Also where most of what is tried lies outside."""
+  spread = dict(steep=2.0, flat=0.3, equal=0.0)[shape]
+  logits = spread * np.random.default_rng(1).standard_normal(40, np.float32)
+  sure, maybe = by_sorting(logits, 40, top_p, 0.0)
+  assert sure == maybe  # no sum is near the limit
+  draws = 4000
+  keys = jax.random.split(jax.random.key(2), draws)
+  rows = np.tile(logits, (draws, 1))
+  tokens = np.asarray(drawn(rows, keys, np.float32(top_p), np.float32(0)))
+  kept = sorted(sure)
+  want = np.exp(logits[kept].astype(np.float64))
+  want /= want.sum()
+  got = np.bincount(tokens, minlength=40)[kept] / draws
+  assert set(tokens.tolist()) <= sure
+  deviation = np.sqrt(want * (1 - want) / draws)
+  # Of up to 40 shares one is off by three deviations in a tenth of all seeds.
+  assert (np.abs(got - want) <= 3.5 * deviation + 1e-12).all()
+
+
+def test_rows_that_try_longer_do_not_change_the_others():
+  rng = np.random.default_rng(3)
+  rows = rng.standard_normal((9, 300), np.float32)
+  keys = jax.random.split(jax.random.key(4), 9)
+  p, no = np.float32(0.1), np.float32(0)
+  together = np.asarray(drawn(rows, keys, p, no))
+  alone = [
+    int(drawn(rows[i : i + 1], keys[i : i + 1], p, no)[0]) for i in range(9)
+  ]
+  assert together.tolist() == alone
+
+
+def test_a_row_that_is_not_a_number_ends():
+  rows = np.zeros((2, 20), np.float32)
+  rows[0, 3] = np.nan
+  keys = jax.random.split(jax.random.key(5), 2)
+  tokens = drawn(rows, keys, np.float32(0.5), np.float32(0))
+  assert tokens[0] == 0 and 0 <= tokens[1] < 10
 
 
 # --- guesses ------------------------------------------------------------------

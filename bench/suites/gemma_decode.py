@@ -5,7 +5,8 @@ given away, so that it can be written in place.  Its bound is HBM: every weight
 is read once, and of the cache the keys and values that a row has.
 
 7B does not fit a v5e, which has 16 GB where its weights alone are 17: it has
-half of its layers here.
+half of its layers here.  With weights in int8, as `Gemma.quantize` makes them,
+it fits whole.
 """
 
 from __future__ import annotations
@@ -27,42 +28,59 @@ from .program import Built, Program
 _LENGTH = 8192  # of the cache
 _SHORTEST = 256
 _2B = GemmaConfig.gemma_2b()
-_HALF_7B = dataclasses.replace(GemmaConfig.gemma_7b(), num_layers=14)
+_7B = GemmaConfig.gemma_7b()
+_HALF_7B = dataclasses.replace(_7B, num_layers=14)
 _FULL = (_LENGTH,)
 _MIXED = tuple(np.linspace(_SHORTEST, _LENGTH, 32).astype(int).tolist())
-_CASES = (  # of tokens in each row's cache, the new one included
-  ("gemma_2b_1x8k", _2B, _FULL),
-  ("gemma_2b_32x8k", _2B, 32 * _FULL),
-  ("gemma_2b_32_mixed", _2B, _MIXED),
-  ("gemma_7b_14_layers_1x8k", _HALF_7B, _FULL),
+# Tokens in each row's cache, the new one included; whether weights are int8.
+_CASES: tuple[tuple[str, GemmaConfig, tuple[int, ...], bool], ...] = (
+  ("gemma_2b_1x8k", _2B, _FULL, False),
+  ("gemma_2b_32x8k", _2B, 32 * _FULL, False),
+  ("gemma_2b_32_mixed", _2B, _MIXED, False),
+  ("gemma_7b_14_layers_1x8k", _HALF_7B, _FULL, False),
+  ("gemma_2b_1x8k_int8", _2B, _FULL, True),
+  ("gemma_2b_32_mixed_int8", _2B, _MIXED, True),
+  ("gemma_7b_1x8k_int8", _7B, _FULL, True),
 )
 
 
 def programs() -> Iterator[Program]:
   """One step for a row, for many rows, and for rows of many lengths."""
-  for i, (name, config, lengths) in enumerate(_CASES):
+  for i, (name, config, lengths, quantized) in enumerate(_CASES):
     yield Program(
       op="gemma_decode",
       case=name,
       which="fwd",
       implementation="pallas",
-      build=functools.partial(step, config, lengths, _LENGTH),
-      costs=(cost(config, lengths),),
+      build=functools.partial(
+        step, config, lengths, _LENGTH, quantized=quantized
+      ),
+      costs=(cost(config, lengths, quantized=quantized),),
       default=i == 0,
     )
 
 
-def step(config: GemmaConfig, lengths: Sequence[int], size: int) -> Built:
+def step(
+  config: GemmaConfig,
+  lengths: Sequence[int],
+  size: int,
+  *,
+  quantized: bool = False,
+) -> Built:
   """Logits and cache after one step, of the model, tokens and the cache.
 
   Args:
     config: of the model.
     lengths: of each row, the new token included.
     size: that the cache has room for.
+    quantized: whether weights are int8.
   """
-  model = nnx.eval_shape(
-    lambda: Gemma(config, rngs=nnx.Rngs(0), ops=KERNELS).cast()
-  )
+
+  def make() -> Gemma:
+    model = Gemma(config, rngs=nnx.Rngs(0), ops=KERNELS)
+    return (model.quantize() if quantized else model).cast()
+
+  model = nnx.eval_shape(make)
   batch = len(lengths)
   tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
   cache = jax.eval_shape(lambda: Cache.empty(config, batch, size))
@@ -88,7 +106,9 @@ def step(config: GemmaConfig, lengths: Sequence[int], size: int) -> Built:
   )
 
 
-def cost(config: GemmaConfig, lengths: Sequence[int]) -> Cost:
+def cost(
+  config: GemmaConfig, lengths: Sequence[int], *, quantized: bool = False
+) -> Cost:
   """Every weight once, and the keys and values that there are."""
   d, h = config.width, config.head_size
   heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -98,5 +118,6 @@ def cost(config: GemmaConfig, lengths: Sequence[int]) -> Cost:
   size = jnp.dtype(config.dtype).itemsize
   return Cost(
     flops=2 * len(lengths) * weights + 4 * tokens * heads * h,
-    hbm_bytes=size * (weights + 2 * tokens * kv_heads * h),
+    hbm_bytes=(1 if quantized else size) * weights
+    + size * 2 * tokens * kv_heads * h,
   )

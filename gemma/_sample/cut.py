@@ -1,11 +1,14 @@
 """The likeliest tokens, without sorting them.
 
 To sort 256,128 logits takes a v5e longer than to read the weights of three
-layers.  What is kept are the likeliest tokens, so a threshold on the
-probabilities says which: it is found by halving, each time with a sum over the
-vocabulary.  float32 numbers from 0 to 1 are in the order of their bits, so that
-30 halvings find any threshold exactly.  Of tokens as likely as the last one
-kept, those of lower ids are, as many as there is room for.
+layers.  The k likeliest are those above a threshold, which is found by halving,
+each time with a sum over the vocabulary.  float32 numbers from 0 to 1 are in
+the order of their bits, so that 30 halvings find any threshold exactly.  Of
+tokens as likely as the last one kept, those of lower ids are, as many as there
+is room for.
+
+For top-p no threshold is needed: whether a given token is within takes one sum,
+of the tokens before it.  `draw.py` asks for the tokens that it has drawn.
 """
 
 from __future__ import annotations
@@ -38,51 +41,99 @@ class Cut(NamedTuple):
   min_p: np.float32 | jax.Array | None = None
 
 
-def weights_of(logits: jax.Array, cut: Cut) -> jax.Array:
+def weights_of(
+  logits: jax.Array, top_k: jax.Array | np.int32 | None
+) -> jax.Array:
   """What the probabilities of the tokens are in proportion to.
 
   Args:
     logits: [B, V] float32, of which the largest of each row is 0.
-    cut: which tokens may be drawn.
+    top_k: of a `Cut`.
 
   Returns:
     [B, 8, n]: the tokens of a row one after the other, and padding; 0 for
-    padding and for what may not be drawn.  (Of a vector along the lanes alone a
-    TPU computes an eighth at a time.)
+    padding and for what is not among the top k.  (Of a vector along the lanes
+    alone a TPU computes an eighth at a time.)
   """
   batch, vocab_size = logits.shape
   padding = (0, 0), (0, -vocab_size % _ROWS)
   logits = jnp.pad(logits, padding, constant_values=-jnp.inf)
   logits = logits.reshape(batch, _ROWS, -1)
   weights = jnp.exp(logits)
-  if cut.top_k is not None:
-    weights = _top_k(weights, cut.top_k)
-  if cut.top_p is not None:
-    weights = _top_p(weights, cut.top_p)
-  if cut.min_p is not None:
-    weights = jnp.where(weights >= cut.min_p, weights, 0.0)
-  return weights
+  return weights if top_k is None else _top_k(weights, top_k)
+
+
+def within_min_p(
+  weights: jax.Array, min_p: jax.Array | np.float32 | None
+) -> jax.Array:
+  """Weights after the `min_p` of a `Cut`; the likeliest token's is 1."""
+  if min_p is None:
+    return weights
+  return jnp.where(weights >= min_p, weights, 0.0)
+
+
+def mass_of(weights: jax.Array, p: jax.Array | np.float32) -> jax.Array:
+  """[B, 1]: a part p of all, less than which is before every token of top-p.
+
+  Args:
+    weights: [B, 8, n].
+    p: the part; the likeliest token is within any.
+  """
+  mass = jnp.maximum(p * _sum(weights), jnp.finfo(jnp.float32).tiny)
+  return mass[..., 0]
+
+
+def is_before(
+  weights: jax.Array, weight: jax.Array, token: jax.Array
+) -> jax.Array:
+  """[B, 8, n] bool: which tokens are likelier than one, or like it before it.
+
+  Args:
+    weights: [B, 8, n].
+    weight: [B], of the token.
+    token: [B], its id.
+  """
+  weight, token = weight[:, None, None], token[:, None, None]
+  is_earlier = _index_of(weights) < token.astype(jnp.uint32)
+  return (weights > weight) | (weights == weight) & is_earlier
+
+
+def sum_before(
+  weights: jax.Array, own: jax.Array, tokens: jax.Array
+) -> jax.Array:
+  """[B, C]: what the tokens before each of some have together.
+
+  Args:
+    weights: [B, 8, n].
+    own: [B, C], of the tokens.
+    tokens: [B, C], their ids.
+  """
+  before = [
+    _sum(jnp.where(is_before(weights, w, t), weights, 0.0))
+    for w, t in zip(own.T, tokens.T, strict=True)
+  ]
+  return jnp.concatenate(before, axis=1)[..., 0]
 
 
 def least(
-  holds: Callable[[jax.Array], jax.Array], batch: int, bits: int
+  holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], bits: int
 ) -> jax.Array:
   """The least uint32 below 2^bits that `holds`, as all above it do.
 
   Args:
-    holds: maps a number [B, 1, 1] for each row to whether it holds.
-    batch: B.
+    holds: maps numbers of a shape to whether they hold.
+    shape: theirs.
     bits: of the numbers.
 
   Returns:
-    [B, 1, 1]; the last number where none holds.
+    Of this shape; the last number where none holds.
   """
 
   def step(i: jax.Array, high: jax.Array) -> jax.Array:
     lower = high - (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
     return jnp.where(holds(lower), lower, high)
 
-  top = jnp.full((batch, 1, 1), (1 << bits) - 1, jnp.uint32)
+  top = jnp.full(shape, (1 << bits) - 1, jnp.uint32)
   return jax.lax.fori_loop(0, bits, step, top)
 
 
@@ -97,21 +148,6 @@ def _top_k(weights: jax.Array, k: jax.Array | np.int32) -> jax.Array:
   return _keep(weights, last, k - _count(weights > last))
 
 
-def _top_p(weights: jax.Array, p: jax.Array | np.float32) -> jax.Array:
-  """Weights of the fewest tokens that have a part p of all."""
-
-  def above(t: jax.Array) -> jax.Array:
-    return _sum(jnp.where(weights > t, weights, 0.0))
-
-  tiny = jnp.finfo(jnp.float32).tiny
-  mass = jnp.maximum(p * _sum(weights), tiny)
-  last = _threshold(weights, lambda t: above(t) < mass)
-  # As many like the last as it takes; a quotient of zero by zero keeps all.
-  size = weights[0].size
-  room = jnp.maximum(jnp.ceil((mass - above(last)) / last), 1)
-  return _keep(weights, last, jnp.where(room < size, room, size))
-
-
 def _threshold(
   weights: jax.Array, holds: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
@@ -120,19 +156,20 @@ def _threshold(
   def as_float(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
-  return as_float(least(lambda t: holds(as_float(t)), len(weights), _BITS))
+  return as_float(
+    least(lambda t: holds(as_float(t)), (len(weights), 1, 1), _BITS)
+  )
 
 
 def _keep(weights: jax.Array, last: jax.Array, room: jax.Array) -> jax.Array:
   """Weights above the last, and the first `room` of those like it."""
-  size = weights[0].size
-  index = jnp.arange(size, dtype=jnp.uint32).reshape(weights.shape[1:])
+  size, index = weights[0].size, _index_of(weights)
 
   def search() -> jax.Array:
     def is_enough(i: jax.Array) -> jax.Array:
       return _count((weights == last) & (index <= i)) >= room
 
-    return least(is_enough, len(weights), size.bit_length())
+    return least(is_enough, last.shape, size.bit_length())
 
   def all_of_them() -> jax.Array:
     return jnp.full(last.shape, size, jnp.uint32)
@@ -142,6 +179,12 @@ def _keep(weights: jax.Array, last: jax.Array, room: jax.Array) -> jax.Array:
   end = jax.lax.cond(fit, all_of_them, search)
   kept = (weights > last) | (weights == last) & (index <= end)
   return jnp.where(kept, weights, 0.0)
+
+
+def _index_of(weights: jax.Array) -> jax.Array:
+  """[8, n] uint32, the tokens' ids."""
+  size = weights[0].size
+  return jnp.arange(size, dtype=jnp.uint32).reshape(weights.shape[1:])
 
 
 def _count(chosen: jax.Array) -> jax.Array:

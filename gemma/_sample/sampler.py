@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -40,10 +41,14 @@ class Sampler:
     batch_size: rows that are sampled at the same time, at most.  Of more
       prompts, the next begins when a row has ended.  The cache holds so many
       rows.
+    weights: "int8" computes with matrices in int8, as `Gemma.quantize` makes
+      them, at each call; None with the model's own.  (To quantise once, and
+      free the others' memory, pass `model.quantize()`.)
 
   Raises:
     UserError: if the model has fewer rows than the tokenizer has ids, or fewer
-      positions than max_length, or batch_size is not positive.
+      positions than max_length, batch_size is not positive, or weights are
+      neither.
   """
 
   def __init__(
@@ -53,6 +58,7 @@ class Sampler:
     *,
     max_length: int | None = None,
     batch_size: int = 32,
+    weights: Literal["int8"] | None = None,
   ):
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:
@@ -69,10 +75,13 @@ class Sampler:
       )
     if batch_size < 1:
       raise wanted("batch_size", "at least 1", batch_size)
+    if weights not in (None, "int8"):
+      raise wanted("weights", "'int8' or None", weights)
     self.model = model
     self.tokenizer = tokenizer
     self.max_length = max_length
     self.batch_size = batch_size
+    self.weights = weights
 
   def __call__(
     self,
@@ -196,7 +205,8 @@ class _Desk:
     prompts: list[list[int]],
     stream: Callable[[int, str], None] | None,
   ):
-    self._model = sampler.model.cast()
+    model = sampler.model
+    self._model = (model.quantize() if sampler.weights else model).cast()
     self._settings, self._prompts = settings, prompts
     self._new = request.max_new_tokens
     self._make_row = lambda index: Row(

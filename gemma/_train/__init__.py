@@ -15,7 +15,8 @@ What happens then, and where to read it:
     |   |-- data      training_batches(...)(step), evaluation_batches(...)
     |   `-- step      loss, its gradient, the update of the parameters; compiled
     |       `-- optimizer   AdamW, clipping and the learning rate, from optax
-    |-- metrics   the record of each step: metrics.jsonl, TensorBoard, loss.png
+    |-- metrics   the record of each step: metrics.jsonl, TensorBoard
+    |-- plot      pictures of the records: loss.png, and `pallas-gemma plot`
     |-- progress  what the terminal shows
     `-- interrupt Ctrl-C and `kill`, noted and obeyed after the step
 

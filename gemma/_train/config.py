@@ -8,6 +8,7 @@ from typing import Literal
 
 from .._config import GemmaConfig
 from .._errors import UserError
+from .._files import local_path
 
 
 def _require(condition: bool, field: str, wanted: str, got: object) -> None:
@@ -88,7 +89,9 @@ class TrainConfig:
       least one; "all" every one, which takes as long as the text is large.
     save_every: steps between checkpoints; there is one at the end too, and on
       Ctrl-C, SIGTERM, SIGHUP, or when nobody reads the output any more.
-    keep: checkpoints kept, the newest.
+    keep: checkpoints kept, the newest, besides the one of the lowest held-out
+      loss.  A new one is complete before an older one is removed, so the disk
+      must hold one more.
     allow_change: go on, when a run is resumed, with other settings of the
       optimizer, the loss or the number of steps than it had.
     optimizer: its settings.
@@ -119,6 +122,11 @@ class TrainConfig:
 
   def __post_init__(self) -> None:
     """Checks the values."""
+    for name in ("data", "work_dir", "tokenizer"):
+      given = getattr(self, name)
+      for path in given if isinstance(given, tuple) else (given,):
+        if path is not None:
+          local_path(path, name)
     for field in (
       *("steps", "batch_size", "accumulation", "sequence_length"),
       *("evaluate_every", "save_every", "keep"),

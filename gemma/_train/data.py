@@ -30,6 +30,7 @@ import grain
 import numpy as np
 
 from .._errors import UserError
+from .._files import local_path
 from .._tokenizer import Tokenizer
 
 TEXT_SUFFIXES = frozenset(
@@ -115,7 +116,7 @@ def _documents(
 
     for name, text in sorted(topics.topics.items()):
       yield Document(name, text), ""
-  for path in map(pathlib.Path, paths):
+  for path in (local_path(path, "data") for path in paths):
     if not path.exists():
       raise UserError(f"data {path}: no such file or folder; check --data")
     if not path.is_dir():

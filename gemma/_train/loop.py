@@ -71,12 +71,14 @@ class Loop:
     self._unigram = unigram_loss(run.train_rows, run.evaluation_rows, valid)
     self._clock = _Clock(config)
     self._saved = run.done
-    # Loss and gradient norm of the newest step, not read yet.  Reading them
+    # Losses and gradient norm of the newest step, not read yet.  Reading them
     # waits until the device has computed them, so they are read after the next
     # step has been started: the device always has work.
-    self._pending: tuple[jax.Array, jax.Array] | None = None
+    self._pending: dict[str, jax.Array] | None = None
     # The record of the newest step, if it is not written yet.
     self._record: Record | None = None
+    # The newest evaluation: its step and what came out.
+    self._evaluated: tuple[int, float] | None = None
 
   def prepare(self, unwritten: Record | None) -> None:
     """Does all that takes long and cannot be interrupted, but for the steps.
@@ -124,12 +126,14 @@ class Loop:
     record = self._measure()
     if self.step == self._saved:
       return
+    step, loss = self._evaluated or (None, None)
     try:
       self._metrics.flush()
     finally:  # without records, the steps are still worth it
       self._checkpoints.save(
         self.step,
         record={**self._run.record, "metrics": record},
+        loss=loss if step == self.step else None,
         params=self._params,
         optimizer=self._optimizer_state,
       )
@@ -148,8 +152,12 @@ class Loop:
     """Reads the newest step's numbers; returns its record if not written."""
     if self._pending is None:
       return self._record
-    (loss, norm), self._pending = map(float, self._pending), None
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    config = self._run.config
+    measured = {name: float(x) for name, x in self._pending.items()}
+    self._pending = None
+    loss = measured.get("total_loss", measured["loss"])
+    norm = measured["gradient_norm"]
+    if not all(map(math.isfinite, measured.values())):
       raise UserError(
         f"loss is {loss}, its gradient {norm}, at step {self.step}; give a "
         "lower --optimizer.learning-rate or longer --optimizer.warmup-steps "
@@ -158,8 +166,8 @@ class Loop:
       )
     self._record = {
       "step": self.step,
-      "loss": loss,
-      "gradient_norm": norm,
+      "tokens": self.step * config.batch_size * config.sequence_length,
+      **measured,
       "learning_rate": np.asarray(self._schedule(self.step - 1)).item(),
       **self._clock.tick(),
     }
@@ -177,8 +185,11 @@ class Loop:
       loss, weight = self._evaluate_batch(self._params, batch)
       losses, weights = losses + float(loss), weights + float(weight)
     self._clock.pause()
+    held_out_loss = losses / weights
+    self._evaluated = self.step, held_out_loss
+    self._checkpoints.note_loss(self.step, held_out_loss)
     if record is not None:
-      record["held_out_loss"] = losses / weights
+      record["held_out_loss"] = held_out_loss
       record["unigram_loss"] = self._unigram
 
 

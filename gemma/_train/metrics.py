@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard and loss.png."""
+"""The record of a run: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,20 +11,45 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import matplotlib.figure
 import tensorboardX.proto.event_pb2
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.summary import scalar
 
 from .._errors import UserError
-from .._files import write_atomically
+from .._files import local_path, write_atomically
 
 _FILE = "metrics.jsonl"
 _events: Any = tensorboardX.proto.event_pb2  # generated, without types
 _BUFFER = 8192  # bytes that wait to be written together
 
 Record = dict[str, Any]
-"""Of one step: "step", "loss" and so on, as `Loop` writes them."""
+"""Of one optimizer step.  Each has
+
+    step                  optimizer steps done
+    tokens                tokens of all batches so far, padding included
+    loss                  mean cross-entropy of the batch, nats per token
+    gradient_norm         before clipping
+    learning_rate         of this step
+    time                  when it was written, in seconds since 1970 (Unix time)
+    seconds               that the run has taken so far, in all its calls:
+                          compiling, evaluating and saving included, the time
+                          between two calls not
+
+and, where it applies,
+
+    z_loss, total_loss    with a z-loss: its term, and the sum whose gradient is
+                          taken
+    tokens_per_second     of recent steps; evaluating and saving do not count
+    model_flops_utilization  on a device whose highest rate is known
+    held_out_loss         of an evaluation after this step, nats per token
+    unigram_loss          of the same tokens, by their frequency alone
+
+Records of earlier versions have no tokens, time and seconds, and their loss
+includes the z-loss.
+"""
+
+# What TensorBoard has by itself.
+_NOT_DRAWN = ("step", "time", "seconds")
 
 
 class Metrics(contextlib.AbstractContextManager):
@@ -43,6 +68,9 @@ class Metrics(contextlib.AbstractContextManager):
     self._path = directory / _FILE
     kept = [r for r in read_metrics(directory) if r["step"] <= step]
     lines = "".join(json.dumps(r) + "\n" for r in kept)
+    # Seconds of the run before this call.
+    self._before = max((r.get("seconds", 0.0) for r in kept), default=0.0)
+    self._started = time.monotonic()
     self._unwritten = b""
     with self._errors():
       write_atomically(self._path, lines.encode())
@@ -58,7 +86,9 @@ class Metrics(contextlib.AbstractContextManager):
       self._board.close()
 
   def write(self, record: Record) -> None:
-    """Adds a record; its "step" counts the optimizer steps done."""
+    """Adds a record, with the time."""
+    seconds = self._before + time.monotonic() - self._started
+    record = {**record, "time": time.time(), "seconds": seconds}
     self._unwritten += json.dumps(record).encode() + b"\n"
     if len(self._unwritten) > _BUFFER:
       with contextlib.suppress(OSError):  # `flush` tries again, and says so
@@ -111,7 +141,7 @@ class _Board:
   def write(self, record: Record) -> None:
     """Adds a record."""
     for name, number in record.items():
-      if name != "step":
+      if name not in _NOT_DRAWN:
         self._write(step=record["step"], summary=scalar(name, number))
 
   def flush(self) -> None:
@@ -151,46 +181,28 @@ def unwritten_record(
   return written[0] if written else record
 
 
-def read_metrics(directory: pathlib.Path) -> list[Record]:
+def read_metrics(directory: str | os.PathLike[str]) -> list[Record]:
   """All records of a run, in order; none if there is no file.
 
   A line that is not whole, because the process died while writing it, is left
-  out.
+  out.  `Record`, in `_train/metrics.py`, says what a record has.
   """
+  path = local_path(directory, "run") / _FILE
   try:
-    lines = (directory / _FILE).read_text().splitlines()
-  except FileNotFoundError:
+    lines = path.read_text(errors="replace").splitlines()
+  except (FileNotFoundError, NotADirectoryError):
     return []
+  except OSError as error:
+    raise UserError(f"metrics {path}: {error.strerror}") from error
   records = []
   for line in lines:
-    with contextlib.suppress(json.JSONDecodeError):
-      records.append(json.loads(line))
+    with contextlib.suppress(ValueError):
+      record = json.loads(line)
+      if isinstance(record, dict) and isinstance(record.get("step"), int):
+        records.append(record)
   return records
 
 
 def perplexity(loss: float) -> float:
   """exp(loss) of a loss in nats; infinity where a float cannot hold it."""
   return math.exp(loss) if loss < 700 else math.inf
-
-
-def plot_losses(directory: pathlib.Path) -> pathlib.Path:
-  """Draws loss.png from the records: training, held-out, unigram."""
-  records = read_metrics(directory)
-  figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-  axes = figure.subplots()
-  curves: list[tuple[str, str, dict[str, Any]]] = [
-    ("loss", "training", dict(linewidth=0.8, alpha=0.7)),
-    ("held_out_loss", "held out", dict(linewidth=2, marker=".")),
-    ("unigram_loss", "held out, unigram", dict(linestyle="--", color="gray")),
-  ]
-  for name, label, style in curves:
-    points = [(r["step"], r[name]) for r in records if name in r]
-    if points:
-      axes.plot(*zip(*points, strict=True), label=label, **style)
-  axes.set(xlabel="step", ylabel="loss, nats per token")
-  axes.grid(alpha=0.3)
-  if axes.lines:
-    axes.legend()
-  path = directory / "loss.png"
-  figure.savefig(path, dpi=120)
-  return path

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from .._model import is_norm_scale
+from .._weights import is_norm_scale
 from .config import OptimizerConfig
 
 

@@ -47,19 +47,31 @@ def token_losses(
   Returns:
     [B, T] float32, in nats, times the batch's weights.
   """
+  return _losses(model, batch, valid_vocab_size, head)(z_loss)
+
+
+def _losses(
+  model: Gemma, batch: DeviceBatch, valid_vocab_size: int, head: Head
+) -> Callable[[float], jax.Array]:
+  """What `token_losses` returns, by the weight of the z-loss.
+
+  The model runs once.  Of two weights in one program, XLA computes the
+  logits once, too: the same products of the same arrays.
+  """
   hidden = model.hidden_states(
     batch["tokens"], segment_ids=batch["segment_ids"]
   )
   table = model.embedder.embedding[...]
   rows = hidden.reshape(-1, hidden.shape[-1])
-  return model.ops.linear_cross_entropy(
+  config = LinearCrossEntropyConfig.for_problem(rows, table, head)
+  return lambda z_loss: model.ops.linear_cross_entropy(
     hidden,
     table,
     batch["labels"],
     weights=batch["weights"],
     z_loss=z_loss,
     valid_vocab_size=valid_vocab_size,
-    config=LinearCrossEntropyConfig.for_problem(rows, table, head),
+    config=config,
   )
 
 
@@ -82,11 +94,13 @@ def choose_head(config: TrainConfig, memory: int | None) -> Head:
 
 
 def loss_and_gradient(
-  loss_sum: Callable[[Params, DeviceBatch], jax.Array],
+  loss_sum: Callable[[Params, DeviceBatch], Any],
   params: Params,
   batch: DeviceBatch,
   accumulation: int,
-) -> tuple[jax.Array, Params]:
+  *,
+  has_aux: bool = False,
+) -> tuple[Any, Params]:
   """Mean loss per weighted token of a batch, and its gradient.
 
   The batch is taken in `accumulation` equal parts, one after the other.  Each
@@ -98,10 +112,17 @@ def loss_and_gradient(
     params: to differentiate by.
     batch: arrays [B, ...], with "weights".
     accumulation: a divisor of B.
+    has_aux: whether `loss_sum` returns a pair, as for `jax.value_and_grad`: the
+      second is a pytree of other sums, of which there is no gradient, and whose
+      means are returned in a pair with the loss.
   """
   # At least 1, so that a batch of nothing but padding has loss 0 and not 0 / 0.
   weight = jnp.maximum(batch["weights"].sum(), 1)
-  value_and_grad = jax.value_and_grad(lambda p, b: loss_sum(p, b) / weight)
+
+  def mean(params: Params, part: DeviceBatch) -> Any:
+    return jax.tree.map(lambda x: x / weight, loss_sum(params, part))
+
+  value_and_grad = jax.value_and_grad(mean, has_aux=has_aux)
   if accumulation == 1:
     return value_and_grad(params, batch)
   parts = jax.tree.map(
@@ -111,7 +132,11 @@ def loss_and_gradient(
   def add(total, part):
     return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
 
-  zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+  first = jax.tree.map(lambda x: x[0], parts)
+  zero = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(value_and_grad, params, first),
+  )
   return jax.lax.scan(add, zero, parts)[0]
 
 
@@ -126,31 +151,44 @@ def make_steps(
 
   Returns:
     Two functions.  The first takes (params, optimizer state, batch) and returns
-    (params, optimizer state, (loss, gradient norm)); its first two arguments
-    are donated, so that they must not be used again.  The second takes (params,
-    batch) and returns the sum of the losses and the sum of the weights.
+    (params, optimizer state, measured); its first two arguments are donated, so
+    that they must not be used again.  `measured` has, by their names in the
+    metrics, "loss", the cross-entropy alone, and "gradient_norm"; with a
+    z-loss also that, "z_loss", and the sum of both, "total_loss", whose
+    gradient is taken.  The second takes (params, batch) and returns the sum of
+    the losses, without z-loss, and the sum of the weights.
   """
   abstract = abstract_model(config)
   head: Any = config.head
   optimizer = make_optimizer(config.optimizer, config.steps)
 
-  def loss_sum(params: Params, batch: DeviceBatch, z_loss: float) -> jax.Array:
+  def losses(params: Params, batch: DeviceBatch) -> Any:
     model = with_params(abstract, params)
-    return token_losses(model, batch, valid_vocab_size, z_loss, head).sum()
+    return _losses(model, batch, valid_vocab_size, head)
+
+  def loss_sum(params: Params, batch: DeviceBatch) -> Any:
+    of = losses(params, batch)
+    if not config.z_loss:
+      plain = of(0.0).sum()
+      return plain, {"loss": plain}
+    total, plain = of(config.z_loss), of(0.0)
+    # The difference is taken token by token: that of the sums, two large
+    # numbers, would have few digits.
+    parts = {"loss": plain.sum(), "z_loss": (total - plain).sum()}
+    return total.sum(), parts
 
   def train_step(params, state, batch):
-    loss, gradient = loss_and_gradient(
-      lambda p, b: loss_sum(p, b, config.z_loss),
-      params,
-      batch,
-      config.accumulation,
+    (total, measured), gradient = loss_and_gradient(
+      loss_sum, params, batch, config.accumulation, has_aux=True
     )
+    if config.z_loss:
+      measured["total_loss"] = total
+    measured["gradient_norm"] = optax.tree.norm(gradient)
     updates, state = optimizer.update(gradient, state, params)
-    params = optax.apply_updates(params, updates)
-    return params, state, (loss, optax.tree.norm(gradient))
+    return optax.apply_updates(params, updates), state, measured
 
   def evaluate(params, batch):
-    return loss_sum(params, batch, 0.0), batch["weights"].sum()
+    return losses(params, batch)(0.0).sum(), batch["weights"].sum()
 
   return jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(evaluate)
 

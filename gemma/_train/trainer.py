@@ -15,7 +15,14 @@ from collections.abc import Iterator
 import jax
 import rich.console
 
-from .._checkpoint import Checkpoints, open_directory, read_record
+from .._checkpoint import (
+  Checkpoints,
+  best_step,
+  open_directory,
+  read_losses,
+  read_record,
+  set_aside_unfinished,
+)
 from .._flops import peak_flops
 from .._lock import locked
 from .._model import num_parameters
@@ -25,13 +32,8 @@ from .config import TrainConfig
 from .evaluate import is_evaluated
 from .interrupt import deferred_interrupts
 from .loop import Loop
-from .metrics import (
-  Metrics,
-  Record,
-  plot_losses,
-  read_metrics,
-  unwritten_record,
-)
+from .metrics import Metrics, Record, read_metrics, unwritten_record
+from .plot import plot_losses
 from .progress import Progress
 from .run import Run, open_run
 from .step import abstract_model, device_memory, resolved
@@ -95,6 +97,11 @@ def _run(
   def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+  for step, folder in set_aside_unfinished(directory).items():
+    say(
+      f"step {step} is unfinished (it has no checksums.json) and ignored; it "
+      f"is now {folder}"
+    )
   run = open_run(config, directory)
   done, unwritten = run.done, _unwritten(run)
   if done >= config.steps and unwritten is None:
@@ -108,6 +115,13 @@ def _run(
     say(f"losses drawn in {plot_losses(directory)}")
   except OSError as error:  # the picture only; all else is saved
     say(f"losses not drawn: {error}")
+  best = best_step(directory)
+  if best is not None:
+    say(
+      f"best checkpoint: step {best}, held-out loss "
+      f"{read_losses(directory)[best]:.3f}; it is kept, and "
+      "`sample --step best` takes it"
+    )
   return result
 
 

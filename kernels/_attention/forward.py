@@ -23,9 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .._frame import room, tpu
+from .._frame import tpu
 from .._frame.manual import varying_like
-from .._frame.room import Places
 from .._sincos import phases, rotate
 from . import blocks, finite, memory, pairs, rotation, spans, tiles
 from .softmax import MASKED, lse_of, reciprocal, row_maximum, sum_by_lane
@@ -41,7 +40,6 @@ class Inputs(NamedTuple):
   v: Any  # [S, H]
   segments: blocks.SegmentRefs | None
   rope: blocks.RopeRefs | None
-  store: Any = None  # where out goes, in HBM, if it lies in a stack
 
 
 class Outputs(NamedTuple):
@@ -261,36 +259,26 @@ def _minus_infinity_where_masked(lse: jax.Array, m: jax.Array) -> jax.Array:
 # --- the call -----------------------------------------------------------------
 
 
-def _run(
-  call: Call, arrays: Arrays, out_dtype: Any, places: Places | None = None
-) -> tuple[Outs, Any]:
-  """out [B, T, N, H], and lse by row, [B K, 1, rows]; out's stack, if any."""
+def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
+  """out [B, T, N, H], and lse by row, [B K, 1, rows]."""
   (q, k, v), specs = tiles.operands(call, arrays)
   batch = arrays.q.shape[0]
   bounds, ids, id_specs = blocks.segment_operands(call, arrays.segments)
   rope, rope_specs = blocks.rope_operands(call, arrays)
-  inputs, of_out = Inputs(q, k, v, ids, rope), specs.q
-  in_specs = Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs)
-  out, layer = varying_like(q, q.shape, out_dtype), None
-  if places is not None:
-    out, layer = places.stacks["out"], places.layer
-    inputs, of_out = inputs._replace(store=out), room.block_of_layer(specs.q)
-    in_specs = in_specs._replace(store=pl.BlockSpec(memory_space=pl.ANY))
-    out = varying_like(q, out.shape, out_dtype)
-  operands = blocks.Scalars.of(bounds, arrays, layer=layer), inputs
+  inputs = Inputs(q, k, v, ids, rope)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_fwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=call.layout.grid(batch, pl.cdiv(call.t, call.block_q)),
-      in_specs=[in_specs],
-      out_specs=[Outputs(of_out, specs.lanes)],
+      in_specs=[Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs)],
+      out_specs=[Outputs(specs.q, specs.lanes)],
       scratch_shapes=[_state(call, inputs, out_dtype)],
     ),
     out_shape=[
       Outputs(
-        out,
+        varying_like(q, q.shape, out_dtype),
         varying_like(
           q,
           (batch * call.kv_heads, 1, call.layout.rows(call.t)),
@@ -298,17 +286,9 @@ def _run(
         ),
       )
     ],
-    # The last operand is the first result, of which one layer is written.
-    input_output_aliases=(
-      {} if layer is None else {len(jax.tree.leaves(operands)) - 1: 0}
-    ),
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
-  )(*operands)
-  own, stack = outs.out, None
-  if places is not None:
-    stack = own
-    own = jax.lax.dynamic_index_in_dim(own, places.layer, keepdims=False)
-  return Outs(call.layout.to_queries(own, arrays.q.shape), outs.lse), stack
+  )(blocks.Scalars.of(bounds, arrays), inputs)
+  return Outs(call.layout.to_queries(outs.out, arrays.q.shape), outs.lse)
 
 
 def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
@@ -331,17 +311,16 @@ def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
 # --- the pass -----------------------------------------------------------------
 
 
-def forward(p: Problem, a: Arrays, *, places: Places | None = None) -> Any:
+def forward(p: Problem, a: Arrays) -> Outs:
   """Attention by one call if VMEM holds all keys, else by several, merged.
 
   Args:
     p: the problem, with a config and a positive scale.
     a: the arrays; positions if q and k are still to be rotated.
-    places: the stack in which out is to lie, where `stored` allows it.
 
   Returns:
     out [B, T, N, H], and lse by row, [B K, 1, rows], in units of
-    `Problem.unit`.  With `places`, these and the stack.
+    `Problem.unit`.
   """
   a = rotation.before(p, a)
   sizes = memory.Sizes.of_problem(p, a)
@@ -349,11 +328,6 @@ def forward(p: Problem, a: Arrays, *, places: Places | None = None) -> Any:
   keys = tiles.forward_keys(whole, sizes)
   calls = spans.of_call(whole, keys)
   if calls == [whole]:
-    outs, stack = _run(whole, a, a.q.dtype, places)
-    return outs if places is None else (outs, stack)
-
-  def run(*args: Any) -> Outs:
-    return _run(*args)[0]
-
-  outs = spans.merged(run, calls, a)
+    return _run(whole, a, a.q.dtype)
+  outs = spans.merged(_run, calls, a)
   return outs._replace(lse=whole.layout.of_lse(outs.lse))

@@ -142,7 +142,6 @@ _flash = kernel_op(
   plain_linear=_plain_linear,
   plain_backward=_plain_backward,
   stores=stored,
-  writes="out",
 )
 
 # --- public -------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What attention keeps in a scan over layers, and how it lies there.
 
 The backward kernel finds q, k, v and out in stacks of all layers, of which it
-reads a layer's blocks; the forward kernel writes out there, and XLA the rest.
+reads a layer's blocks.  XLA writes them there.
 """
 
 from __future__ import annotations

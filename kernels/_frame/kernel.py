@@ -95,8 +95,6 @@ class kernel_op:  # lower case, as jax.custom_vjp
     stores: of a problem and its arrays, the names of fields of the arrays and
       the results that `backward` can read in a stack of all layers, and the
       form that each has there; see `room`.
-    writes: of these the one that the kernel of `forward` itself writes there:
-      forward(problem, arrays, places=...) returns (outs, the stack).
   """
 
   name: str
@@ -116,7 +114,6 @@ class kernel_op:  # lower case, as jax.custom_vjp
   constants: Callable[[Any], Iterable[str]] = lambda _: ()
   passes: tuple[str, ...] = ()
   stores: Callable[[Any, Any], Mapping[str, room.Form]] = lambda *_: {}
-  writes: str = ""
 
   def __call__(self, problem: Any, arrays: Any) -> Any:
     """The op on arrays of any sharding; its door has checked them."""
@@ -232,20 +229,9 @@ class kernel_op:  # lower case, as jax.custom_vjp
       outs, kept, _ = mapped(arrays)
       return outs, kept, put(outs, arrays, places)
 
-    def in_place(arrays: Any, places: Any) -> Any:
-      outs, stack = self.forward(problem, arrays, places=places)
-      written = places.stacks | {self.writes: stack}
-      rest = places._replace(
-        stacks={k: s for k, s in places.stacks.items() if k != self.writes}
-      )
-      return outs, None, written | put(outs, arrays, rest)
-
-    kernel = by_kernel
-    if places is not None and self.writes in places.stacks:
-      kernel = unless_mapped(in_place, by_kernel)
     outs, kept, stacks = self._dispatch(
       problem.implementation,
-      kernel,
+      by_kernel,
       functools.partial(either, self.plain_forward or self.reference),
       arrays,
       places,

@@ -25,6 +25,7 @@ from .._frame.check import (
 )
 from .._frame.kernel import kernel_op
 from .._layers import LayerOf
+from .._quantized import QuantizedWeight, check_quantized
 from .._row_norm import Norm, as_norm
 from .activation import ACTIVATIONS, Activation
 from .spec import Arrays, Problem
@@ -130,6 +131,7 @@ def _checked(
   (x,) = as_floats(op, x=x)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+  p = _without_kernel(op, p, given)
   arrays = _weights(op, x, given)
   check_seen_products(op, p.implementation, ", ".join(given.named()))
   if norm is None:
@@ -144,6 +146,36 @@ def _checked(
   return p, arrays._replace(scale=scale, epsilon=epsilon)
 
 
+def _without_kernel(op: str, p: Problem, given: Given) -> Problem:
+  """The problem of int8 weights, which is XLA's."""
+  weights = given.named().values()
+  are_quantized = [isinstance(w, QuantizedWeight) for w in weights]
+  if not any(are_quantized):
+    return p
+  if not all(are_quantized):
+    raise ValueError(
+      f"{op}: all weights must be QuantizedWeight, or none, got "
+      f"{sum(are_quantized)} of {len(are_quantized)}"
+    )
+  if p.implementation == "pallas":
+    raise ValueError(
+      f"{op}: implementation must be None or 'xla' for a QuantizedWeight, "
+      "which XLA reads at the bandwidth of HBM and no kernel does; got 'pallas'"
+    )
+  return dataclasses.replace(p, implementation="xla")
+
+
+def _as_weights(op: str, weights: Mapping[str, Any]) -> list[Any]:
+  """Arrays of floats, or what is quantised."""
+  if not any(isinstance(w, QuantizedWeight) for w in weights.values()):
+    return list(as_floats(op, **weights))
+  settled = {name: w.of_arrays() for name, w in weights.items()}
+  for name, weight in settled.items():
+    if weight.ndim >= 2:  # else its shape is refused
+      check_quantized(op, name, weight, (-2,))
+  return list(settled.values())
+
+
 def _weights(op: str, x: jax.Array, given: Given) -> Arrays:
   """The arrays without a norm."""
   weights, in_place, layer = given.named(), given.in_place(), given.layer
@@ -156,7 +188,7 @@ def _weights(op: str, x: jax.Array, given: Given) -> Arrays:
       )
     weights = {name: w.stack for name, w in weights.items()}
     layer = in_place[0].index
-  gate, up, *down = as_floats(op, **weights)
+  gate, up, *down = _as_weights(op, weights)
   wanted = "[D, F]" if layer is None else "[L, D, F], with layer,"
   if gate.ndim != (2 if layer is None else 3) or gate.shape[-2] != x.shape[-1]:
     raise ValueError(

@@ -19,6 +19,7 @@ from .._frame.op import Case, Cost, Op, nbytes
 from .._frame.room import Form
 from .._frame.sharding import Axes, Split, leading_dims
 from .._layers import LayerOf
+from .._quantized import QuantizedWeight
 from .._row_norm import Norm
 from .activation import Activation
 from .backward import backward
@@ -134,8 +135,8 @@ _feed_forward = dataclasses.replace(
 @switches.plain
 def geglu(
   x: jax.Array,
-  w_gate: jax.Array | LayerOf,
-  w_up: jax.Array | LayerOf,
+  w_gate: jax.Array | LayerOf | QuantizedWeight,
+  w_up: jax.Array | LayerOf | QuantizedWeight,
   *,
   layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",
@@ -153,7 +154,9 @@ def geglu(
       kernel multiplies float32 as float32, in six passes of the matrix unit,
       and bfloat16 in one: bfloat16 is the fast dtype.
     w_gate: [D, F] float32 or bfloat16, the activated branch; computed with in
-      x's dtype, to which the kernel casts its tiles.
+      x's dtype, to which the kernel casts its tiles.  Or all weights are
+      `QuantizedWeight`, int8: for few rows, as in decoding.  XLA computes with
+      these, and they have no gradient.
     w_up: [D, F], the linear branch.
     layer: None, or an integer, traced or not: then the weights are [L, D, F],
       stacked over the layers of a model, and this is the layer to use.  The
@@ -175,8 +178,8 @@ def geglu(
     [..., F] of x's dtype; sums and activation in float32.
 
   Raises:
-    ValueError: on a wrong shape or dtype, an unknown activation, or an x whose
-      last dimension is split over a mesh.
+    ValueError: on a wrong shape or dtype, an unknown activation, an x whose
+      last dimension is split over a mesh, or "pallas" with int8 weights.
   """
   given = Given(w_gate, w_up, None, layer)
   problem = problem_of(activation, False, implementation, config)
@@ -186,9 +189,9 @@ def geglu(
 @switches.plain
 def feed_forward(
   x: jax.Array,
-  w_gate: jax.Array | LayerOf,
-  w_up: jax.Array | LayerOf,
-  w_down: jax.Array | LayerOf,
+  w_gate: jax.Array | LayerOf | QuantizedWeight,
+  w_up: jax.Array | LayerOf | QuantizedWeight,
+  w_down: jax.Array | LayerOf | QuantizedWeight,
   *,
   layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",

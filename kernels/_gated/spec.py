@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from .._frame import switches
 from .._frame.check import Implementation
 from .._frame.kernel import Saved
+from .._quantized import QuantizedWeight, quantized_einsum
 from .._rms_norm import rms_norm_reference
 from .._row_norm import Norm, RowNorm
 from . import stack
@@ -30,8 +31,8 @@ if TYPE_CHECKING:  # the next page, and a type
 @switches.plain
 def geglu_reference(
   x: jax.Array,
-  w_gate: jax.Array | LayerOf,
-  w_up: jax.Array | LayerOf,
+  w_gate: jax.Array | LayerOf | QuantizedWeight,
+  w_up: jax.Array | LayerOf | QuantizedWeight,
   *,
   layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",
@@ -46,9 +47,9 @@ def geglu_reference(
 @switches.plain
 def feed_forward_reference(
   x: jax.Array,
-  w_gate: jax.Array | LayerOf,
-  w_up: jax.Array | LayerOf,
-  w_down: jax.Array | LayerOf,
+  w_gate: jax.Array | LayerOf | QuantizedWeight,
+  w_up: jax.Array | LayerOf | QuantizedWeight,
+  w_down: jax.Array | LayerOf | QuantizedWeight,
   *,
   layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",
@@ -67,7 +68,9 @@ def of_layer(weight: Any, layer: jax.Array | int | None) -> jax.Array:
   """A layer's own weight; the array itself if it is not a stack."""
   if layer is None:
     return weight
-  return jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+  return jax.tree.map(
+    lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), weight
+  )
 
 
 def _norm(x: jax.Array, norm: Norm | None) -> jax.Array:
@@ -79,8 +82,10 @@ def _norm(x: jax.Array, norm: Norm | None) -> jax.Array:
   )
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def _matmul(a: jax.Array, b: jax.Array | QuantizedWeight) -> jax.Array:
   """A product in a's dtype, summed in at least float32."""
+  if isinstance(b, QuantizedWeight):
+    return quantized_einsum("...i,ij->...j", a, b)
   sum_dtype = jnp.promote_types(a.dtype, jnp.float32)
   return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=sum_dtype)
 
@@ -149,7 +154,7 @@ class Arrays(NamedTuple):
   """
 
   x: Any  # [..., D]; for all but the public functions [N, D]
-  w_gate: Any  # [D, F]
+  w_gate: Any  # [D, F], or a QuantizedWeight, as the others then
   w_up: Any  # [D, F]
   w_down: Any  # [F, D], None for geglu
   scale: Any  # [D], None without a norm

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from .._frame.derivative import is_perturbed, linear
 from .._frame.room import current
+from .._quantized import QuantizedWeight, quantized_einsum
 from .weight import LayerOf
 
 # What makes x of a layer's part of the store in which it lies, if it does.
@@ -18,7 +19,7 @@ Back = Callable[[Any], Any] | None
 
 
 def layer_einsum(
-  subscripts: str, x: jax.Array, weight: jax.Array | LayerOf
+  subscripts: str, x: jax.Array, weight: jax.Array | LayerOf | QuantizedWeight
 ) -> jax.Array:
   """`jnp.einsum(subscripts, x, weight)`, the weight cast to x's dtype.
 
@@ -30,11 +31,14 @@ def layer_einsum(
   Args:
     subscripts: as for `jnp.einsum`.
     x: an array.
-    weight: an array, or one layer's.
+    weight: an array, one layer's, or one in int8.
 
   Raises:
-    ValueError: if the layer's weight has been used before.
+    ValueError: if the layer's weight has been used before, or a scale of one in
+      int8 is along a dimension that the product sums over.
   """
+  if isinstance(weight, QuantizedWeight):
+    return quantized_einsum(subscripts, x, weight).astype(x.dtype)
   if not isinstance(weight, LayerOf):
     return jnp.einsum(subscripts, x, weight.astype(x.dtype))
   room = current()

@@ -1,0 +1,77 @@
+"""Size and CRC-32 of every file of a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+from .._errors import UserError
+from .._files import sync_folder, write_atomically
+
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(step: pathlib.Path) -> None:
+  """Writes those of all files under `step`, and puts all of them on disk."""
+  files = sorted(path for path in step.rglob("*") if path.is_file())
+  checksums = {
+    str(path.relative_to(step)): [path.stat().st_size, _crc32(path)]
+    for path in files
+  }
+  for path in files:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+  for path in (*step.rglob("*"), step):
+    if path.is_dir():
+      sync_folder(path)
+  text = json.dumps(checksums, indent=2)
+  write_atomically(step / CHECKSUMS, text.encode())
+
+
+def verify(step: pathlib.Path, fix: str, only: str | None = None) -> None:
+  """Compares the files of a step with their checksums.
+
+  Args:
+    step: its folder.
+    fix: what to do if one differs, for the message.
+    only: the one file to compare; all by default.  If the step never had it,
+      there is nothing to compare.
+
+  Raises:
+    UserError: naming the first file that is missing, cut or changed.
+  """
+  try:
+    checksums = json.loads((step / CHECKSUMS).read_text())
+    items = [(name, size, crc) for name, (size, crc) in checksums.items()]
+  except (OSError, ValueError, TypeError, AttributeError) as error:
+    raise UserError(f"checkpoint {step / CHECKSUMS}: damaged; {fix}") from error
+  for name, size, crc in items:
+    path = step / name
+    if only not in (None, name):
+      continue
+    if not path.is_file():
+      problem = "missing"
+    elif path.stat().st_size != size:
+      problem = f"cut, {path.stat().st_size:,} of {size:,} bytes"
+    elif _crc32(path) != crc:
+      problem = "damaged, its checksum differs"
+    else:
+      continue
+    raise UserError(f"checkpoint {path}: {problem}; {fix}")
+
+
+def _crc32(path: pathlib.Path) -> int:
+  crc = 0
+  for block in _blocks(path):
+    crc = zlib.crc32(block, crc)
+  return crc
+
+
+def _blocks(path: pathlib.Path) -> Iterator[bytes]:
+  with open(path, "rb") as file:
+    while block := file.read(1 << 22):
+      yield block

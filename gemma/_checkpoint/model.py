@@ -1,0 +1,101 @@
+"""A whole model, in and out."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from .. import ops as _ops
+from .._errors import UserError
+from .._files import local_path
+from .._lock import locked
+from .._model import Gemma, abstract_gemma, model_params, with_params
+from .._tokenizer import Tokenizer
+from .identity import (
+  TOKENIZER,
+  model_config,
+  open_directory,
+  read_identity,
+  write_identity,
+)
+from .steps import choose_step, complete_folders
+from .store import Checkpoints, restore, step_number
+
+
+def save_checkpoint(
+  directory: str | os.PathLike[str],
+  model: Gemma,
+  tokenizer: Tokenizer,
+  *,
+  step: int = 0,
+) -> None:
+  """Writes what `load_checkpoint` reads.
+
+  A step of this number that is there already is replaced, once the new one is
+  on disk and was read back: a process that is killed leaves the one or the
+  other.  Other steps stay, whatever their numbers; `load_checkpoint` takes the
+  highest unless it is told which.  A step that `train` saved has an optimizer
+  too, which is not written here: in its place, training cannot go on from it.
+
+  Args:
+    directory: made if it is missing.
+    model: its parameters are written, in their dtype.
+    tokenizer: of the model.
+    step: a number for this state of the model, 0 or more.
+
+  Raises:
+    UserError: if the directory cannot be written, is in use by a run, or
+      belongs to another model or tokenizer, or the model is in int8.
+  """
+  step = step_number(step)
+  if model.is_quantized:
+    raise UserError(
+      f"checkpoint {directory}: a model in int8 cannot be saved; save the one "
+      "that it was made of, and quantize() what is loaded"
+    )
+  directory = open_directory(directory)
+  with locked(directory):
+    write_identity(directory, {"model": model.config.to_dict()}, tokenizer)
+    with Checkpoints(directory, keep=None) as checkpoints:
+      checkpoints.save(step, params=model_params(model))
+
+
+def load_checkpoint(
+  directory: str | os.PathLike[str],
+  *,
+  step: int | Literal["best"] | None = None,
+  ops: _ops.Ops = _ops.KERNELS,
+) -> tuple[Gemma, Tokenizer]:
+  """Reads a model and its tokenizer.
+
+  Args:
+    directory: written by `save_checkpoint`, or the work directory of `train`.
+    step: which of its steps: a number, "best" for the one of the lowest
+      held-out loss, or None for the newest, that of the highest number.
+    ops: the array functions the model will call.
+
+  Raises:
+    UserError: if there is none, or it is damaged, unfinished or of another
+      config.
+  """
+  directory = local_path(directory, "checkpoint")
+  if not directory.is_dir():
+    raise UserError(f"checkpoint {directory}: no such directory")
+  identity = read_identity(directory)
+  config = model_config(directory, identity)
+  tokenizer = Tokenizer.load(directory / TOKENIZER)
+  if not isinstance(step, str | None):
+    step = step_number(step)
+  model = abstract_gemma(config, ops)
+  params = model_params(model)
+  while True:
+    wanted = choose_step(directory, step)
+    folder = complete_folders(directory).get(wanted)
+    try:
+      restored = restore(directory, wanted, params=params)
+    except (OSError, ValueError):
+      # A trainer that runs may have removed or replaced this step meanwhile.
+      if folder is None or folder.exists():
+        raise
+    else:
+      return with_params(model, restored["params"]), tokenizer
