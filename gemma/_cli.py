@@ -16,9 +16,13 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
 from ._errors import UserError
+from ._output import standard_streams, tell
+
+if TYPE_CHECKING:
+  from ._train.config import TrainConfig
 
 _USAGE = """\
 usage: pallas-gemma COMMAND [OPTIONS]
@@ -99,9 +103,14 @@ class SampleConfig:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
   """Runs a command and exits.
 
-  With 0 when done, 2 for misuse, 130 or 143 if interrupted, 141 if nobody reads
-  what it prints any more.
+  With 0 when done, 2 for what the user can mend, 128 + its number if a signal
+  interrupted it, 141 if nobody reads what it prints any more.
   """
+  with standard_streams():
+    _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> NoReturn:
   name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
   if name in ("", "-h", "--help"):
     print(_USAGE, end="", file=sys.stdout if name else sys.stderr)
@@ -113,9 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
   for library in ("absl", "asyncio"):
     logging.getLogger(library).setLevel(logging.CRITICAL)
   try:
-    code = _COMMANDS[name](rest)
-    sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(_COMMANDS[name](rest))
   except UserError as error:
     _fail(str(error))
   except ModuleNotFoundError as error:
@@ -126,10 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
   except KeyboardInterrupt:
     print("\npallas-gemma: interrupted", file=sys.stderr)
     sys.exit(130)
-  except BrokenPipeError:
-    # Python flushes what is left at its end, and would complain then.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(141)
 
 
 def _fail(message: str) -> NoReturn:
@@ -164,23 +167,30 @@ def _train(arguments: list[str]) -> int:
 
   config = _parse(TrainConfig, "train", arguments)
 
+  from ._train.interrupt import ended_at_once
+
+  with ended_at_once():
+    return _train_and_sample(config)
+
+
+def _train_and_sample(config: TrainConfig) -> int:
   from ._train.metrics import perplexity
   from ._train.trainer import train
 
   _keep_compiled(config.directory)
   result = train(config)
+  if result.interrupted_by is not None:
+    saved = f"after step {result.step}, which is saved"
+    tell(
+      f"pallas-gemma: stopped {saved if result.step else 'before a step'}; "
+      "give the same command to go on\n"
+    )
+    return 128 + result.interrupted_by
   if result.held_out_loss is not None and result.unigram_loss is not None:
     print(
       f"held-out perplexity {perplexity(result.held_out_loss):,.1f}; guessing "
       f"by frequency alone (unigram): {perplexity(result.unigram_loss):,.1f}"
     )
-  if result.interrupted_by is not None:
-    print(
-      f"pallas-gemma: stopped after step {result.step}, which is saved; give "
-      "the same command to go on",
-      file=sys.stderr,
-    )
-    return 128 + result.interrupted_by
   print(f"\na sample from {result.directory}:\n")
   _print_samples(SampleConfig(checkpoint=result.directory))
   print(

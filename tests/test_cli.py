@@ -240,7 +240,10 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_lost(work_dir, capfd):
   content = path.read_bytes()
   for command in (
     ("sample", "--checkpoint", work_dir),
-    ("train", "--data", HERE, "--work-dir", work_dir, "--steps", 4, *TINY),
+    (
+      *("train", "--data", HERE, "--work-dir", work_dir, "--steps", 4, *TINY),
+      "--allow-change",
+    ),
   ):
     path.write_bytes(content[:-1])
     code, _, err = run(capfd, *command)

@@ -243,7 +243,7 @@ def test_an_interrupt_finishes_the_step_and_saves(
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):
-  longer = config(tmp_path / "run", steps=STEPS + 2)
+  longer = config(tmp_path / "run", steps=STEPS + 2, allow_change=True)
   shutil.copytree(finished[0], longer.directory)
   assert f"{STEPS} done" in run(longer)
   assert list(losses(longer.directory)) == list(range(1, STEPS + 3))

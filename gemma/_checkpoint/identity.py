@@ -53,7 +53,8 @@ def write_identity(
 ) -> None:
   """Writes config.json and tokenizer.model, or checks those that are there.
 
-  A config.json of earlier versions gets its checksum then.
+  A config.json of earlier versions gets its checksum then, and what may differ
+  is as given afterwards.
 
   Raises:
     UserError: as `check_identity`.
@@ -62,8 +63,10 @@ def write_identity(
   if (directory / CONFIG).exists():
     there = read_identity(directory)
     check_identity(directory, there, identity)
-    if _CHECKSUM not in json.loads((directory / CONFIG).read_text()):
-      _write_config(directory, there)
+    identity = {**there, **identity}
+    has_checksum = _CHECKSUM in json.loads((directory / CONFIG).read_text())
+    if identity != there or not has_checksum:
+      _write_config(directory, identity)
     return
   write_atomically(directory / TOKENIZER, tokenizer.model)
   _write_config(directory, identity)
@@ -130,6 +133,8 @@ def check_identity(
 ) -> None:
   """Refuses a directory that was made with another model, data or settings.
 
+  The model's `remat` may differ, and its `context_length` may grow.
+
   Args:
     directory: for the message.
     there: what its config.json records.
@@ -141,7 +146,10 @@ def check_identity(
   """
   for field, new in _flatten(now).items():
     old = _flatten(there).get(field)
-    if old != new:
+    grows = (
+      field == "model.context_length" and isinstance(old, int) and old <= new
+    )
+    if old != new and field != "model.remat" and not grows:
       raise UserError(
         f"work directory {directory}: it was made with {field} = {old}, and "
         f"now {field} = {new}; go back to the former, or give another "

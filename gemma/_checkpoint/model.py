@@ -8,6 +8,7 @@ from typing import Literal
 from .. import ops as _ops
 from .._errors import UserError
 from .._files import local_path
+from .._lock import locked
 from .._model import Gemma, abstract_gemma, model_params, with_params
 from .._tokenizer import Tokenizer
 from .identity import (
@@ -43,8 +44,8 @@ def save_checkpoint(
     step: a number for this state of the model, 0 or more.
 
   Raises:
-    UserError: if the directory cannot be written, or belongs to another
-      model or tokenizer, or the model is in int8.
+    UserError: if the directory cannot be written, is in use by a run, or
+      belongs to another model or tokenizer, or the model is in int8.
   """
   step = step_number(step)
   if model.is_quantized:
@@ -53,9 +54,10 @@ def save_checkpoint(
       "that it was made of, and quantize() what is loaded"
     )
   directory = open_directory(directory)
-  write_identity(directory, {"model": model.config.to_dict()}, tokenizer)
-  with Checkpoints(directory, keep=None) as checkpoints:
-    checkpoints.save(step, params=model_params(model))
+  with locked(directory):
+    write_identity(directory, {"model": model.config.to_dict()}, tokenizer)
+    with Checkpoints(directory, keep=None) as checkpoints:
+      checkpoints.save(step, params=model_params(model))
 
 
 def load_checkpoint(

@@ -7,9 +7,11 @@ What happens then, and where to read it:
     trainer     train(config), the whole run in twenty lines:
     |-- run       before the first step: text, tokenizer, packed rows, and the
     |   |         directory, which is made, or checked if it is resumed
-    |   `-- data      files -> documents -> token ids -> rows -> batches
+    |   |-- data      files -> documents -> token ids -> rows -> batches
+    |   |-- record    what a run is made with, and how it differs when resumed
+    |   `-- evaluate  on which of the held-out text it is evaluated
     |-- loop      take_step(): the batch of this step, one training step, and
-    |   |         the evaluation and checkpoint that are due
+    |   |         the checkpoint and evaluation that are due
     |   |-- data      training_batches(...)(step), evaluation_batches(...)
     |   `-- step      loss, its gradient, the update of the parameters; compiled
     |       `-- optimizer   AdamW, clipping and the learning rate, from optax
@@ -19,7 +21,8 @@ What happens then, and where to read it:
     `-- interrupt Ctrl-C and `kill`, noted and obeyed after the step
 
 Checkpoints are those of `.._checkpoint`, the model that of `.._model`; neither
-knows of the trainer.
+knows of the trainer.  All that it prints goes through `.._output`, and one
+process at a time works in a directory, by `.._lock`.
 
 Every step is a function of the parameters and the optimizer state before it and
 of the batch, and the batch is a function of the seed and the step's number.

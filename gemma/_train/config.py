@@ -82,12 +82,18 @@ class TrainConfig:
       leave free.
     z_loss: weight of the squared log-normaliser in the training loss; PaLM
       used 1e-4.
-    evaluate_every: steps between evaluations on the held-out text.
-    save_every: steps between checkpoints; there is one at the end and on
-      Ctrl-C too.
+    evaluate_every: steps between evaluations on the held-out text; there is one
+      at the end too.
+    eval_batches: batches of held-out text in each evaluation, the same every
+      time; "auto" as many as take about 5 % of the time of training, but at
+      least one; "all" every one, which takes as long as the text is large.
+    save_every: steps between checkpoints; there is one at the end too, and on
+      Ctrl-C, SIGTERM, SIGHUP, or when nobody reads the output any more.
     keep: checkpoints kept, the newest, besides the one of the lowest held-out
       loss.  A new one is complete before an older one is removed, so the disk
       must hold one more.
+    allow_change: go on, when a run is resumed, with other settings of the
+      optimizer, the loss or the number of steps than it had.
     optimizer: its settings.
     model: its sizes.
 
@@ -107,8 +113,10 @@ class TrainConfig:
   head: Literal["auto", "recompute", "chunked"] = "auto"
   z_loss: float = 0.0
   evaluate_every: int = 40
+  eval_batches: int | Literal["auto", "all"] = "auto"
   save_every: int = 80
   keep: int = 3
+  allow_change: bool = False
   optimizer: OptimizerConfig = OptimizerConfig()
   model: GemmaConfig = GemmaConfig.tiny()
 
@@ -125,6 +133,13 @@ class TrainConfig:
     ):
       value = getattr(self, field)
       _require(value >= 1, field, "1 or more", value)
+    _require(
+      self.eval_batches in ("auto", "all")
+      or (type(self.eval_batches) is int and self.eval_batches >= 1),
+      "eval_batches",
+      '1 or more, "auto" or "all"',
+      self.eval_batches,
+    )
     _require(
       0 < self.held_out < 1, "held_out", "between 0 and 1", self.held_out
     )

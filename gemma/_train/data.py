@@ -284,6 +284,10 @@ class Rows:
       f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)
     }
 
+  def take(self, index: np.ndarray) -> Rows:
+    """The rows of these numbers."""
+    return Rows(**self[index])
+
   @property
   def num_labels(self) -> int:
     """How many tokens are predicted: those whose label has weight 1."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from .._errors import UserError
 from .._flops import flops_per_token, peak_flops
 from .config import TrainConfig
 from .data import evaluation_batches, training_batches, unigram_loss
-from .metrics import Metrics
+from .evaluate import is_evaluated
+from .metrics import Metrics, Record
 from .optimizer import learning_rate_schedule
 from .progress import Progress
 from .run import Run
@@ -24,12 +26,20 @@ from .step import State, fresh_state, make_steps
 class Loop:
   """The state of training, and what happens at and after each step.
 
+  What is due after a step comes in this order: the checkpoint, the evaluation,
+  the record in metrics.jsonl, the report.  An evaluation, a full disk or a
+  terminal that is gone thus costs no step.  The checkpoint has the step's
+  record too: if the process ends before the record is written or the
+  evaluation done, the run that resumes does it.
+
   Args:
-    run: data and settings.
-    done: steps that are done; their checkpoint is the state to begin with.
+    run: data and settings; its `done` steps' checkpoint is the state to begin
+      with.
     checkpoints: where to restore from and save to.
     metrics: takes the record of each step.
     progress: shows it.
+    stops: whether the loop is to end soon; asked between the batches of an
+      evaluation.
 
   Attributes:
     step: optimizer steps done.
@@ -38,37 +48,57 @@ class Loop:
   def __init__(
     self,
     run: Run,
-    done: int,
     checkpoints: Checkpoints,
     metrics: Metrics,
     progress: Progress,
+    stops: Callable[[], bool],
   ):
     config, valid = run.config, run.tokenizer.vocab_size
-    self.step = done
+    self.step = run.done
     self._run = run
     self._checkpoints = checkpoints
     self._metrics = metrics
     self._progress = progress
+    self._stops = stops
     self._batch = training_batches(
       run.train_rows, config.batch_size, config.seed
     )
     self._train_step, self._evaluate_batch = make_steps(config, valid)
     self._params, self._optimizer_state = _initial_state(
-      config, checkpoints, done
+      config, checkpoints, run.done
     )
     self._schedule = learning_rate_schedule(config.optimizer, config.steps)
-    self._unigram = unigram_loss(run.train_rows, run.held_out_rows, valid)
+    self._unigram = unigram_loss(run.train_rows, run.evaluation_rows, valid)
     self._clock = _Clock(config)
-    self._saved = done
+    self._saved = run.done
     # Losses and gradient norm of the newest step, not read yet.  Reading them
     # waits until the device has computed them, so they are read after the next
     # step has been started: the device always has work.
     self._pending: dict[str, jax.Array] | None = None
+    # The record of the newest step, if it is not written yet.
+    self._record: Record | None = None
     # The newest evaluation: its step and what came out.
     self._evaluated: tuple[int, float] | None = None
 
+  def prepare(self, unwritten: Record | None) -> None:
+    """Does all that takes long and cannot be interrupted, but for the steps.
+
+    Args:
+      unwritten: the record of the newest step, if it has yet to be written or
+        evaluated.
+    """
+    # Compiled now, when nothing would be lost, and not with steps to save.
+    batches = evaluation_batches(
+      self._run.evaluation_rows, self._run.config.batch_size
+    )
+    jax.block_until_ready(self._evaluate_batch(self._params, next(batches)))
+    self._record = unwritten
+    if unwritten and is_evaluated(self._run.config, self.step):
+      self._evaluate()
+    self.report()
+
   def take_step(self) -> None:
-    """One optimizer step, and the evaluation and checkpoint that are due.
+    """One optimizer step, and the checkpoint and evaluation that are due.
 
     Raises:
       UserError: if the loss or the gradient is not a finite number, or the disk
@@ -78,42 +108,50 @@ class Loop:
     self._params, self._optimizer_state, measured = self._train_step(
       self._params, self._optimizer_state, batch
     )
-    self._report()
+    self.report()  # the step before
     self.step += 1
     self._pending = measured
-    last = self.step == config.steps
-    if last or self.step % config.evaluate_every == 0:
-      loss = self._evaluate()
-      self._evaluated = self.step, loss
-      self._checkpoints.note_loss(self.step, loss)
-      self._report(loss)
-    if last or self.step % config.save_every == 0:
+    if self.step == config.steps or self.step % config.save_every == 0:
       self.save()
+    if is_evaluated(config, self.step):
+      self._evaluate()
+      self.report()
 
   def save(self) -> None:
     """Saves a checkpoint of this step, unless there is one.
 
-    The metrics go to disk first: a run that resumes from the checkpoint does
-    not write them again.
+    The metrics of the steps before go to disk first: a run that resumes from
+    the checkpoint does not write them again.
     """
-    self._report()
+    record = self._measure()
     if self.step == self._saved:
       return
-    self._metrics.flush()
     step, loss = self._evaluated or (None, None)
-    self._checkpoints.save(
-      self.step,
-      loss=loss if step == self.step else None,
-      params=self._params,
-      optimizer=self._optimizer_state,
-    )
-    self._saved = self.step
+    try:
+      self._metrics.flush()
+    finally:  # without records, the steps are still worth it
+      self._checkpoints.save(
+        self.step,
+        record={**self._run.record, "metrics": record},
+        loss=loss if step == self.step else None,
+        params=self._params,
+        optimizer=self._optimizer_state,
+      )
+      self._saved = self.step
     self._clock.pause()
 
-  def _report(self, held_out_loss: float | None = None) -> None:
+  def report(self) -> None:
     """Records and shows the newest step, unless that was done already."""
+    record = self._measure()
+    if record is not None:
+      self._record = None
+      self._metrics.write(record)
+      self._progress.show(record)
+
+  def _measure(self) -> Record | None:
+    """Reads the newest step's numbers; returns its record if not written."""
     if self._pending is None:
-      return
+      return self._record
     config = self._run.config
     measured = {name: float(x) for name, x in self._pending.items()}
     self._pending = None
@@ -126,28 +164,32 @@ class Loop:
         "and another --work-dir (the last checkpoint is of step "
         f"{self._saved})"
       )
-    record = {
+    self._record = {
       "step": self.step,
       "tokens": self.step * config.batch_size * config.sequence_length,
       **measured,
       "learning_rate": np.asarray(self._schedule(self.step - 1)).item(),
       **self._clock.tick(),
     }
-    if held_out_loss is not None:
-      record["held_out_loss"] = held_out_loss
-      record["unigram_loss"] = self._unigram
-    self._metrics.write(record)
-    self._progress.show(record)
+    return self._record
 
-  def _evaluate(self) -> float:
-    """Nats per held-out token."""
+  def _evaluate(self) -> None:
+    """Adds the held-out loss to the newest record, if it is not to stop."""
     losses, weights = 0.0, 0.0
-    rows, size = self._run.held_out_rows, self._run.config.batch_size
-    for batch in evaluation_batches(rows, size):
+    config, rows = self._run.config, self._run.evaluation_rows
+    record, count = self._measure(), -(-len(rows) // config.batch_size)
+    for i, batch in enumerate(evaluation_batches(rows, config.batch_size)):
+      if self._stops():
+        return
+      self._progress.evaluating(i, count)
       loss, weight = self._evaluate_batch(self._params, batch)
       losses, weights = losses + float(loss), weights + float(weight)
     self._clock.pause()
-    return losses / weights
+    self._evaluated = self.step, losses / weights
+    self._checkpoints.note_loss(*self._evaluated)
+    if record is not None:
+      record["held_out_loss"] = losses / weights
+      record["unigram_loss"] = self._unigram
 
 
 def _initial_state(

@@ -8,14 +8,19 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
-import tensorboardX
+import tensorboardX.proto.event_pb2
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.summary import scalar
 
 from .._errors import UserError
 from .._files import local_path, write_atomically
 
 _FILE = "metrics.jsonl"
+_events: Any = tensorboardX.proto.event_pb2  # generated, without types
+_BUFFER = 8192  # bytes that wait to be written together
 
 Record = dict[str, Any]
 """Of one optimizer step.  Each has
@@ -54,35 +59,41 @@ class Metrics(contextlib.AbstractContextManager):
     directory: of the run.
     step: of the checkpoint from which the run resumes.  Records of later steps
       are removed: these steps were not saved and will be taken again.
+
+  Raises:
+    UserError: here and by `flush`, if the disk is full; `write` does not fail.
   """
 
   def __init__(self, directory: pathlib.Path, *, step: int):
-    path = directory / _FILE
+    self._path = directory / _FILE
     kept = [r for r in read_metrics(directory) if r["step"] <= step]
     lines = "".join(json.dumps(r) + "\n" for r in kept)
-    write_atomically(path, lines.encode())
-    self._file = open(path, "a")
+    self._unwritten = b""
     # Seconds of the run before this call.
     self._before = max((r.get("seconds", 0.0) for r in kept), default=0.0)
     self._started = time.monotonic()
-    self._board = tensorboardX.SummaryWriter(
-      str(directory / "tensorboard"), purge_step=step + 1
-    )
+    with self._errors():
+      write_atomically(self._path, lines.encode())
+      self._file = open(self._path, "ab", buffering=0)
+    self._board = _Board(directory / "tensorboard", step + 1)
 
   def __exit__(self, *_) -> None:
     """Flushes and closes both files."""
-    self.flush()
-    self._file.close()
-    self._board.close()
+    try:
+      self.flush()
+    finally:
+      self._file.close()
+      self._board.close()
 
   def write(self, record: Record) -> None:
-    """Adds a record, with the time."""
+    """Adds a record, with the time; its "step" counts the steps done."""
     seconds = self._before + time.monotonic() - self._started
     record = {**record, "time": time.time(), "seconds": seconds}
-    self._file.write(json.dumps(record) + "\n")
-    for name, value in record.items():
-      if name not in _NOT_DRAWN:
-        self._board.add_scalar(name, value, record["step"])
+    self._unwritten += json.dumps(record).encode() + b"\n"
+    if len(self._unwritten) > _BUFFER:
+      with contextlib.suppress(OSError):  # `flush` tries again, and says so
+        self._write()
+    self._board.write(record)
 
   def flush(self) -> None:
     """Puts all records on disk.
@@ -90,9 +101,84 @@ class Metrics(contextlib.AbstractContextManager):
     To be called before a checkpoint is saved: a run that resumes from it does
     not write the records up to it again.
     """
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    with self._errors():
+      self._write()
+      os.fsync(self._file.fileno())
     self._board.flush()
+
+  def _write(self) -> None:
+    """Writes what can be written, and forgets that."""
+    while self._unwritten:
+      written = self._file.write(self._unwritten) or 0
+      self._unwritten = self._unwritten[written:]
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise UserError(
+        f"{self._path}: {error.strerror or error}; make room and start again"
+      ) from error
+
+
+class _Board:
+  """TensorBoard's copy of the metrics; what cannot be written is left out.
+
+  By the package's writer and not by its SummaryWriter, whose thread ends at the
+  first error, whereupon the program waits for it without end.
+  """
+
+  def __init__(self, directory: pathlib.Path, first_step: int):
+    self._writer: EventsWriter | None = None
+    with contextlib.suppress(OSError):
+      directory.mkdir(exist_ok=True)
+      self._writer = EventsWriter(str(directory / "events"))
+    # What another process has written of these steps and later ones is void.
+    log = _events.SessionLog
+    self._write(step=first_step, session_log=log(status=log.START))
+
+  def write(self, record: Record) -> None:
+    """Adds a record."""
+    for name, number in record.items():
+      if name not in _NOT_DRAWN:
+        self._write(step=record["step"], summary=scalar(name, number))
+
+  def flush(self) -> None:
+    """Puts all records on disk."""
+    if self._writer is not None:
+      with contextlib.suppress(OSError):
+        self._writer.flush()
+
+  def close(self) -> None:
+    """Ends the file."""
+    if self._writer is not None:
+      with contextlib.suppress(OSError):
+        self._writer.close()
+
+  def _write(self, **event: Any) -> None:
+    if self._writer is not None:
+      with contextlib.suppress(OSError):
+        self._writer.write_event(_events.Event(wall_time=time.time(), **event))
+
+
+def unwritten_record(
+  directory: pathlib.Path, step: int, record: Record | None, evaluated: bool
+) -> Record | None:
+  """The record of a checkpoint's step, if it has yet to be completed.
+
+  The checkpoint is written before the record, and the evaluation comes between.
+
+  Args:
+    directory: of the run.
+    step: of the checkpoint.
+    record: that the checkpoint has.
+    evaluated: whether the step is one of those to be evaluated.
+  """
+  written = [r for r in read_metrics(directory) if r["step"] == step]
+  if written and ("held_out_loss" in written[0] or not evaluated):
+    return None
+  return written[0] if written else record
 
 
 def read_metrics(directory: str | os.PathLike[str]) -> list[Record]:

@@ -48,6 +48,15 @@ class Progress(contextlib.AbstractContextManager):
     """Removes the line that was redrawn."""
     self._bar.stop()
 
+  def evaluating(self, batch: int, batches: int) -> None:
+    """Reports an evaluation that has done `batch` of its `batches`."""
+    now, text = time.monotonic(), f"evaluating {batch}/{batches}"
+    self._bar.update(self._task, description=text)
+    late = now - self._last_line > _SECONDS_BETWEEN_LINES
+    if late and not self._console.is_terminal:
+      self._last_line = now
+      self._console.print(text, highlight=False, soft_wrap=True)
+
   def show(self, record: Record) -> None:
     """Reports a step; if it was evaluated, the line stays in a terminal too."""
     now, step = time.monotonic(), record["step"]

@@ -10,8 +10,10 @@ from .._checkpoint import (
   CONFIG,
   TOKENIZER,
   check_identity,
-  open_directory,
+  complete_steps,
   read_identity,
+  read_record,
+  tokenizer_identity,
   write_identity,
 )
 from .._errors import UserError
@@ -26,6 +28,8 @@ from .data import (
   split_documents,
   tokenize,
 )
+from .evaluate import evaluation_rows
+from .record import Change, changes, check_changes, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,56 +39,106 @@ class Run:
   Attributes:
     config: as the user gave it.
     directory: of checkpoints and metrics; it exists and can be written.
+    done: steps that are done, of which the newest has a checkpoint.
+    changes: what is not as it was at that step, and may be so.
+    record: what the run is made with, to be kept with its checkpoints.
     corpus: the text that was read.
     split: the same, in training and held-out documents.
     tokenizer: of the run.
     train_rows: to train on.
-    held_out_rows: to evaluate on.
+    held_out_rows: never trained on.
+    evaluation_rows: those of them that every evaluation takes.
   """
 
   config: TrainConfig
   directory: pathlib.Path
+  done: int
+  changes: list[Change]
+  record: dict[str, Any]
   corpus: Corpus
   split: Split
   tokenizer: Tokenizer
   train_rows: Rows
   held_out_rows: Rows
+  evaluation_rows: Rows
 
 
-def open_run(config: TrainConfig) -> Run:
-  """Reads the data, and makes or checks the directory.
+def open_run(config: TrainConfig, directory: pathlib.Path) -> Run:
+  """Reads the data, and makes the run in `directory`, or checks that it is it.
+
+  Args:
+    config: of the run.
+    directory: exists, can be written, and is locked.
 
   Raises:
     UserError: if the data cannot be read or are too few, or the directory
       belongs to a run with other settings.
   """
+  done = max(complete_steps(directory), default=0)
+  found = _changes(config, directory, done)  # before data, which take long
   corpus = read_corpus(config.data)
-  directory = open_directory(config.directory)
-  identity = _identity(config, corpus)
+  identity = _identity(config) | _data_identity(config, corpus)
   if (directory / CONFIG).exists():
     check_identity(directory, read_identity(directory), identity)
   split = split_documents(corpus.documents, config.held_out, config.seed)
   tokenizer = _tokenizer(config, directory, split)
   train, held_out = _rows(config, split, tokenizer)
   write_identity(directory, identity, tokenizer)
-  return Run(config, directory, corpus, split, tokenizer, train, held_out)
+  return Run(
+    config=config,
+    directory=directory,
+    done=done,
+    changes=found,
+    record={
+      **settings(config),
+      "data": identity["data"],
+      "tokenizer": tokenizer_identity(tokenizer),
+    },
+    corpus=corpus,
+    split=split,
+    tokenizer=tokenizer,
+    train_rows=train,
+    held_out_rows=held_out,
+    evaluation_rows=evaluation_rows(held_out, config),
+  )
 
 
-def _identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+def _changes(
+  config: TrainConfig, directory: pathlib.Path, done: int
+) -> list[Change]:
+  """What differs from the run that `directory` holds, if it may."""
+  if (directory / CONFIG).exists():
+    check_identity(directory, read_identity(directory), _identity(config))
+  if not done:
+    return []
+  found = changes(read_record(directory, done), settings(config))
+  if not config.allow_change:
+    check_changes(directory, done, found)
+  return found
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
   """What must be the same for a run to be resumed: config.json holds it."""
   return {
     "model": config.model.to_dict(),
-    "data": {
-      "documents": len(corpus.documents),
-      "characters": sum(len(d.text) for d in corpus.documents),
-      "sha256": corpus.fingerprint,
-      "held_out": config.held_out,
-    },
+    "data": {"held_out": config.held_out},
     "training": {
       "seed": config.seed,
       "batch_size": config.batch_size,
       "sequence_length": config.sequence_length,
     },
+  }
+
+
+def _data_identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+  """As `_identity`, with what tells the text from others."""
+  return {
+    "data": {
+      "documents": len(corpus.documents),
+      "characters": sum(len(d.text) for d in corpus.documents),
+      "sha256": corpus.fingerprint,
+      "held_out": config.held_out,
+    }
   }
 
 

@@ -5,7 +5,9 @@ The package's docstring says which module does what, and in which order.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 from collections.abc import Iterator
@@ -16,17 +18,21 @@ import rich.console
 from .._checkpoint import (
   Checkpoints,
   best_step,
-  complete_steps,
+  open_directory,
   read_losses,
+  read_record,
   set_aside_unfinished,
 )
 from .._flops import peak_flops
+from .._lock import locked
 from .._model import num_parameters
+from .._output import Output, reporting
 from ..ops import describe_ops
 from .config import TrainConfig
+from .evaluate import is_evaluated
 from .interrupt import deferred_interrupts
 from .loop import Loop
-from .metrics import Metrics, read_metrics
+from .metrics import Metrics, Record, read_metrics, unwritten_record
 from .plot import plot_losses
 from .progress import Progress
 from .run import Run, open_run
@@ -44,7 +50,8 @@ class TrainResult:
       none yet.
     unigram_loss: of the same tokens, predicted from the frequency of tokens in
       the training text alone, in nats per token; likewise None.
-    interrupted_by: the signal that ended it early, or None.
+    interrupted_by: the signal that ended it early, or None; SIGPIPE if nobody
+      reads any more what it prints.
   """
 
   directory: pathlib.Path
@@ -67,54 +74,100 @@ def train(
     UserError: when the data, the directory or a checkpoint does not fit; the
       message says what to do, and nothing that was there is lost.
   """
-  console = console or rich.console.Console()
+  existed = os.path.exists(config.directory)
+  directory = open_directory(config.directory)
+  try:
+    with (
+      locked(directory),
+      reporting(console or rich.console.Console()) as (reporter, output),
+    ):
+      return _run(config, directory, reporter, output)
+  finally:
+    if not existed:  # and nothing came of it
+      with contextlib.suppress(OSError):
+        directory.rmdir()
 
+
+def _run(
+  config: TrainConfig,
+  directory: pathlib.Path,
+  console: rich.console.Console,
+  output: Output,
+) -> TrainResult:
   def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-  run = open_run(config)
-  for step, folder in set_aside_unfinished(run.directory).items():
+  for step, folder in set_aside_unfinished(directory).items():
     say(
       f"step {step} is unfinished (it has no checksums.json) and ignored; it "
       f"is now {folder}"
     )
-  done = max(complete_steps(run.directory), default=0)
-  if done >= config.steps:
-    say(
-      f"training is complete: {done} of {config.steps} steps in {run.directory}"
-    )
-    return _result(run.directory, done)
+  run = open_run(config, directory)
+  done, unwritten = run.done, _unwritten(run)
+  if done >= config.steps and unwritten is None:
+    say(f"training is complete: {done} of {config.steps} steps in {directory}")
+    return _result(directory, done)
   run = dataclasses.replace(run, config=resolved(config, device_memory()))
-  for line in _describe(run, done):
+  for line in _describe(run):
     say(line)
-  result = _train(run, done, console)
-  say(f"losses drawn in {plot_losses(run.directory)}")
-  best = best_step(run.directory)
+  result = _train(run, unwritten, console, output)
+  try:
+    say(f"losses drawn in {plot_losses(directory)}")
+  except OSError as error:  # the picture only; all else is saved
+    say(f"losses not drawn: {error}")
+  best = best_step(directory)
   if best is not None:
     say(
       f"best checkpoint: step {best}, held-out loss "
-      f"{read_losses(run.directory)[best]:.3f}; it is kept, and "
+      f"{read_losses(directory)[best]:.3f}; it is kept, and "
       "`sample --step best` takes it"
     )
   return result
 
 
-def _train(run: Run, done: int, console: rich.console.Console) -> TrainResult:
+def _unwritten(run: Run) -> Record | None:
+  """The newest step's record, if the run ended before it was complete."""
+  if not run.done:
+    return None
+  record = read_record(run.directory, run.done).get("metrics")
+  evaluated = is_evaluated(run.config, run.done)
+  return unwritten_record(run.directory, run.done, record, evaluated)
+
+
+def _train(
+  run: Run,
+  unwritten: Record | None,
+  console: rich.console.Console,
+  output: Output,
+) -> TrainResult:
+  config = run.config
   with (
-    Checkpoints(run.directory, keep=run.config.keep) as checkpoints,
-    Metrics(run.directory, step=done) as metrics,
-    Progress(done, run.config.steps, console) as progress,
     deferred_interrupts() as interruption,
+    Checkpoints(run.directory, keep=config.keep) as checkpoints,
+    Metrics(
+      run.directory, step=run.done - 1 if unwritten else run.done
+    ) as metrics,
+    Progress(run.done, config.steps, console) as progress,
   ):
-    loop = Loop(run, done, checkpoints, metrics, progress)
-    while loop.step < run.config.steps and interruption.signal is None:
+
+    def stops() -> bool:
+      return interruption.signal is not None or output.gone
+
+    loop = Loop(run, checkpoints, metrics, progress, stops)
+    loop.prepare(unwritten)
+    while loop.step < config.steps and not stops():
       loop.take_step()
+      interruption.holds = True
     loop.save()
+    loop.report()
+  stopped = interruption.signal
+  if stopped is None and output.gone and loop.step < config.steps:
+    stopped = getattr(signal, "SIGPIPE", signal.SIGTERM)  # not in Windows
   result = _result(run.directory, loop.step)
-  return dataclasses.replace(result, interrupted_by=interruption.signal)
+  return dataclasses.replace(result, interrupted_by=stopped)
 
 
-def _describe(run: Run, done: int) -> Iterator[str]:
+def _describe(run: Run) -> Iterator[str]:
   """The lines printed at the start: device, ops, model, data, steps."""
   config, device = run.config, jax.devices()[0]
   others = jax.device_count() - 1
@@ -147,9 +200,17 @@ def _describe(run: Run, done: int) -> Iterator[str]:
     )
   tokens = config.batch_size * config.sequence_length
   yield (
-    f"steps     {config.steps:,} of {tokens:,} tokens, {done:,} done; "
+    f"steps     {config.steps:,} of {tokens:,} tokens, {run.done:,} done; "
     f"{config.steps * tokens / run.train_rows.num_labels:.1f} passes in all"
   )
+  rows = run.evaluation_rows
+  batches = -(-len(rows) // config.batch_size)
+  yield (
+    f"evaluates {rows.num_labels:,} held-out tokens, {batches:,} batches, "
+    f"every {config.evaluate_every:,} steps"
+  )
+  for change in run.changes:
+    yield f"changed   {change}"
   if peak_flops(device.device_kind):
     yield (
       "MFU       of 6 x weights of matrix products (the tied head once) + 6 x "

@@ -1,0 +1,656 @@
+"""A run loses nothing: whatever ends it, in whatever state its output is, and
+whoever else wants its directory."""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import importlib
+import io
+import json
+import os
+import pathlib
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from pallas_gemma.gemma import (
+  GemmaConfig,
+  OptimizerConfig,
+  TrainConfig,
+  UserError,
+  evaluation_batches,
+  load_checkpoint,
+  main,
+  pack,
+  read_metrics,
+  save_checkpoint,
+  train,
+)
+
+pytestmark = pytest.mark.no_interpreter
+
+
+def room(name: str) -> Any:
+  """A module of the package."""
+  return importlib.import_module(f"pallas_gemma.gemma.{name}")
+
+
+MODEL = dataclasses.replace(
+  GemmaConfig.tiny(vocab_size=400),
+  num_layers=1,
+  width=8,
+  hidden_size=16,
+  num_heads=1,
+  head_size=8,
+  context_length=32,
+)
+STEPS = 12
+TEXT = pathlib.Path(room("_cli").__file__)  # one text, of the package
+
+
+def config(work_dir: pathlib.Path, **changes) -> TrainConfig:
+  fixed: dict[str, Any] = dict(
+    data=(TEXT,),
+    work_dir=work_dir,
+    steps=STEPS,
+    batch_size=2,
+    sequence_length=8,
+    evaluate_every=4,
+    eval_batches=3,
+    save_every=4,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
+    model=MODEL,
+  )
+  return TrainConfig(**fixed | changes)
+
+
+def run(settings: TrainConfig) -> str:
+  """Trains, and returns what is printed."""
+  out = io.StringIO()
+  train(settings, console=rich.console.Console(file=out, width=200))
+  return out.getvalue()
+
+
+def steps(directory: pathlib.Path) -> list[int]:
+  """Those with a complete checkpoint."""
+  written = directory.glob("checkpoints/*/checksums.json")
+  return sorted(int(path.parent.name) for path in written)
+
+
+def numbers(directory: pathlib.Path) -> dict[int, tuple[float | None, ...]]:
+  """What is the same in two runs, by step."""
+  lines = (directory / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  assert len({r["step"] for r in records}) == len(records)
+  keys = ("loss", "gradient_norm", "held_out_loss", "unigram_loss")
+  return {r["step"]: tuple(r.get(k) for k in keys) for r in records}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """The folder of compiled programs: every run of this module has the same."""
+  names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
+  before = [getattr(jax.config, f"jax_{name}") for name in names]
+  cache = str(tmp_path_factory.mktemp("compiled"))
+  for name, value in zip(names, (cache, 0.0), strict=True):
+    jax.config.update(f"jax_{name}", value)
+  reset_cache()
+  yield cache
+  for name, value in zip(names, before, strict=True):
+    jax.config.update(f"jax_{name}", value)
+  reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+  """Runs whose steps are the same program have the same functions."""
+  loop = room("_train.loop")
+  make = functools.cache(loop.make_steps)
+  others = dict(data=(), work_dir=None, eval_batches="auto", allow_change=False)
+  others |= dict.fromkeys(("evaluate_every", "save_every", "keep"), 1)
+
+  def make_steps(config, valid_vocab_size):
+    return make(dataclasses.replace(config, **others), valid_vocab_size)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "make_steps", make_steps)
+    yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """The directory of an undisturbed run."""
+  directory = tmp_path_factory.mktemp("runs") / "finished"
+  printed = run(config(directory))
+  tokens = 3 * 2 * 8
+  assert f"evaluates {tokens} held-out tokens, 3 batches, every 4" in printed
+  return directory
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  """The same, to be changed."""
+  return shutil.copytree(finished, tmp_path / "copy")
+
+
+# --- the command, its output and its signals ---
+
+
+@pytest.fixture
+def command(compiled_once):
+  """Starts `pallas-gemma train`, long enough to be stopped by what follows."""
+  started = []
+
+  def start(work_dir, *options, data=TEXT, **streams) -> subprocess.Popen:
+    settings = config(work_dir)
+    arguments = ["train", "--data", data, "--work-dir", work_dir]
+    arguments += ["--steps", 10**6, "--batch-size", 2, "--sequence-length", 8]
+    for field in dataclasses.fields(MODEL):
+      name = field.name.replace("_", "-")
+      arguments += [f"--model.{name}", getattr(settings.model, field.name)]
+    # A session's first process takes a terminal that it opens for its own.
+    code = "import os; os.isatty(0) and os.open(os.ttyname(0), os.O_RDWR); "
+    code += "from pallas_gemma.gemma import main; main()"
+    environment = os.environ | {
+      "JAX_COMPILATION_CACHE_DIR": compiled_once,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    child = subprocess.Popen(
+      [sys.executable, "-P", "-c", code, *map(str, (*arguments, *options))],
+      env=environment,
+      **streams,
+    )
+    started.append(child)
+    return child
+
+  yield start
+  for child in started:
+    with child:  # closes its pipes
+      child.kill()
+
+
+def wait_for(condition, child: subprocess.Popen) -> None:
+  while not condition():
+    assert child.poll() is None, child.communicate()
+    time.sleep(0.01)
+
+
+def has_records(directory: pathlib.Path, count: int = 1) -> bool:
+  with contextlib.suppress(OSError):
+    return (directory / "metrics.jsonl").read_bytes().count(b"\n") >= count
+  return False
+
+
+def test_one_process_writes_others_read_and_who_reads_the_output_may_end_first(
+  command, tmp_path
+):
+  """The latter as when `train | tee log` gets a Ctrl-C."""
+  directory = tmp_path / "run"
+  pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  child = command(directory, "--save-every", 50, **pipe)
+  wait_for(lambda: steps(directory), child)
+  model, tokenizer = load_checkpoint(directory)
+  named = f"in use by process {child.pid} on .*, since 2.*; wait for it or stop"
+  with pytest.raises(UserError, match=named):
+    run(config(directory, steps=10**6))
+  with pytest.raises(UserError, match=named):
+    save_checkpoint(directory, model, tokenizer, step=10**7)
+
+  child.stdout.close()
+  child.send_signal(signal.SIGINT)
+  errors = child.stderr.read().decode()
+  assert child.wait() == 128 + signal.SIGINT
+  step = steps(directory)[-1]
+  assert errors.splitlines() == [
+    "",
+    "finishing the step and saving; Ctrl-C again to stop at once",
+    f"pallas-gemma: stopped after step {step}, which is saved; give the same "
+    "command to go on",
+  ]
+  assert [*numbers(directory)] == [*range(1, step + 1)]
+  save_checkpoint(directory, model, tokenizer, step=10**7)
+  assert steps(directory)[-1] == 10**7
+
+
+def test_who_reads_the_output_may_have_stopped_to_read(command, tmp_path):
+  """As a pager does, or Ctrl-S; and `timeout` sends its signal twice."""
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  with pytest.raises(BlockingIOError):
+    while True:
+      os.write(writer, b"x")
+  os.set_blocking(writer, True)
+  child = command(tmp_path / "run", stdout=writer, stderr=writer)
+  wait_for(lambda: has_records(tmp_path / "run"), child)
+  for _ in range(2):
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+  assert child.wait(60) == 128 + signal.SIGTERM
+  assert steps(tmp_path / "run")
+  os.close(reader)
+  os.close(writer)
+
+
+def test_the_terminal_may_go(command, tmp_path):
+  here, there = pty.openpty()
+  child = command(
+    tmp_path / "run",
+    stdin=there,
+    stdout=there,
+    stderr=there,
+    start_new_session=True,
+  )
+  os.close(there)
+
+  def read() -> None:
+    with contextlib.suppress(OSError):
+      while not has_records(tmp_path / "run"):
+        os.read(here, 4096)
+    os.close(here)  # the terminal is gone
+
+  threading.Thread(target=read, daemon=True).start()
+  assert child.wait(120) == 128 + signal.SIGHUP
+  assert steps(tmp_path / "run")
+
+
+def test_before_the_first_step_a_signal_ends_at_once(command, tmp_path):
+  text = tmp_path / "large.txt"
+  text.write_text("\n\n".join(f"{i} {i * i} {i**3}" for i in range(400_000)))
+  pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  child = command(tmp_path / "run", data=text, **pipe)
+  wait_for((tmp_path / "run" / ".lock.holder").exists, child)
+  started = time.monotonic()
+  child.send_signal(signal.SIGTERM)
+  out, errors = child.communicate()
+  assert child.returncode == 128 + signal.SIGTERM
+  assert (out, errors) == ("", "\npallas-gemma: ended by SIGTERM\n")
+  assert time.monotonic() - started < 5
+  # Whose process is gone has no lock, whatever it left behind.
+  assert (tmp_path / "run" / ".lock.holder").exists()
+  with room("_lock").locked(tmp_path / "run"):
+    pass
+  assert not (tmp_path / "run" / ".lock.holder").exists()
+
+
+def test_a_signal_that_is_ignored_stays_so():
+  """As SIGHUP is under `nohup`."""
+  interrupt = room("_train.interrupt")
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with interrupt.ended_at_once(), interrupt.deferred_interrupts() as asked:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert asked.signal is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_only_a_late_ctrl_c_does_not_wait_for_the_save():
+  interrupt = room("_train.interrupt")
+  asked = interrupt.Interruption()
+  assert asked.is_final(signal.SIGTERM)  # nothing is to be saved
+  asked.holds = True
+  assert not asked.is_final(signal.SIGINT)
+  asked.note(signal.SIGTERM)
+  assert not asked.is_final(signal.SIGINT)  # told twice
+  asked._since -= 2 * interrupt._REPEATED
+  assert asked.is_final(signal.SIGINT)
+  assert not asked.is_final(signal.SIGTERM)
+  assert not asked.is_final(signal.SIGHUP)
+  asked.note(signal.SIGINT)
+  assert asked.signal == signal.SIGTERM
+
+
+# --- where text goes ---
+
+
+def broken_pipe() -> Any:
+  reader, writer = os.pipe()
+  os.close(reader)
+  return open(writer, "w")
+
+
+def test_training_for_no_reader_saves_and_ends(finished, tmp_path):
+  with broken_pipe() as pipe:
+    console = rich.console.Console(file=pipe)
+    result = train(config(tmp_path / "run"), console=console)
+    assert console.file is pipe
+    assert result.interrupted_by == signal.SIGPIPE and result.step < STEPS
+  run(config(tmp_path / "run"))
+  assert numbers(tmp_path / "run") == numbers(finished)
+
+
+@pytest.mark.parametrize("where", ["full", "none"])
+def test_training_goes_on_where_nothing_can_be_written(
+  where, tmp_path, monkeypatch
+):
+  stream: Any = open("/dev/full", "w") if where == "full" else None
+  monkeypatch.setattr(sys, "stdout", stream)
+  result = train(config(tmp_path / "run"))
+  assert result.interrupted_by is None and steps(tmp_path / "run")[-1] == STEPS
+  if stream is not None:
+    stream.close()
+
+
+def test_output_neither_fails_nor_waits():
+  output = room("_output").Output
+  reader, writer = os.pipe()
+  with open(writer, "w") as stream:
+    full = output(stream)
+    started = time.monotonic()
+    for _ in range(20_000):
+      full.write(10 * "text ")
+    full.drain(0.1)
+    assert time.monotonic() - started < 10 and not full.gone
+    os.close(reader)
+    full.drain(10)
+    assert full.gone
+
+
+def test_output_keeps_the_order_and_writes_what_the_encoding_has():
+  output = room("_output").Output
+  reader, writer = os.pipe()
+  with open(writer, "w", encoding="ascii") as stream:
+    stream.write("first, ")
+    second = output(stream)
+    second.write("second \u20ac")
+    second.drain(10)
+    assert os.read(reader, 99) == b"first, second \\u20ac"
+  os.close(reader)
+  direct = io.StringIO()
+  third = output(direct)
+  third.write("third")
+  third.drain()
+  assert direct.getvalue() == "third" and not third.isatty()
+  direct.close()
+  assert third.write("fourth") == 6 and not third.isatty()
+
+
+COMMANDS = [["--help"], ["sample", "--help"], ["train", "--help"], ["sample"]]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(
+  "stream, code", [("pipe", 141), ("full", 2), ("none", 0)]
+)
+def test_a_command_for_nobody_ends_without_traceback(
+  finished, arguments, stream, code, monkeypatch, capfd
+):
+  if arguments == ["sample"]:
+    arguments = ["sample", "--checkpoint", str(finished)]
+    arguments += ["--max-new-tokens", "2", "--prompt", "def"]
+  file: Any = {"pipe": broken_pipe, "none": lambda: None}.get(
+    stream, lambda: open("/dev/full", "w")
+  )()
+  monkeypatch.setattr(sys, "stdout", file)
+  with pytest.raises(SystemExit) as end:
+    main(arguments)
+  assert end.value.code == code
+  if file is not None:
+    file.close()  # and what Python does at its end meets no error
+  said = "pallas-gemma: standard output: No space left on device\n"
+  assert capfd.readouterr().err == (said if code == 2 else "")
+
+
+def test_a_mistake_has_its_code_if_nobody_reads_it(monkeypatch):
+  with broken_pipe() as pipe:
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with pytest.raises(SystemExit) as end:
+      main(["nonsense"])
+    assert end.value.code == 2
+    with contextlib.suppress(OSError):
+      pipe.close()
+
+
+def test_descriptors_that_are_closed_are_not_those_of_files():
+  code = (
+    "import os; from pallas_gemma.gemma import main\n"
+    "try: main(['--help'])\n"
+    "except SystemExit: os._exit(os.open(os.devnull, os.O_RDONLY))"
+  )
+  shell = f'exec "{sys.executable}" -P -c "$0" >&- 2>&-'
+  assert subprocess.run(["sh", "-c", shell, code]).returncode > 2
+
+
+def test_records_that_cannot_be_written_cost_no_step(
+  finished, tmp_path, monkeypatch
+):
+  metrics = room("_train.metrics").Metrics
+  write = metrics._write
+
+  def full(self):
+    if b'"step": 6' in self._unwritten:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    write(self)
+
+  monkeypatch.setattr(metrics, "_write", full)
+  with pytest.raises(UserError, match="metrics.jsonl: No space .* make room"):
+    run(config(tmp_path / "run"))
+  assert steps(tmp_path / "run") == [4, 8]
+
+
+# --- evaluation ---
+
+
+def test_a_signal_ends_an_evaluation_and_the_step_is_saved(
+  finished, tmp_path, monkeypatch
+):
+  loop, seen = room("_train.loop"), []
+
+  def batches(rows, size):
+    for batch in evaluation_batches(rows, size):
+      yield batch
+      seen.append(len(rows))
+      if len(seen) == 2:  # after one to compile, the first of step 4
+        os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(loop, "evaluation_batches", batches)
+  settings = config(tmp_path / "run", save_every=100)
+  result = train(settings, console=rich.console.Console(file=io.StringIO()))
+  monkeypatch.undo()
+  assert result.interrupted_by == signal.SIGTERM and result.step == 4
+  assert steps(tmp_path / "run") == [4] and len(seen) == 2
+  assert numbers(tmp_path / "run")[4][2] is None
+  # It is evaluated when the run goes on.
+  run(settings)
+  assert numbers(tmp_path / "run") == numbers(finished)
+
+
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_a_checkpoint_comes_before_its_evaluation(
+  finished, step, tmp_path, monkeypatch
+):
+  loop = room("_train.loop").Loop
+  evaluate = loop._evaluate
+
+  def die(self):
+    if self.step == step:
+      raise RuntimeError("killed")
+    evaluate(self)
+
+  monkeypatch.setattr(loop, "_evaluate", die)
+  with pytest.raises(RuntimeError, match="killed"):
+    run(config(tmp_path / "run"))
+  monkeypatch.undo()
+  assert steps(tmp_path / "run")[-1] == step
+  assert step not in numbers(tmp_path / "run")
+  run(config(tmp_path / "run"))
+  assert numbers(tmp_path / "run") == numbers(finished)
+
+
+def test_evaluations_take_a_twentieth_of_the_time():
+  """If a batch takes a third of a step."""
+  evaluate = room("_train.evaluate")
+  for steps, every, wanted in (
+    (320, 40, 6),
+    (1000, 100, 15),
+    (50, 40, 3),  # twice
+    (100, 1, 1),  # as asked for
+    (3, 40, 1),
+  ):
+    settings = TrainConfig(steps=steps, evaluate_every=every)
+    count = evaluate.num_batches(settings)
+    assert count == wanted
+    evaluations = -(-steps // every)
+    if count > 1:
+      assert evaluations * count / 3 <= 0.05 * steps
+  assert evaluate.num_batches(TrainConfig(eval_batches="all")) is None
+  assert evaluate.num_batches(TrainConfig(eval_batches=7)) == 7
+  for wrong in (0, -1, "some", True):
+    with pytest.raises(UserError, match='eval_batches: wanted 1 or more, "aut'):
+      TrainConfig(eval_batches=wrong)  # type: ignore[arg-type]
+
+
+def test_every_evaluation_has_the_same_rows_drawn_by_the_seed():
+  evaluate = room("_train.evaluate")
+  rows = pack([np.arange(1, 1001)], 10)
+
+  def drawn(count, seed=0) -> list[int]:
+    settings = config(pathlib.Path(), eval_batches=count, seed=seed)
+    return list(evaluate.evaluation_rows(rows, settings).tokens[:, 0])
+
+  assert len(drawn(5)) == 10 and drawn(5) == drawn(5) == sorted(drawn(5))
+  assert {*drawn(5)} < {*drawn(6)} < {*drawn("all")}
+  assert drawn(5) != drawn(5, seed=1) != drawn(5, seed=-1)
+  assert drawn("all") == drawn(50) == drawn(1000) == list(rows.tokens[:, 0])
+  # One token each: most rows are the only one with a label.
+  short = pack([np.arange(1, 3)] * 40, 1)
+  settings = config(pathlib.Path(), eval_batches=1, sequence_length=1)
+  for seed in range(8):
+    chosen = evaluate.evaluation_rows(
+      short, dataclasses.replace(settings, seed=seed)
+    )
+    assert chosen.num_labels > 0
+
+
+# --- what a run was made with ---
+
+
+def test_a_checkpoint_records_what_it_was_made_with(finished):
+  path = finished / "checkpoints" / str(STEPS)
+  record = json.loads((path / "record.json").read_text())
+  settings = config(finished)
+  assert record["config"]["optimizer"] == dataclasses.asdict(settings.optimizer)
+  assert record["config"]["data"] == [str(TEXT)]
+  assert {*record["config"]} == {f.name for f in dataclasses.fields(settings)}
+  identity = json.loads((finished / "config.json").read_text())
+  assert record["data"] == identity["data"]
+  assert record["tokenizer"] == identity["tokenizer"]
+  assert record["versions"]["jax"] == jax.__version__
+  wanted = {"python", "pallas-gemma", "jaxlib", "flax", "optax"}
+  assert wanted < {*record["versions"]}
+  assert record["device"] == {"kind": jax.devices()[0].device_kind}
+  metrics = read_metrics(finished)[-1]
+  assert record["metrics"]["loss"] == metrics["loss"]
+  assert "record.json" in json.loads((path / "checksums.json").read_text())
+
+
+def adam(**changes) -> dict[str, Any]:
+  return dict(optimizer=dataclasses.replace(config(TEXT).optimizer, **changes))
+
+
+ALTERING = {
+  "optimizer.learning_rate 0.01 -> 0.005": adam(learning_rate=0.005),
+  "optimizer.final_learning_rate 0.0004 -> 0.0": adam(final_learning_rate=0.0),
+  "optimizer.warmup_steps 4 -> 5": adam(warmup_steps=5),
+  "optimizer.beta1 0.9 -> 0.8": adam(beta1=0.8),
+  "optimizer.beta2 0.95 -> 0.9": adam(beta2=0.9),
+  "optimizer.epsilon 1e-08 -> 1e-06": adam(epsilon=1e-6),
+  "optimizer.weight_decay 0.1 -> 0.0": adam(weight_decay=0.0),
+  "optimizer.clip_norm 1.0 -> 2.0": adam(clip_norm=2.0),
+  "z_loss 0.0 -> 0.0001": dict(z_loss=1e-4),
+  "steps 12 -> 13 (the learning rate falls over all steps": dict(steps=13),
+}
+
+
+@pytest.mark.parametrize("message", ALTERING)
+def test_what_alters_training_is_refused_by_name(finished, message):
+  before = (finished / "metrics.jsonl").read_bytes()
+  with pytest.raises(UserError) as error:
+    run(config(finished, **ALTERING[message]))
+  assert message in str(error.value) and "--allow-change" in str(error.value)
+  assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_fewer_steps_than_are_done_are_done(copy):
+  assert "training is complete" in run(config(copy, steps=11))
+  with pytest.raises(UserError, match="steps 12 -> 11, .*beta1 0.9 -> 0.8"):
+    run(config(copy, steps=11, **adam(beta1=0.8)))
+
+
+def test_all_changes_are_named_and_with_the_flag_made_and_said(copy):
+  changed = config(copy, steps=14, evaluate_every=7, **adam(beta1=0.8))
+  with pytest.raises(UserError) as error:
+    run(changed)
+  assert "steps 12 -> 14, optimizer.beta1 0.9 -> 0.8 (" in str(error.value)
+  assert "evaluate_every" not in str(error.value)
+  printed = run(dataclasses.replace(changed, allow_change=True))
+  for line in (
+    "changed   steps 12 -> 14",
+    "changed   evaluate_every 4 -> 7",
+    "changed   optimizer.beta1 0.9 -> 0.8",
+  ):
+    assert f"{line}\n" in printed
+  assert "allow_change" not in printed and "work_dir" not in printed
+  # They are those of the run from now on.
+  assert "complete" in run(changed)
+
+
+FREE: dict[str, dict[str, Any]] = {
+  "remat": dict(model=dataclasses.replace(MODEL, remat="full")),
+  "head": dict(head="recompute"),
+  "context_length": dict(model=dataclasses.replace(MODEL, context_length=64)),
+  "accumulation": dict(accumulation=2),
+  "eval_batches": dict(eval_batches=4),
+  "others": dict(evaluate_every=6, save_every=6, keep=1),
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_alters_nothing_is_free(copy, name):
+  assert "training is complete" in run(config(copy, **FREE[name]))
+
+
+def test_a_longer_context_is_that_of_the_model_from_then_on(copy):
+  longer = config(copy, **FREE["context_length"])
+  run(longer)
+  assert load_checkpoint(copy)[0].config.context_length == 64
+  with pytest.raises(UserError, match="context_length = 64, and now .* = 32"):
+    run(config(copy))
+
+
+def test_versions_paths_and_devices_that_differ_are_said(copy, tmp_path):
+  record = copy / "checkpoints" / str(STEPS) / "record.json"
+  there = json.loads(record.read_text())
+  there["versions"]["jax"] = "0.0.1"
+  other = shutil.copy(TEXT, tmp_path / "same.txt")
+  changes = room("_train.record")
+  now = changes.settings(config(copy, data=(pathlib.Path(other),)))
+  assert [*map(str, changes.changes(there, now))] == [
+    f"data {TEXT} -> {other}",
+    f"versions.jax 0.0.1 -> {jax.__version__}",
+  ]
+  assert all(change.is_free for change in changes.changes(there, now))
+  assert changes.changes({}, now) == []  # of an older version
+
+
+def test_a_mistake_leaves_no_directory(tmp_path):
+  wrong = config(tmp_path / "run", data=(tmp_path / "none.txt",))
+  with pytest.raises(UserError, match="no such file"):
+    run(wrong)
+  assert [*tmp_path.iterdir()] == []
+  (tmp_path / "run").mkdir()
+  with pytest.raises(UserError, match="no such file"):
+    run(wrong)
+  assert [*(tmp_path / "run").iterdir()] == []
