@@ -53,8 +53,8 @@ def write_identity(
 ) -> None:
   """Writes config.json and tokenizer.model, or checks those that are there.
 
-  A config.json of earlier versions gets its checksum then.  What may differ in
-  it is as given afterwards.
+  A config.json of earlier versions gets its checksum then, and what may differ
+  is as given afterwards.
 
   Raises:
     UserError: as `check_identity`.

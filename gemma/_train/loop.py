@@ -185,9 +185,8 @@ class Loop:
       loss, weight = self._evaluate_batch(self._params, batch)
       losses, weights = losses + float(loss), weights + float(weight)
     self._clock.pause()
-    held_out_loss = losses / weights
-    self._evaluated = self.step, held_out_loss
-    self._checkpoints.note_loss(self.step, held_out_loss)
+    self._evaluated = self.step, losses / weights
+    self._checkpoints.note_loss(*self._evaluated)
     if record is not None:
       record["held_out_loss"] = held_out_loss
       record["unigram_loss"] = self._unigram

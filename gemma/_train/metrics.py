@@ -68,10 +68,10 @@ class Metrics(contextlib.AbstractContextManager):
     self._path = directory / _FILE
     kept = [r for r in read_metrics(directory) if r["step"] <= step]
     lines = "".join(json.dumps(r) + "\n" for r in kept)
+    self._unwritten = b""
     # Seconds of the run before this call.
     self._before = max((r.get("seconds", 0.0) for r in kept), default=0.0)
     self._started = time.monotonic()
-    self._unwritten = b""
     with self._errors():
       write_atomically(self._path, lines.encode())
       self._file = open(self._path, "ab", buffering=0)
@@ -86,7 +86,7 @@ class Metrics(contextlib.AbstractContextManager):
       self._board.close()
 
   def write(self, record: Record) -> None:
-    """Adds a record, with the time."""
+    """Adds a record, with the time; its "step" counts the steps done."""
     seconds = self._before + time.monotonic() - self._started
     record = {**record, "time": time.time(), "seconds": seconds}
     self._unwritten += json.dumps(record).encode() + b"\n"
