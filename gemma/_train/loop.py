@@ -188,7 +188,7 @@ class Loop:
     self._evaluated = self.step, losses / weights
     self._checkpoints.note_loss(*self._evaluated)
     if record is not None:
-      record["held_out_loss"] = held_out_loss
+      record["held_out_loss"] = losses / weights
       record["unigram_loss"] = self._unigram
 
 
