@@ -22,7 +22,7 @@ from .interrupt import deferred_interrupts
 from .loop import Loop
 from .metrics import Metrics, plot_losses, read_metrics
 from .progress import Progress
-from .run import Run, open_run
+from .run import Run, describe_data, open_run
 from .step import abstract_model, device_memory, resolved
 
 
@@ -65,7 +65,7 @@ def train(
   def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-  run = open_run(config)
+  run = open_run(config, console)
   done = max(complete_steps(run.directory), default=0)
   if done >= config.steps:
     say(
@@ -113,19 +113,7 @@ def _describe(run: Run, done: int) -> Iterator[str]:
     f"model     {num_parameters(model):,} parameters in float32, computing in "
     f"{config.model.dtype}"
   )
-  for reason, names in run.corpus.skipped.items():
-    more = ", ..." if len(names) > 3 else ""
-    yield f"skipped   {len(names)}, {reason}: {', '.join(names[:3])}{more}"
-  for name, documents, rows in (
-    ("training", run.split.train, run.train_rows),
-    ("held out", run.split.held_out, run.held_out_rows),
-  ):
-    yield f"{name}  {rows.num_labels:,} tokens of {len(documents)} documents"
-  if run.split.copied:
-    yield (
-      f"left out  {run.split.copied:,} characters of training text that are "
-      "copies of held-out paragraphs"
-    )
+  yield from describe_data(run)
   tokens = config.batch_size * config.sequence_length
   yield (
     f"steps     {config.steps:,} of {tokens:,} tokens, {done:,} done; "
