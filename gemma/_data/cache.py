@@ -43,7 +43,9 @@ _META = "meta.json"
 
 
 def default_directory() -> pathlib.Path:
-  """Where caches of the user's programs are, by the rules of the system."""
+  """$PALLAS_GEMMA_CACHE, else where the system has its users' caches."""
+  if chosen := os.environ.get("PALLAS_GEMMA_CACHE"):
+    return pathlib.Path(chosen).expanduser()
   home = os.environ.get("XDG_CACHE_HOME", "")
   if home and os.path.isabs(home):
     return pathlib.Path(home) / "pallas-gemma"
@@ -118,7 +120,9 @@ class Cache:
     return (folder, meta) if whole else None
 
   @contextlib.contextmanager
-  def making_entry(self, key: str, meta: dict[str, Any]) -> Iterator[pathlib.Path]:
+  def making_entry(
+    self, key: str, meta: dict[str, Any]
+  ) -> Iterator[pathlib.Path]:
     """A folder to put an entry's files into; at its end the entry is there.
 
     Args:
@@ -168,9 +172,7 @@ class Cache:
 _SCRATCH = ".part-"
 
 
-def open_cache(
-  asked: pathlib.Path | None, work_dir: pathlib.Path
-) -> Cache:
+def open_cache(asked: pathlib.Path | None, work_dir: pathlib.Path) -> Cache:
   """The cache the user asked for, else the default, else one in `work_dir`.
 
   Raises:

@@ -3,8 +3,8 @@
 A held-out loss says how a model does on text it has not seen.  It says less the
 more of that text stands in the training text too: a model of any size knows
 such text by heart.  So copies are looked for by content, whatever the format:
-every stretch of 50 characters of the held-out text, white space aside, is looked
-up in the training text.  The rule:
+every stretch of 50 characters of the held-out text is looked up in the training
+text.  The rule:
 
   1. A stretch that stands in the training text at most 16 times is taken out of
      the training text.  What is left of a line beside it goes too if it is
@@ -12,18 +12,21 @@ up in the training text.  The rule:
   2. A stretch that stands there more often, such as the head of every file or
      a phrase of the trade, is taken out of the held-out text instead, so that
      the training text keeps it.
-  3. If rule 2 would take more than half of the held-out text, the text repeats
-     itself throughout.  Such stretches are then taken out of the training text,
-     if that leaves more than half of it, and else stay in both.
+  3. If rule 2 would leave less than a tenth of the held-out text, the text
+     repeats itself throughout.  Then such stretches stay in both.
 
-Then the share of the held-out stretches that remain in the training text is
-measured, by other hashes than those of the search, and reported: of up to
-262,144 stretches exactly, of more by a sample of that size.
+All this is done twice: with white space as one space, however long, and with
+every character as it is.  (Two stretches of 50 characters may agree in their
+indentation more than in the words.)
 
-Memory: one table of at most 512 MiB, of a byte for each of 4 slots per held-out
-character; a slot says how often its stretch stands in the training text.  Two
-stretches may share one; that 11 in a row (see `windows`) all share theirs by
-chance happens once in 10^7 characters at the worst.
+Then the share of the held-out stretches that remain in the training text, white
+space as one space, is measured by other hashes than those of the search, and
+reported: of up to 262,144 stretches exactly, of more by a sample of that size.
+
+Memory: at most 128 MiB for a table of bits, 8 for each held-out character, that
+says which stretches are held out, and 128 MiB to count them.  Two stretches may
+share a bit; that 11 in a row (see `windows`) all share theirs by chance happens
+once in 10^10 characters.
 """
 
 from __future__ import annotations
@@ -36,13 +39,17 @@ import numpy as np
 from .parallel import in_order
 from .spans import Spans, group, merged
 from .texts import Texts
-from .windows import LONG, SHORT, Block, plans, read_block
+from .windows import LONG, SHORT, Block, Plan, plans, read_block
 
 # A stretch that stands in the training text more often is not a copy of one
 # text but part of the language of many.
 OFTEN = 16
 
-_FEWEST_SLOTS, _MOST_SLOTS = 1 << 16, 1 << 29
+_FEWEST_BITS, _MOST_BITS = 1 << 16, 1 << 30
+_MOST_COUNTS = 1 << 27
+# Of 11 stretches in a row, two are at places that this divides: only where two
+# such places follow each other are the others looked up.
+_STEP = 5
 _SAMPLE = 1 << 18
 
 Watch = Callable[[str, int], Callable[[int], None]]
@@ -79,8 +86,8 @@ def describe_copies(report: Report) -> Iterator[str]:
   """The lines about copies that are printed at the start of training."""
   if report.copied:
     yield (
-      f"left out  {report.copied:,} characters of training text that are copies "
-      "of held-out text"
+      f"left out  {report.copied:,} characters of training text that are "
+      "copies of held-out text"
     )
   if report.repeated:
     yield (
@@ -99,110 +106,148 @@ def without_copies(
   texts: Texts, train: Spans, held_out: Spans, watch: Watch = silent
 ) -> tuple[Spans, Spans, Report]:
   """Both parts of a text after the rule above.  Documents may have gone."""
-  table = _table(texts, held_out)
-  phase = watch("looking for copies", 2 * train.size)
-  _count(texts, train, table, phase)
-  rare, often = _stretches(texts, train, table, phase)
-  _, repeated = _stretches(texts, held_out, table, silent("", 0))
-  holes = repeated
-  if 2 * _size(repeated) > held_out.size:
-    holes = repeated[:0]
-    both = merged(np.concatenate([rare, often]))
-    rare = both if 2 * _size(both) < train.size else rare
-  del table
-  copied, taken = _characters(texts, rare), _characters(texts, holes)
+  extent = sum(plan.size for plan in plans(train))
+  done = watch("looking for copies", 4 * extent)
+  found = [_in_both(texts, train, held_out, way, done) for way in (True, False)]
+  rare, often = (
+    merged(np.concatenate(kind)) for kind in zip(*found, strict=True)
+  )
+  if 10 * (held_out.size - _size(often)) < held_out.size:
+    often = often[:0]
+  copied, repeated = _characters(texts, rare), _characters(texts, often)
   train = _with_text(texts, train.without(rare))
-  held_out = _with_text(texts, held_out.without(holes))
-  shared, measured, exact = shared_share(texts, train, held_out, watch)
-  return train, held_out, Report(copied, taken, shared, measured, exact)
+  held_out = _with_text(texts, held_out.without(often))
+  share = shared_share(texts, train, held_out, watch)
+  return train, held_out, Report(copied, repeated, *share)
+
+
+def _in_both(
+  texts: Texts,
+  train: Spans,
+  held_out: Spans,
+  collapse: bool,
+  done: Callable[[int], None],
+) -> tuple[np.ndarray, np.ndarray]:
+  """What to take out of the training text, and out of the held-out text."""
+  search = _Search(texts, held_out, collapse)
+  search.count(train, done)
+  rare, _ = search.stretches(train, done)
+  _, often = search.stretches(held_out, silent("", 0))
+  return rare, often
 
 
 def _size(ranges: np.ndarray) -> int:
   return int((ranges[:, 1] - ranges[:, 0]).sum())
 
 
-# --- the table: 0 for what is not held out, else 1 + times in training ---
+class _Search:
+  """Looks for the stretches of a held-out text.
 
-
-def _slots(block: Block, table: np.ndarray) -> np.ndarray:
-  bits = int(len(table)).bit_length() - 1
-  return block.short >> np.uint64(64 - bits)
-
-
-def _table(texts: Texts, held_out: Spans) -> np.ndarray:
-  wanted = min(max(4 * held_out.size, _FEWEST_SLOTS), _MOST_SLOTS)
-  table = np.zeros(1 << (wanted - 1).bit_length(), np.uint8)
-
-  def enter(plan) -> None:
-    block = read_block(texts, plan)
-    table[_slots(block, table)[block.whole(SHORT)]] = 1
-
-  for _ in in_order(enter, plans(held_out)):
-    pass
-  return table
-
-
-def _hits(block: Block, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Which stretches of 50 characters are held out, and the slots of all."""
-  slots = _slots(block, table)
-  found = (table[slots] > 0) & block.whole(SHORT)
-  # A stretch that begins in this block may end past it, in the part of `whole`
-  # that is the next block's.
-  past = block.start[: len(found)] >= block.stop
-  if past.any():
-    found[past] = table[slots[past]] > 0
-  for step in (1, 2, 4, 3):  # of 1 in a row: 2, 4, 8, 11 in a row
-    found = found[: max(len(found) - step, 0)] & found[step:]
-  found &= block.whole(LONG)
-  return np.flatnonzero(found), slots
-
-
-def _count(
-  texts: Texts, train: Spans, table: np.ndarray, done: Callable[[int], None]
-) -> None:
-  """Adds to each slot how often the stretch stands in the training text."""
-
-  def count(plan) -> tuple[np.ndarray, np.ndarray, int]:
-    hits, slots = _hits(read_block(texts, plan), table)
-    return *np.unique(slots[hits], return_counts=True), plan.size
-
-  for slots, counts, size in in_order(count, plans(train)):
-    table[slots] = np.minimum(table[slots] + counts, 255)
-    done(size)
-
-
-def _stretches(
-  texts: Texts, spans: Spans, table: np.ndarray, done: Callable[[int], None]
-) -> tuple[np.ndarray, np.ndarray]:
-  """Ranges of bytes that stand in both parts: rare ones and frequent ones.
-
-  Returns:
-    Two times int64 [n, 2].
+  Args:
+    texts: of which all spans are parts.
+    held_out: what is looked for.
+    collapse: white space is one space.
   """
 
-  def find(plan) -> tuple[np.ndarray, np.ndarray, int]:
-    block = read_block(texts, plan)
-    hits, slots = _hits(block, table)
-    frequent = table[slots[hits]] > 1 + OFTEN
-    rare = _to_line_ends(block, _ranges(hits[~frequent]))
-    often = _bytes(block, _ranges(hits[frequent]))
-    return rare, often, plan.size
+  def __init__(self, texts: Texts, held_out: Spans, collapse: bool):
+    self._texts, self._collapse = texts, collapse
+    bits = _power_of_two(8 * held_out.size, _FEWEST_BITS, _MOST_BITS)
+    self._bits = np.zeros(bits // 8, np.uint8)
+    self._shift = np.uint64(65 - bits.bit_length())
+    # How often a stretch stands in the training text, up to 255.
+    counts = _power_of_two(held_out.size, _FEWEST_BITS, _MOST_COUNTS)
+    self._counts = np.zeros(counts, np.uint8)
 
-  parts: list[tuple[np.ndarray, np.ndarray]] = []
-  for rare, often, size in in_order(find, plans(spans)):
-    parts.append((rare, often))
-    done(size)
-  empty = np.zeros((0, 2), np.int64)
-  kinds = list(zip(*parts, strict=True)) or [(), ()]
-  first, second = (merged(np.concatenate([empty, *k])) for k in kinds)
-  return first, second
+    def places(plan: Plan) -> np.ndarray:
+      block = self._read(plan)
+      return block.short[block.whole(SHORT)] >> self._shift
+
+    for found in in_order(places, plans(held_out)):
+      for bit in range(8):
+        of_bit = found[(found & np.uint64(7)) == bit] >> np.uint64(3)
+        self._bits[of_bit] |= np.uint8(1 << bit)
+
+  def _read(self, plan: Plan) -> Block:
+    return read_block(self._texts, plan, self._collapse)
+
+  def _held_out(self, hashes: np.ndarray) -> np.ndarray:
+    """Which short stretches are, or share a bit with one that is."""
+    places = hashes >> self._shift
+    found = self._bits[places >> np.uint64(3)]
+    return (found >> (places & np.uint64(7)).astype(np.uint8)) & 1 > 0
+
+  def _hits(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """Which stretches of 50 characters are held out, and where each is counted.
+
+    (Short stretches past the block are part of long ones that begin in it.)
+    """
+    hashes = block.short
+    steps = self._held_out(hashes[::_STEP])
+    near = np.zeros(len(steps) + 4, bool)  # groups of _STEP, one ahead
+    pairs = np.flatnonzero(steps[:-1] & steps[1:])
+    for ahead in range(4):
+      near[pairs + ahead] = True
+    asked = np.flatnonzero(np.repeat(near[1:], _STEP)[: len(hashes)])
+    found = np.zeros(len(hashes), bool)
+    found[asked] = self._held_out(hashes[asked])
+    for step in (1, 2, 4, 3):  # of 1 in a row: 2, 4, 8, 11 in a row
+      found = found[: max(len(found) - step, 0)] & found[step:]
+    hits = np.flatnonzero(found & block.whole(LONG))
+    return hits, hashes[hits] & np.uint64(len(self._counts) - 1)
+
+  def count(self, train: Spans, done: Callable[[int], None]) -> None:
+    """Counts how often held-out stretches stand in the training text."""
+
+    def count(plan: Plan) -> tuple[np.ndarray, np.ndarray, int]:
+      _, places = self._hits(self._read(plan))
+      return *np.unique(places, return_counts=True), plan.size
+
+    for places, times, size in in_order(count, plans(train)):
+      self._counts[places] = np.minimum(self._counts[places] + times, 255)
+      done(size)
+
+  def stretches(
+    self, spans: Spans, done: Callable[[int], None]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Ranges of bytes that stand in both parts: rare ones and frequent ones.
+
+    Returns:
+      Two times int64 [n, 2].
+    """
+
+    def find(plan: Plan) -> tuple[np.ndarray, np.ndarray, int]:
+      block = self._read(plan)
+      hits, places = self._hits(block)
+      frequent = self._counts[places] > OFTEN
+      # (Where not all characters are read, nor are all line ends.)
+      to_bytes = _to_line_ends if self._collapse else _bytes
+      rare = to_bytes(block, _ranges(block, hits[~frequent]))
+      often = _bytes(block, _ranges(block, hits[frequent]))
+      return rare, often, plan.size
+
+    empty = np.zeros((0, 2), np.int64)
+    rare, often = [empty], [empty]
+    for few, many, size in in_order(find, plans(spans)):
+      rare.append(few)
+      often.append(many)
+      done(size)
+    return merged(np.concatenate(rare)), merged(np.concatenate(often))
 
 
-def _ranges(hits: np.ndarray) -> np.ndarray:
-  """Ranges of characters that the stretches at `hits` cover: int64 [n, 2]."""
+def _power_of_two(wanted: int, least: int, most: int) -> int:
+  """The next power of two, within bounds."""
+  return min(max(1 << max(wanted - 1, 0).bit_length(), least), most)
+
+
+def _ranges(block: Block, hits: np.ndarray) -> np.ndarray:
+  """Ranges of characters that the stretches at `hits` cover: int64 [n, 2].
+
+  Each is of one span.
+  """
   if not len(hits):
     return np.zeros((0, 2), np.int64)
-  breaks = np.flatnonzero(np.diff(hits) > LONG)
+  span = np.cumsum(block.apart)[hits]
+  breaks = np.flatnonzero((np.diff(hits) > LONG) | (np.diff(span) > 0))
   first = np.concatenate([hits[:1], hits[breaks + 1]])
   last = np.concatenate([hits[breaks], hits[-1:]])
   return np.stack([first, last + LONG], axis=1)
@@ -215,7 +260,7 @@ def _bytes(block: Block, ranges: np.ndarray) -> np.ndarray:
   """
   if not len(ranges):
     return ranges
-  space = block.codes == 32
+  space = block.codes <= 32
   first, last = ranges[:, 0], ranges[:, 1] - 1
   return np.stack(
     [block.start[first + space[first]], block.end[last - space[last]]], axis=1
@@ -292,10 +337,11 @@ def shared_share(
   if not len(wanted):
     return None, 0, True
   found = np.zeros(len(wanted), bool)
-  done = watch("measuring what is left of them", train.size)
+  extent = sum(plan.size for plan in plans(train))
+  done = watch("measuring what is left of them", extent)
   for hashes, size in in_order(sample, plans(train)):
     at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
     found[at[wanted[at] == hashes]] = True
     done(size)
   total = int(times.sum())
-  return float(times[found].sum() / total), total, every == 1
+  return float(times[found].sum() / total), total, bool(every == 1)

@@ -177,7 +177,9 @@ def _jsonl(file: BinaryIO, suffix: str, field: str) -> Iterator[Iterable[str]]:
       text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
       at = position + error.start
-      raise NotText(f"not UTF-8 text (byte {at})", f", line {number}") from error
+      raise NotText(
+        f"not UTF-8 text (byte {at})", f", line {number}"
+      ) from error
     position += len(line)
     if not text:
       continue
@@ -283,9 +285,7 @@ def _table(file: BinaryIO, suffix: str, field: str) -> Iterator[Iterable[str]]:
     yield [row[column] if column < len(row) else ""]
 
 
-def _table_rows(
-  file: BinaryIO, suffix: str, field: str
-) -> Iterator[list[str]]:
+def _table_rows(file: BinaryIO, suffix: str, field: str) -> Iterator[list[str]]:
   lines = _lines(_pieces(file))
   first = next(lines, None)
   if first is None:

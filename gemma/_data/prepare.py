@@ -114,9 +114,7 @@ class TextFiles:
     if files and _newest(files) < begun - _CLOCK_STEP:
       cache.write_json(name, dataclasses.asdict(self.summary))
 
-  def _files_key(
-    self, files: Sequence[pathlib.Path], skipped: Skipped
-  ) -> str:
+  def _files_key(self, files: Sequence[pathlib.Path], skipped: Skipped) -> str:
     """Of all that tells whether files have changed, short of their content."""
     states = []
     for path in files:

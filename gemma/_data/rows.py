@@ -213,5 +213,3 @@ def marked(ids: Any, dtype: np.dtype) -> np.ndarray:
   stored = np.array(ids, dtype)
   stored[:1] |= dtype.type(begins_bit(dtype))
   return stored
-
-

@@ -1,9 +1,9 @@
 """Which text is trained on and which is held out.
 
-    draw      documents are taken in an order drawn from their text and the seed
-    hold out  as many as the share allows; if none is small enough, the end of
-              one
-    copies    what stands on both sides is taken out of one: see `copies`
+draw      documents are taken in an order drawn from their text and the seed
+hold out  as many as the share allows; if none is small enough, the end of
+          one
+copies    what stands on both sides is taken out of one: see `copies`
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def split_documents(
     return tuple(found)
 
   trained = {*train.document.tolist()} & {*held_out.document.tolist()}
-  return Split(
-    documents_of(train, False), documents_of(held_out, True), report
-  )
+  return Split(documents_of(train, False), documents_of(held_out, True), report)
 
 
 def split_texts(

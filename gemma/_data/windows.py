@@ -1,7 +1,8 @@
-"""Every stretch of so many characters in a text, by its hash, a block at a time.
+"""Every stretch of 50 characters in a text, by its hash, a block at a time.
 
-White space counts as one space, so that a copy is one however it is indented,
-wrapped, or its lines end.  Stretches do not reach from one span into the next.
+White space counts as one space, if that is wanted, so that a copy is one
+however it is indented, wrapped, or its lines end.  Stretches do not reach from
+one span into the next.
 A stretch of 50 characters can be found in two ways:
 
     by `short`   the hashes of the 11 stretches of 40 characters in it; asking
@@ -34,7 +35,7 @@ _MIX = np.uint64(0xD6E8FEB86659FD93)
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """The characters of a part of a text, white space as one space.
+  """The characters of a part of a text.
 
   Attributes:
     codes: uint64 [n], code points.
@@ -132,8 +133,15 @@ def plans(spans: Spans) -> Iterator[Plan]:
       yield Plan(spans[np.arange(first, last)], begin, stop)
 
 
-def read_block(texts: Texts, plan: Plan) -> Block:
-  """Reads the characters of a block, and some past it."""
+def read_block(texts: Texts, plan: Plan, collapse: bool = True) -> Block:
+  """Reads the characters of a block, and some past it.
+
+  Args:
+    texts: where to read.
+    plan: what to read.
+    collapse: white space is one space.  Otherwise every character counts, and
+      only those near a run of white space are there: elsewhere both agree.
+  """
   spans = plan.spans
   end = min(int(spans.end[-1]), plan.stop + _PAST)
   text = texts.content.read(plan.begin, end)
@@ -141,47 +149,61 @@ def read_block(texts: Texts, plan: Plan) -> Block:
   head = 0
   while head < len(text) and text[head] & 0xC0 == 0x80:
     head += 1
-  decoded = text[head:].decode(errors="ignore")
-  codes = np.frombuffer(decoded.encode("utf-32-le"), np.uint32)
-  begin = plan.begin + head
-  if len(codes) == len(text) - head:  # ASCII
-    start = np.arange(begin, begin + len(codes))
-    after = start + 1
-  else:
-    sizes = np.ones(len(codes), np.int64)
-    for least in (0x80, 0x800, 0x10000):
-      sizes += codes >= least
-    after = begin + np.cumsum(sizes)
-    start = after - sizes
-  inside, apart = _inside(spans, start)
-  line_ends = after[(codes == 10) & inside]
-  codes, start, after, apart = (x[inside] for x in (codes, start, after, apart))
+  codes, places = _characters(text[head:], plan.begin + head)
+  # In characters, as are all indices from here on.
+  first, last = (
+    np.searchsorted(places, x).clip(0, len(codes))
+    for x in (spans.start, spans.end)
+  )
+  inside = np.zeros(len(codes) + 1, np.int8)
+  np.add.at(inside, first, 1)
+  np.add.at(inside, last, -1)
+  inside = np.cumsum(inside[:-1], dtype=np.int8) > 0
+  apart = np.zeros(len(codes), bool)
+  apart[first[first < last]] = True
   # Of a run of white space, its first character stays, as a space.
   space = _is_space(codes)
-  stays = ~space | apart
-  stays[1:] |= ~space[:-1]
-  codes = np.where(space, np.uint32(32), codes)[stays].astype(np.uint64)
+  if collapse:
+    stays = ~space | apart
+    stays[1:] |= ~space[:-1]
+    kept = np.flatnonzero(inside & stays)
+    found = np.where(space[kept], np.uint64(32), codes[kept])
+  else:
+    kept = np.flatnonzero(inside & _near_runs(space))
+    found = codes[kept].astype(np.uint64)
+    apart[kept[1:][np.diff(kept) > 1]] = True
   return Block(
-    codes,
-    start[stays],
-    after[stays],
-    apart[stays],
+    found,
+    places[kept],
+    places[kept + 1],
+    apart[kept],
     plan.stop,
-    line_ends,
+    places[np.flatnonzero((codes == 10) & inside) + 1],
   )
 
 
-def _inside(spans: Spans, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Which characters are of a span, and which are its first that was read."""
-  n = len(start)
-  first = np.searchsorted(start, spans.start)
-  last = np.searchsorted(start, spans.end)
-  change = np.zeros(n + 1, np.int32)
-  np.add.at(change, first, 1)
-  np.add.at(change, last, -1)
-  apart = np.zeros(n + 1, bool)
-  apart[first[first < last]] = True
-  return np.cumsum(change[:n]) > 0, apart[:n]
+def _characters(text: bytes, begin: int) -> tuple[np.ndarray, np.ndarray]:
+  """The code points of a text [n], and their first bytes and its end [n + 1].
+
+  A character that is cut off at the end is left out.
+  """
+  if text.isascii():
+    codes = np.frombuffer(text, np.uint8)
+    return codes, np.arange(begin, begin + len(codes) + 1)
+  decoded = text.decode(errors="ignore")
+  codes = np.frombuffer(decoded.encode("utf-32-le"), np.uint32)
+  sizes = np.ones(len(codes), np.int64)
+  for least in (0x80, 0x800, 0x10000):
+    sizes += codes >= least
+  return codes, begin + np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _near_runs(space: np.ndarray) -> np.ndarray:
+  """Which characters a stretch with a run of white space can have."""
+  run = np.zeros(len(space) + 2 * LONG, np.int32)
+  run[LONG + 1 : LONG + len(space)] = space[1:] & space[:-1]
+  before = np.cumsum(run)
+  return before[2 * LONG - 1 : -1] > before[: len(space)]
 
 
 _SPACES = np.array(
@@ -192,6 +214,6 @@ _SPACES = np.array(
 def _is_space(codes: np.ndarray) -> np.ndarray:
   """What `str.split` divides at, and control characters."""
   space = codes <= 32
-  if len(codes) and codes.max() >= 0x80:
+  if codes.dtype != np.uint8 and len(codes):
     space |= np.isin(codes, _SPACES)
   return space

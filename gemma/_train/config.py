@@ -69,7 +69,8 @@ class TrainConfig:
       stand.
     cache_dir: token ids of the text go here, and another run on the same text
       finds them (2 to 4 bytes a token; may be deleted).  Default:
-      $XDG_CACHE_HOME/pallas-gemma or ~/.cache/pallas-gemma.
+      $PALLAS_GEMMA_CACHE, $XDG_CACHE_HOME/pallas-gemma or
+      ~/.cache/pallas-gemma.
     work_dir: checkpoints, metrics and loss.png go here, and a run found here
       is continued.  Default: runs/NAME, after the first of --data.
     tokenizer: a SentencePiece tokenizer.model, for example Gemma's.  Default:
