@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import itertools
@@ -108,17 +109,28 @@ def documents(
   if suffix in _REFUSED:
     reason, _, advice = _REFUSED[suffix].partition("; ")
     raise NotText(reason, advice=advice)
-  read = _READERS.get(suffix, _whole)
+  read = _whole if text_field is None else _READERS.get(suffix, _whole)
+  with (
+    _said_in_words(),
+    _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file,
+  ):
+    for pieces in read(file, suffix, text_field):
+      yield _guarded(pieces)
+
+
+def _guarded(pieces: Iterable[str]) -> Iterator[str]:
+  """The same, for whoever reads them outside of `documents`."""
+  with _said_in_words():
+    yield from pieces
+
+
+@contextlib.contextmanager
+def _said_in_words() -> Iterator[None]:
+  """Inside, a file that cannot be read or unpacked raises `NotText`."""
   try:
-    with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
-      if text_field is None:
-        yield from _whole(file, suffix, "")
-      else:
-        yield from read(file, suffix, text_field)
+    yield
   except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
     raise NotText("damaged archive", f" ({error})", "get it anew") from error
-  except UnicodeDecodeError as error:
-    raise NotText("not UTF-8 text", f" ({error.reason})") from error
   except OSError as error:
     if error.errno is None:  # what bz2 raises for damage
       raise NotText("damaged archive", f" ({error})", "get it anew") from error
@@ -147,6 +159,7 @@ def _pieces(file: BinaryIO) -> Iterator[str]:
   block = file.read(_BLOCK)
   if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
     raise NotText("UTF-16, not UTF-8 text", advice="convert it to UTF-8")
+  more = bool(block)
   if block.startswith(codecs.BOM_UTF8):
     block, position = block[3:], 3
   while True:
@@ -154,15 +167,16 @@ def _pieces(file: BinaryIO) -> Iterator[str]:
       raise NotText("binary, not text")
     waiting = len(decoder.getstate()[0])
     try:
-      piece = decoder.decode(block, final=not block)
+      piece = decoder.decode(block, final=not more)
     except UnicodeDecodeError as error:
       at = position - waiting + error.start
       raise NotText(f"not UTF-8 text (byte {at})") from error
     position += len(block)
     yield piece
-    if not block:
+    if not more:
       return
     block = file.read(_BLOCK)
+    more = bool(block)
 
 
 # --- records ---

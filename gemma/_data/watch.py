@@ -43,7 +43,7 @@ class Shown(contextlib.AbstractContextManager):
     self._bar.stop()
 
   def __call__(self, phase: str, size: int) -> Callable[[int], None]:
-    """A phase begins; returns what is told of bytes that are done."""
+    """A phase of so many bytes begins; returns what is told of those done."""
     if self._task is not None:
       self._bar.remove_task(self._task)
     task = self._task = self._bar.add_task(phase, total=size or None)
@@ -63,5 +63,5 @@ class Shown(contextlib.AbstractContextManager):
   def _say(self, phase: str, size: int, done: int) -> None:
     if self._console is None or self._console.is_terminal or size < _LONG_TEXT:
       return
-    text = f"{phase}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB"
+    text = f"{phase}: {min(done / size, 1):.0%}"
     self._console.print(text, highlight=False, soft_wrap=True)
