@@ -22,12 +22,8 @@ from pallas_gemma.gemma import (
   training_batches,
   unigram_loss,
 )
+from pallas_gemma.gemma._data import copies, spans, texts, windows
 from pallas_gemma.gemma._data import split as split_module
-from pallas_gemma.gemma._data import windows
-from pallas_gemma.gemma._data.copies import describe_copies
-from pallas_gemma.gemma._data.spans import Spans, merged
-from pallas_gemma.gemma._data.split import held_out_documents
-from pallas_gemma.gemma._data.texts import texts_in_memory
 
 # --- packing ---
 
@@ -339,7 +335,7 @@ def test_a_text_that_repeats_itself_throughout_is_kept_and_said():
   split = split_documents(documents, 0.1, seed=0)
   assert not split.copied and split.report.shared == 1
   assert sum(len(d.text) for d in split.train) > 0.8 * len(documents[0].text)
-  (line,) = describe_copies(split.report)
+  (line,) = copies.describe_copies(split.report)
   assert "100.00% of the held-out text's 50-character stretches remain" in line
 
 
@@ -363,14 +359,14 @@ def test_holes_are_taken_out_of_spans(data):
   pairs = [p for p in itertools.pairwise(ends) if data.draw(st.booleans())]
   pairs = data.draw(st.permutations(pairs))
   table = np.array([(i, *p) for i, p in enumerate(pairs)], np.int64)
-  spans = Spans(*table.reshape(-1, 3).T)
+  parts = spans.Spans(*table.reshape(-1, 3).T)
   holes = []
   for a, b in pairs:
     c = data.draw(st.integers(a, b - 1))
     d = data.draw(st.integers(c + 1, b))
     holes += data.draw(st.sampled_from([[], [(c, d)], [(c, d), (a, d)]]))
   ranges = np.array(holes, np.int64).reshape(-1, 2)
-  left = spans.without(merged(ranges))
+  left = parts.without(spans.merged(ranges))
   gone = {i for a, b in holes for i in range(a, b)}
   wanted = [
     (n, i)
@@ -395,7 +391,7 @@ def test_documents_are_held_out_as_long_as_they_fit(sizes, fraction):
     held = size <= budget and sum(wanted) < len(sizes) - 1
     wanted.append(held)
     budget -= size * held
-  found = held_out_documents(np.array(sizes), fraction)
+  found = split_module.held_out_documents(np.array(sizes), fraction)
   assert found.tolist() == wanted
 
 
@@ -404,10 +400,10 @@ def test_documents_are_held_out_as_long_as_they_fit(sizes, fraction):
 )
 def test_a_document_of_any_size_is_cut_at_the_same_place(text, fraction):
   hypothesis.assume(len(text.strip()) > 1)
-  texts = texts_in_memory([Document("x", text)], 0)
+  whole_text = texts.texts_in_memory([Document("x", text)], 0)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(split_module, "_BLOCK", 8)
-    start, at, end = split_module.cut(texts, 0, fraction)
+    start, at, end = split_module.cut(whole_text, 0, fraction)
   whole = text.strip()
   wanted = min(max(int(len(whole) * (1 - fraction)), 1), len(whole) - 1)
   wanted = whole.rfind("\n", 1, wanted) + 1 or wanted

@@ -109,12 +109,12 @@ def documents(
   if suffix in _REFUSED:
     reason, _, advice = _REFUSED[suffix].partition("; ")
     raise NotText(reason, advice=advice)
-  read = _whole if text_field is None else _READERS.get(suffix, _whole)
+  read = _READERS.get(suffix, _whole) if text_field is not None else _whole
   with (
     _said_in_words(),
     _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file,
   ):
-    for pieces in read(file, suffix, text_field):
+    for pieces in read(file, suffix, text_field or ""):
       yield _guarded(pieces)
 
 

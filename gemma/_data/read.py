@@ -91,7 +91,7 @@ def read_corpus(
       UTF-8 text or has no such field, or no text at all.
   """
   skipped: Skipped = {}
-  found = []
+  found: list[Document] = []
   for source in find_sources(paths, skipped):
     texts: list[str] = []
     with reading(source, skipped) as attempt:

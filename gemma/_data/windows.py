@@ -155,10 +155,10 @@ def read_block(texts: Texts, plan: Plan, collapse: bool = True) -> Block:
     np.searchsorted(places, x).clip(0, len(codes))
     for x in (spans.start, spans.end)
   )
-  inside = np.zeros(len(codes) + 1, np.int8)
-  np.add.at(inside, first, 1)
-  np.add.at(inside, last, -1)
-  inside = np.cumsum(inside[:-1], dtype=np.int8) > 0
+  change = np.zeros(len(codes) + 1, np.int8)
+  np.add.at(change, first, 1)
+  np.add.at(change, last, -1)
+  inside = np.cumsum(change[:-1], dtype=np.int8) > 0
   apart = np.zeros(len(codes), bool)
   apart[first[first < last]] = True
   # Of a run of white space, its first character stays, as a space.
