@@ -153,7 +153,10 @@ def test_rows_are_those_of_text_in_memory(small, files, tmp_path, monkeypatch):
     batch, other = (training_batches(r, 4, 3)(5) for r in (packed, wanted))
     for name, array in batch.items():
       np.testing.assert_array_equal(array, other[name])
-  one, two = (unigram_loss(*kind, 400) for kind in zip(*pairs, strict=True))
+  one, two = (
+    unigram_loss(train, held_out, 400)
+    for train, held_out in zip(*pairs, strict=True)
+  )
   assert one == two
   # (How much is measured does not depend on blocks either.)
   assert found.report == split.report
