@@ -147,6 +147,15 @@ class Tokenizer:
       raise UserError("tokenizer: has no BOS piece, which Gemma needs")
     return [self.bos_id, *ids[1 if ids and ids[0] == self.bos_id else 0 :]]
 
+  def pairs(self) -> frozenset[str]:
+    """All that stand beside each other within a piece, two characters each.
+
+    Where a text has none of them, it can be cut: its parts have the same ids.
+    """
+    pieces = map(self._processor.id_to_piece, range(self.vocab_size))
+    texts = (piece.replace(_SPACE_MARK, " ") for piece in pieces)
+    return frozenset(t[i : i + 2] for t in texts for i in range(len(t) - 1))
+
   def decode(self, ids: Sequence[int]) -> str:
     """The text of `ids`.
 

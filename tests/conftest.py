@@ -43,8 +43,11 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 
+import atexit  # noqa: E402
 import pathlib  # noqa: E402
+import shutil  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 
 import hypothesis  # noqa: E402
 import interpreter  # noqa: E402
@@ -63,6 +66,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("interpreter")
 
+# Not the user's own, which may hold what another version has written.
+os.environ["PALLAS_GEMMA_CACHE"] = tempfile.mkdtemp(prefix="pallas-gemma-")
+atexit.register(
+  shutil.rmtree, os.environ["PALLAS_GEMMA_CACHE"], ignore_errors=True
+)
 
 interpreter.compile_kernels_once()
 interpreter.copy_words_too()

@@ -1,7 +1,9 @@
 """The way from files to batches: nothing lost, nothing leaked."""
 
 import itertools
+import json
 import pathlib
+import random
 
 import hypothesis
 import numpy as np
@@ -20,6 +22,8 @@ from pallas_gemma.gemma import (
   training_batches,
   unigram_loss,
 )
+from pallas_gemma.gemma._data import copies, spans, texts, windows
+from pallas_gemma.gemma._data import split as split_module
 
 # --- packing ---
 
@@ -69,10 +73,7 @@ def test_the_picture_in_the_module():
   a, b, c = numbered([6, 4, 6])
   rows = pack([a, b, c], 8)
   np.testing.assert_array_equal(
-    rows.segment_ids,
-    [[1] * 6 + [2] * 2] * 2 * 1
-    if False
-    else [[1, 1, 1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 2, 2, 2, 2]],
+    rows.segment_ids, [[1, 1, 1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 2, 2, 2, 2]]
   )
   np.testing.assert_array_equal(
     rows.weights, [[1, 1, 1, 1, 1, 0, 1, 1], [1, 0, 1, 1, 1, 1, 1, 0]]
@@ -201,14 +202,23 @@ def test_the_fingerprint_is_of_the_texts(tmp_path):
 # --- splitting ---
 
 
-def paragraph(i: int) -> str:
-  return f"This is paragraph {i} of a text, {'long enough to be told ' * 3}."
+WORDS = [
+  "".join(letters)
+  for letters in random.Random(0).sample(
+    [*itertools.permutations("etaoin", 5)], 300
+  )
+]
+
+
+def paragraph(i: int, words: int = 16) -> str:
+  """Some 100 characters that no other has."""
+  return f"Paragraph {i} {' '.join(random.Random(i).choices(WORDS, k=words))}."
 
 
 def test_documents_are_held_out_whole_and_by_content():
   documents = [Document(str(i), paragraph(i) * 3) for i in range(40)]
   split = split_documents(documents, 0.2, seed=0)
-  assert len(split.held_out) == 8 and not split.copied
+  assert len(split.held_out) == 7 and not split.copied
   assert {*split.train, *split.held_out} == {*documents}
   backwards = split_documents(documents[::-1], 0.2, seed=0)
   assert {*backwards.held_out} == {*split.held_out}
@@ -227,8 +237,183 @@ def test_paragraphs_of_held_out_text_are_not_trained_on():
     assert not seen & {*document.text.split("\n\n")}
 
 
+def normalised(text: str) -> str:
+  return " ".join(text.split())
+
+
+def share_in_both(train: list[str], held_out: list[str]) -> float:
+  """Of the held-out stretches of 50 characters, by looking at each."""
+  cut = [[d[i : i + 50] for d in train for i in range(len(d) - 49)]]
+  seen = {*cut.pop()}
+  asked = [d[i : i + 50] for d in held_out for i in range(len(d) - 49)]
+  return sum(a in seen for a in asked) / len(asked)
+
+
+def repeated_sentences() -> list[str]:
+  """Each once to three times, in any order."""
+  rng = random.Random(0)
+  sentences = [paragraph(i) for i in range(400)]
+  every = [s for s in sentences for _ in range(rng.choice((1, 2, 3)))]
+  rng.shuffle(every)
+  return every
+
+
+def functions() -> list[str]:
+  """Files of code; half of them hold a function that another file has too."""
+  return [
+    f"import os\n\n\ndef f{i}(a):\n  return '{paragraph(i)}'\n\n\n"
+    f"def g(b):\n    if b:\n        return '{paragraph(i // 2 + 1000)}'\n"
+    for i in range(120)
+  ]
+
+
+COPIES = {
+  "one sentence a line": ["\n".join(repeated_sentences())],
+  "CRLF": ["\r\n\r\n".join(repeated_sentences())],
+  "no line ends": [" ".join(repeated_sentences())],
+  "CSV": [
+    "\n".join(f'{i},"{s}",x' for i, s in enumerate(repeated_sentences()))
+  ],
+  "JSONL": [
+    "\n".join(
+      json.dumps({"id": i, "text": s})
+      for i, s in enumerate(repeated_sentences())
+    )
+  ],
+  "a document each": repeated_sentences(),
+  "code": functions(),
+  "code, indented otherwise": [
+    code.replace("    ", "\t") if i % 2 else code
+    for i, code in enumerate(functions())
+  ],
+  "no ASCII": [
+    "\n".join(repeated_sentences()).translate(
+      {ord("e"): "\u00e9", ord("o"): "\u8a9e", ord("i"): "\U0001f600"}
+    )
+  ],
+}
+
+
+@pytest.mark.parametrize("block", [1 << 18, 1000])
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_are_found_by_content(kind, block, monkeypatch):
+  monkeypatch.setattr(windows, "_BLOCK", block)
+  documents = [Document(str(i), t) for i, t in enumerate(COPIES[kind])]
+  split = split_documents(documents, 0.1, seed=0)
+  train = [d.text for d in split.train]
+  held_out = [d.text for d in split.held_out]
+  assert share_in_both(train, held_out) <= 0.01
+  shared = share_in_both(
+    [*map(normalised, train)], [*map(normalised, held_out)]
+  )
+  assert shared <= 0.002
+  assert split.report.shared == pytest.approx(shared, abs=0.002)
+  # Nothing else was taken: two copies in three or fewer are in training text.
+  whole = sum(len(d.text) for d in documents)
+  assert sum(map(len, train)) > 0.6 * whole
+  assert sum(map(len, held_out)) > 0.05 * whole
+  # (Copies of a whole document are drawn together.)
+  if kind != "a document each":
+    assert split.copied > 0.002 * whole
+
+
+def test_what_every_document_says_is_not_taken_from_all_of_them():
+  head = "".join(f"# {paragraph(i)}\n" for i in range(900, 905))
+  documents = [
+    Document(str(i), head + paragraph(i, words=200)) for i in range(100)
+  ]
+  split = split_documents(documents, 0.1, seed=0)
+  assert len(split.train) + len(split.held_out) == 100
+  for document in split.train:
+    assert document.text.startswith(head[:-60])
+  assert split.report.repeated > 0 and split.report.shared == 0
+  assert not any(head[:100] in d.text for d in split.held_out)
+
+
+def test_a_text_that_repeats_itself_throughout_is_kept_and_said():
+  documents = [Document("x", (paragraph(1) + "\n") * 1000)]
+  split = split_documents(documents, 0.1, seed=0)
+  assert not split.copied and split.report.shared == 1
+  assert sum(len(d.text) for d in split.train) > 0.8 * len(documents[0].text)
+  (line,) = copies.describe_copies(split.report)
+  assert "100.00% of the held-out text's 50-character stretches remain" in line
+
+
+def test_what_stands_beside_a_copy_stays_as_it_was():
+  head, tail = (paragraph(i, words=30) for i in (1, 2))
+  copy = f"{paragraph(3)}\n  {paragraph(4)}\n"
+  text = f"{head}\n\n  if x:\n{copy}\n    {tail}\n"
+  documents = [Document("a", text), Document("b", copy)]
+  split = split_documents(documents, 0.4, seed=0)
+  assert [d.name for d in split.held_out] == ["b"]
+  # "if x:" goes with the copy: two short words could not be told from it.
+  (document,) = split.train
+  assert document.text == f"{head}\n\n  if x:\n\n    {tail}\n"
+  assert split.copied == len(copy)
+
+
+@hypothesis.settings(max_examples=50)
+@hypothesis.given(st.data())
+def test_holes_are_taken_out_of_spans(data):
+  ends = sorted({0, *data.draw(st.lists(st.integers(1, 60), min_size=1))})
+  pairs = [p for p in itertools.pairwise(ends) if data.draw(st.booleans())]
+  pairs = data.draw(st.permutations(pairs))
+  table = np.array([(i, *p) for i, p in enumerate(pairs)], np.int64)
+  parts = spans.Spans(*table.reshape(-1, 3).T)
+  holes = []
+  for a, b in pairs:
+    c = data.draw(st.integers(a, b - 1))
+    d = data.draw(st.integers(c + 1, b))
+    holes += data.draw(st.sampled_from([[], [(c, d)], [(c, d), (a, d)]]))
+  ranges = np.array(holes, np.int64).reshape(-1, 2)
+  left = parts.without(spans.merged(ranges))
+  gone = {i for a, b in holes for i in range(a, b)}
+  wanted = [
+    (n, i)
+    for n, (a, b) in enumerate(pairs)
+    for i in range(a, b)
+    if i not in gone
+  ]
+  found = [
+    (n, i)
+    for n, a, b in zip(left.document, left.start, left.end, strict=True)
+    for i in range(a, b)
+  ]
+  assert found == wanted
+
+
+@hypothesis.given(
+  st.lists(st.integers(1, 30), min_size=1, max_size=30), st.floats(0.01, 0.99)
+)
+def test_documents_are_held_out_as_long_as_they_fit(sizes, fraction):
+  budget, wanted = fraction * sum(sizes), []
+  for size in sizes:
+    held = size <= budget and sum(wanted) < len(sizes) - 1
+    wanted.append(held)
+    budget -= size * held
+  found = split_module.held_out_documents(np.array(sizes), fraction)
+  assert found.tolist() == wanted
+
+
+@hypothesis.given(
+  st.text(" \n\rae\u00e9\u8a9e\U0001f600", min_size=2), st.floats(0.05, 0.95)
+)
+def test_a_document_of_any_size_is_cut_at_the_same_place(text, fraction):
+  hypothesis.assume(len(text.strip()) > 1)
+  whole_text = texts.texts_in_memory([Document("x", text)], 0)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(split_module, "_BLOCK", 8)
+    start, at, end = split_module.cut(whole_text, 0, fraction)
+  whole = text.strip()
+  wanted = min(max(int(len(whole) * (1 - fraction)), 1), len(whole) - 1)
+  wanted = whole.rfind("\n", 1, wanted) + 1 or wanted
+  content = text.encode()
+  assert content[start:at].decode() == whole[:wanted]
+  assert content[at:end].decode() == whole[wanted:]
+
+
 def test_indentation_does_not_hide_a_copy():
-  copy = Document("copy", "    " + paragraph(1).replace(" of ", "\n  of "))
+  copy = Document("copy", "    " + paragraph(1).replace(" ", "\n\t ", 5))
   rest = [Document(str(i), paragraph(i) * 2) for i in range(2, 9)]
   original = Document("original", paragraph(1))
   for seed in range(20):
@@ -254,3 +439,17 @@ def test_text_that_cannot_be_split_is_refused():
   with pytest.raises(UserError, match="nothing but copies"):
     twice = [Document("x", paragraph(1)), Document("y", paragraph(1))]
     split_documents(twice, 0.5, seed=0)
+
+
+def test_rows_that_are_taken_are_those_rows():
+  rows = data.pack([np.arange(1, 40), np.arange(50, 61)], 8)
+  some = rows.take(np.array([1, 4, 6]))
+  again = some.take(np.array([2, 0]))
+  assert len(some) == 3 and len(again) == 2
+  for name, whole in rows[:].items():
+    np.testing.assert_array_equal(some[:][name], whole[[1, 4, 6]])
+    np.testing.assert_array_equal(again[:][name], whole[[6, 1]])
+  weights, labels = some.weights, some.labels
+  assert some.num_labels == int(weights.sum()) < rows.num_labels
+  counts = np.bincount(labels[weights > 0], minlength=64)
+  np.testing.assert_array_equal(some.label_counts(64), counts)

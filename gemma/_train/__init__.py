@@ -7,12 +7,12 @@ What happens then, and where to read it:
     trainer     train(config), the whole run in twenty lines:
     |-- run       before the first step: text, tokenizer, packed rows, and the
     |   |         directory, which is made, or checked if it is resumed
-    |   |-- data      files -> documents -> token ids -> rows -> batches
+    |   |-- .._data   files -> documents -> token ids -> rows
     |   |-- record    what a run is made with, and how it differs when resumed
     |   `-- evaluate  on which of the held-out text it is evaluated
     |-- loop      take_step(): the batch of this step, one training step, and
     |   |         the checkpoint and evaluation that are due
-    |   |-- data      training_batches(...)(step), evaluation_batches(...)
+    |   |-- .._data   training_batches(...)(step), evaluation_batches(...)
     |   `-- step      loss, its gradient, the update of the parameters; compiled
     |       `-- optimizer   AdamW, clipping and the learning rate, from optax
     |-- metrics   the record of each step: metrics.jsonl, TensorBoard

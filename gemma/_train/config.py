@@ -62,8 +62,16 @@ class TrainConfig:
   """Train a Gemma on text, or go on where an earlier run stopped.
 
   Attributes:
-    data: text files, and folders read whole.  Default: the documentation that
-      comes with Python (pydoc_data.topics, some 480,000 characters).
+    data: text files, and folders read whole: plain text, .jsonl, .json, .csv,
+      .tsv, .ipynb, .html, also as .gz, .bz2 or .xz.  Default: the documentation
+      that comes with Python (pydoc_data.topics, some 480,000 characters).
+    text_field: the field of JSON and JSONL objects, and the column of .csv and
+      .tsv, that holds the text.  None: these, .ipynb and .html are text as they
+      stand.
+    cache_dir: token ids of the text go here, and another run on the same text
+      finds them (2 to 4 bytes a token; may be deleted).  Default:
+      $PALLAS_GEMMA_CACHE, $XDG_CACHE_HOME/pallas-gemma or
+      ~/.cache/pallas-gemma.
     work_dir: checkpoints, metrics and loss.png go here, and a run found here
       is continued.  Default: runs/NAME, after the first of --data.
     tokenizer: a SentencePiece tokenizer.model, for example Gemma's.  Default:
@@ -74,7 +82,8 @@ class TrainConfig:
       save memory; the gradient is that of the whole batch.
     sequence_length: tokens per row.
     seed: of the initial weights, the held-out choice and the order of rows.
-    held_out: share of the text to evaluate on and never train on.
+    held_out: share of the text to evaluate on and never train on, up to 134
+      million characters.
     head: what the loss keeps for its backward pass on a TPU: "recompute"
       nothing of the vocabulary's size, "chunked" the softmax of all tokens of a
       pass, for a quarter less arithmetic in the head; "auto" the latter if it
@@ -102,6 +111,8 @@ class TrainConfig:
   """
 
   data: tuple[pathlib.Path, ...] = ()
+  text_field: str | None = "text"
+  cache_dir: pathlib.Path | None = None
   work_dir: pathlib.Path | None = None
   tokenizer: pathlib.Path | None = None
   steps: int = 320

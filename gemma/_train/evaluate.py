@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .._data.rows import Rows
 from .config import TrainConfig
-from .data import Rows
 
 # A batch is evaluated in a third of the time in which it is trained on, or in
 # less: the backward pass takes twice as many operations as the forward pass.

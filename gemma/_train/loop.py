@@ -11,10 +11,14 @@ import jax
 import numpy as np
 
 from .._checkpoint import Checkpoints
+from .._data.batches import (
+  evaluation_batches,
+  training_batches,
+  unigram_loss,
+)
 from .._errors import UserError
 from .._flops import flops_per_token, peak_flops
 from .config import TrainConfig
-from .data import evaluation_batches, training_batches, unigram_loss
 from .evaluate import is_evaluated
 from .metrics import Metrics, Record
 from .optimizer import learning_rate_schedule

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
+
+import rich.console
 
 from .._checkpoint import (
   CONFIG,
@@ -16,18 +19,14 @@ from .._checkpoint import (
   tokenizer_identity,
   write_identity,
 )
+from .._data.cache import open_cache
+from .._data.copies import describe_copies
+from .._data.prepare import Prepared, Summary, text_files
+from .._data.rows import Rows
+from .._data.watch import Shown
 from .._errors import UserError
 from .._tokenizer import Tokenizer
 from .config import TrainConfig
-from .data import (
-  Corpus,
-  Rows,
-  Split,
-  pack,
-  read_corpus,
-  split_documents,
-  tokenize,
-)
 from .evaluate import evaluation_rows
 from .record import Change, changes, check_changes, settings
 
@@ -42,8 +41,8 @@ class Run:
     done: steps that are done, of which the newest has a checkpoint.
     changes: what is not as it was at that step, and may be so.
     record: what the run is made with, to be kept with its checkpoints.
-    corpus: the text that was read.
-    split: the same, in training and held-out documents.
+    corpus: what text there is.
+    data: its tokens, and what was found in both parts of it.
     tokenizer: of the run.
     train_rows: to train on.
     held_out_rows: never trained on.
@@ -55,20 +54,25 @@ class Run:
   done: int
   changes: list[Change]
   record: dict[str, Any]
-  corpus: Corpus
-  split: Split
+  corpus: Summary
+  data: Prepared
   tokenizer: Tokenizer
   train_rows: Rows
   held_out_rows: Rows
   evaluation_rows: Rows
 
 
-def open_run(config: TrainConfig, directory: pathlib.Path) -> Run:
+def open_run(
+  config: TrainConfig,
+  directory: pathlib.Path,
+  console: rich.console.Console | None = None,
+) -> Run:
   """Reads the data, and makes the run in `directory`, or checks that it is it.
 
   Args:
     config: of the run.
     directory: exists, can be written, and is locked.
+    console: shows how far it is, if the text is long.
 
   Raises:
     UserError: if the data cannot be read or are too few, or the directory
@@ -76,14 +80,24 @@ def open_run(config: TrainConfig, directory: pathlib.Path) -> Run:
   """
   done = max(complete_steps(directory), default=0)
   found = _changes(config, directory, done)  # before data, which take long
-  corpus = read_corpus(config.data)
-  identity = _identity(config) | _data_identity(config, corpus)
-  if (directory / CONFIG).exists():
-    check_identity(directory, read_identity(directory), identity)
-  split = split_documents(corpus.documents, config.held_out, config.seed)
-  tokenizer = _tokenizer(config, directory, split)
-  train, held_out = _rows(config, split, tokenizer)
-  write_identity(directory, identity, tokenizer)
+  with (
+    Shown(console) as watch,
+    text_files(
+      config.data,
+      config.text_field,
+      config.seed,
+      open_cache(config.cache_dir, directory),
+      watch,
+    ) as text,
+  ):
+    identity = _identity(config) | _data_identity(config, text.summary)
+    if (directory / CONFIG).exists():
+      check_identity(directory, read_identity(directory), identity)
+    tokenizer = _tokenizer(config, directory)
+    vocabulary = config.model.vocab_size
+    data = text.prepare(tokenizer, vocabulary, config.held_out)
+  train, held_out = _rows(config, data)
+  write_identity(directory, identity, data.tokenizer)
   return Run(
     config=config,
     directory=directory,
@@ -92,11 +106,11 @@ def open_run(config: TrainConfig, directory: pathlib.Path) -> Run:
     record={
       **settings(config),
       "data": identity["data"],
-      "tokenizer": tokenizer_identity(tokenizer),
+      "tokenizer": tokenizer_identity(data.tokenizer),
     },
-    corpus=corpus,
-    split=split,
-    tokenizer=tokenizer,
+    corpus=text.summary,
+    data=data,
+    tokenizer=data.tokenizer,
     train_rows=train,
     held_out_rows=held_out,
     evaluation_rows=evaluation_rows(held_out, config),
@@ -130,12 +144,12 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
   }
 
 
-def _data_identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+def _data_identity(config: TrainConfig, corpus: Summary) -> dict[str, Any]:
   """As `_identity`, with what tells the text from others."""
   return {
     "data": {
-      "documents": len(corpus.documents),
-      "characters": sum(len(d.text) for d in corpus.documents),
+      "documents": corpus.documents,
+      "characters": corpus.characters,
       "sha256": corpus.fingerprint,
       "held_out": config.held_out,
     }
@@ -143,16 +157,15 @@ def _data_identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
 
 
 def _tokenizer(
-  config: TrainConfig, directory: pathlib.Path, split: Split
-) -> Tokenizer:
-  """The one the user named, else that of the run, else a newly trained one."""
+  config: TrainConfig, directory: pathlib.Path
+) -> Tokenizer | None:
+  """The one the user named, else that of the run, else none yet."""
   if config.tokenizer is not None:
     tokenizer = Tokenizer.load(config.tokenizer)
   elif (directory / CONFIG).exists():
     tokenizer = Tokenizer.load(directory / TOKENIZER)
   else:
-    texts = (d.text for d in split.train)
-    tokenizer = Tokenizer.train(texts, config.model.vocab_size)
+    return None
   if tokenizer.vocab_size > config.model.vocab_size:
     raise UserError(
       f"tokenizer {config.tokenizer}: has {tokenizer.vocab_size} pieces, and "
@@ -162,18 +175,28 @@ def _tokenizer(
   return tokenizer
 
 
-def _rows(
-  config: TrainConfig, split: Split, tokenizer: Tokenizer
-) -> tuple[Rows, Rows]:
+def _rows(config: TrainConfig, data: Prepared) -> tuple[Rows, Rows]:
   """Packed rows of the training and of the held-out documents."""
-  train = tokenize(split.train, tokenizer)
-  tokens = sum(map(len, train))
-  if tokens < config.sequence_length:
+  tokens, length = data.train.size, config.sequence_length
+  if tokens < length:
     raise UserError(
-      f"sequence_length {config.sequence_length}: longer than the training "
-      f"text, {tokens} tokens; give --sequence-length {tokens} or less, or "
-      "more text"
+      f"sequence_length {length}: longer than the training text, {tokens} "
+      f"tokens; give --sequence-length {tokens} or less, or more text"
     )
-  held_out = tokenize(split.held_out, tokenizer)
-  length, pad = config.sequence_length, tokenizer.pad_id
-  return pack(train, length, pad), pack(held_out, length, pad)
+  pad = data.tokenizer.pad_id
+  return Rows(data.train, length, pad), Rows(data.held_out, length, pad)
+
+
+def describe_data(run: Run) -> Iterator[str]:
+  """The lines about the text that are printed at the start."""
+  for reason, names in run.corpus.skipped.items():
+    more = ", ..." if len(names) > 3 else ""
+    yield f"skipped   {len(names)}, {reason}: {', '.join(names[:3])}{more}"
+  for name, tokens in (
+    ("training", run.data.train),
+    ("held out", run.data.held_out),
+  ):
+    labels = tokens.size - tokens.documents
+    yield f"{name}  {labels:,} tokens of {tokens.documents:,} documents"
+  yield from describe_copies(run.data.report)
+  yield f"tokens    {run.data.size / 1e6:,.1f} MB in {run.data.directory}"

@@ -35,7 +35,7 @@ from .loop import Loop
 from .metrics import Metrics, Record, read_metrics, unwritten_record
 from .plot import plot_losses
 from .progress import Progress
-from .run import Run, open_run
+from .run import Run, describe_data, open_run
 from .step import abstract_model, device_memory, resolved
 
 
@@ -102,7 +102,7 @@ def _run(
       f"step {step} is unfinished (it has no checksums.json) and ignored; it "
       f"is now {folder}"
     )
-  run = open_run(config, directory)
+  run = open_run(config, directory, console)
   done, unwritten = run.done, _unwritten(run)
   if done >= config.steps and unwritten is None:
     say(f"training is complete: {done} of {config.steps} steps in {directory}")
@@ -185,19 +185,7 @@ def _describe(run: Run) -> Iterator[str]:
     f"model     {num_parameters(model):,} parameters in float32, computing in "
     f"{config.model.dtype}"
   )
-  for reason, names in run.corpus.skipped.items():
-    more = ", ..." if len(names) > 3 else ""
-    yield f"skipped   {len(names)}, {reason}: {', '.join(names[:3])}{more}"
-  for name, documents, rows in (
-    ("training", run.split.train, run.train_rows),
-    ("held out", run.split.held_out, run.held_out_rows),
-  ):
-    yield f"{name}  {rows.num_labels:,} tokens of {len(documents)} documents"
-  if run.split.copied:
-    yield (
-      f"left out  {run.split.copied:,} characters of training text that are "
-      "copies of held-out paragraphs"
-    )
+  yield from describe_data(run)
   tokens = config.batch_size * config.sequence_length
   yield (
     f"steps     {config.steps:,} of {tokens:,} tokens, {run.done:,} done; "

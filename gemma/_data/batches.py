@@ -1,0 +1,57 @@
+"""Rows to batches, and what guessing by frequency would lose on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from .rows import Batch, Rows
+
+
+def training_batches(
+  rows: Rows, batch_size: int, seed: int
+) -> Callable[[int], Batch]:
+  """A function from a step's number to its batch.
+
+  The batch depends on the rows, the seed and the step alone.
+  Each pass over the rows is in another order, which is computed, not stored.
+  """
+  source = grain.MapDataset.source(rows).seed(seed)
+  batches = source.shuffle().repeat().batch(batch_size)
+
+  def batch(step: int) -> Batch:
+    found = batches[step]
+    assert found is not None  # only a filter leaves gaps, and there is none
+    return found
+
+  return batch
+
+
+def evaluation_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+  """Every row once, in order.
+
+  All batches have `batch_size` rows: the last one is filled up with rows whose
+  weights are 0.
+  """
+  for start in range(0, len(rows), batch_size):
+    index = np.arange(start, start + batch_size)
+    batch = rows[np.minimum(index, len(rows) - 1)]
+    batch["weights"] = batch["weights"] * (index < len(rows))[:, None]
+    yield batch
+
+
+def unigram_loss(train: Rows, held_out: Rows, vocab_size: int) -> float:
+  """The held-out loss of a model that ignores the context.
+
+  It gives each token the probability that it has among the training labels,
+  after one is added to every count, so that no probability is zero.
+
+  Returns:
+    Nats per token; its exponential is the unigram perplexity.
+  """
+  smoothed = train.label_counts(vocab_size) + 1
+  log_probability = np.log(smoothed / smoothed.sum())
+  wanted = held_out.label_counts(vocab_size)
+  return float(-(wanted * log_probability).sum() / wanted.sum())

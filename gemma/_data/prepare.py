@@ -1,0 +1,296 @@
+"""From files to token ids on disk: what `train` does before the first step.
+
+    files known by name, size and time?  ---------------------> fingerprint
+      else read them all, once, into one scratch file ------------^
+    tokens of this text, tokenizer and split in the cache?  --> done
+      else split, look for copies, learn a tokenizer, encode, keep
+
+Text is held a block at a time, whatever its size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from .._errors import UserError
+from .._tokenizer import Tokenizer
+from .cache import FORMAT, Cache, digest, full_disk_is_said, key_of
+from .copies import Report, Watch, silent
+from .encode import encoded, learning_texts
+from .read import Skipped, find_sources, no_text
+from .rows import Tokens, begins_bit, count_labels, token_dtype
+from .spans import Spans
+from .split import split_texts
+from .texts import FileBytes, Texts, write_texts
+
+# Two writes within this time may leave a file with the same times.
+_CLOCK_STEP = 2.0  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What text there is.
+
+  Attributes:
+    documents: how many.
+    characters: in all of them.
+    fingerprint: of the texts in their order, as `Corpus.fingerprint`.
+    skipped: names of files that were not read, by the reason.
+  """
+
+  documents: int
+  characters: int
+  fingerprint: str
+  skipped: Skipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """Token ids, ready to be packed into rows.
+
+  Attributes:
+    tokenizer: of all of them.
+    train: to train on.
+    held_out: to evaluate on.
+    report: what both have in common.
+    directory: where they lie.
+    size: bytes there.
+  """
+
+  tokenizer: Tokenizer
+  train: Tokens
+  held_out: Tokens
+  report: Report
+  directory: pathlib.Path
+  size: int
+
+
+class TextFiles:
+  """The text of some files.
+
+  Args:
+    paths: files and folders; Python's documentation if there is none.
+    text_field: as `read_corpus` takes it.
+    seed: of the order of documents.
+    cache: where results are kept.
+    folder: for scratch, as long as this is used.
+    watch: is told what takes time.
+
+  Attributes:
+    summary: what text there is.
+  """
+
+  def __init__(
+    self,
+    paths: Sequence[pathlib.Path],
+    text_field: str | None,
+    seed: int,
+    cache: Cache,
+    folder: pathlib.Path,
+    watch: Watch = silent,
+  ):
+    self._paths, self._text_field, self._seed = paths, text_field, seed
+    self._cache, self._folder, self._watch = cache, folder, watch
+    self._texts: Texts | None = None
+    skipped: Skipped = {}
+    sources = list(find_sources(paths, skipped))
+    files = [source.path for source in sources if source.path is not None]
+    name = f"files/{self._files_key(files, skipped)}.json"
+    known = self._cache.read_json(name) if files else None
+    if known is not None:
+      self.summary = Summary(**known)
+      return
+    begun = time.time()
+    self.summary = self._read(sources, skipped)
+    # Only of files that have not been written to of late: see _CLOCK_STEP.
+    if files and _newest(files) < begun - _CLOCK_STEP:
+      cache.write_json(name, dataclasses.asdict(self.summary))
+
+  def _files_key(self, files: Sequence[pathlib.Path], skipped: Skipped) -> str:
+    """Of all that tells whether files have changed, short of their content."""
+    states = []
+    for path in files:
+      with contextlib.suppress(OSError):
+        found = path.stat()
+        times = found.st_mtime_ns, found.st_ctime_ns
+        place = str(path.absolute()), found.st_dev, found.st_ino
+        # A pipe is gone once it was read: never the same again.
+        once = 0 if path.is_file() else time.time_ns()
+        states.append([*place, found.st_size, *times, once])
+    given = list(map(str, self._paths))
+    return key_of([FORMAT, self._text_field, given, skipped, states])
+
+  def _read(self, sources: Sequence, skipped: Skipped) -> Summary:
+    sizes = [_size(source.path) for source in sources]
+    done = self._watch("reading text", sum(sizes))
+
+    def watched() -> Iterator:
+      for source, size in zip(sources, sizes, strict=True):
+        yield source
+        done(size)
+
+    texts = write_texts(
+      self._folder / "text.bin",
+      watched(),
+      self._text_field,
+      self._seed,
+      skipped,
+    )
+    if not len(texts.ends):
+      raise no_text(self._paths, skipped)
+    self._texts = texts
+    return Summary(
+      len(texts.ends), int(texts.characters.sum()), texts.fingerprint, skipped
+    )
+
+  def _text(self) -> Texts:
+    """The text itself, read now unless it was already."""
+    if self._texts is None:
+      skipped: Skipped = {}
+      sources = list(find_sources(self._paths, skipped))
+      now = self._read(sources, skipped)
+      if now.fingerprint != self.summary.fingerprint:
+        raise UserError(
+          "data: it changed while it was read; start again when it is complete"
+        )
+    assert self._texts is not None
+    return self._texts
+
+  def close(self) -> None:
+    """Closes the scratch file."""
+    if self._texts is not None and isinstance(self._texts.content, FileBytes):
+      self._texts.content.close()
+
+  def prepare(
+    self, tokenizer: Tokenizer | None, vocab_size: int, fraction: float
+  ) -> Prepared:
+    """The text as tokens, from the cache or made now.
+
+    Args:
+      tokenizer: None to learn one from the training text.
+      vocab_size: pieces of the one that is learnt.
+      fraction: of the text, to be held out.
+
+    Raises:
+      UserError: if there is too little text.
+    """
+    split = [FORMAT, self.summary.fingerprint, self._seed, fraction]
+    found: tuple[Spans, Spans, Report] | None = None
+    if tokenizer is None:
+      name = key_of([*split, vocab_size, sentencepiece.__version__])
+      model = self._cache.read_model(name)
+      if model is None:
+        found = split_texts(self._text(), fraction, self._watch)
+        self._watch("learning a tokenizer", 0)
+        learning = learning_texts(self._text(), found[0], self._seed)
+        model = Tokenizer.train(learning, vocab_size).model
+        self._cache.write_model(name, model)
+      tokenizer = Tokenizer(model)
+    key = key_of([*split, digest(tokenizer.model)])
+    entry = self._cache.read_entry(key)
+    if entry is None:
+      found = found or split_texts(self._text(), fraction, self._watch)
+      self._encode(key, tokenizer, *found)
+      entry = self._cache.read_entry(key)
+    if entry is None:
+      raise UserError(
+        f"cache {self._cache.directory}: what was written cannot be read "
+        "again; give --cache-dir another place"
+      )
+    return _prepared(tokenizer, *entry)
+
+  def _encode(
+    self,
+    key: str,
+    tokenizer: Tokenizer,
+    train: Spans,
+    held_out: Spans,
+    report: Report,
+  ) -> None:
+    meta: dict[str, Any] = {"report": dataclasses.asdict(report)}
+    done = self._watch("text to tokens", train.size + held_out.size)
+    counts = []
+    with self._cache.making_entry(key, meta) as folder:
+      for name, spans in (("train", train), ("held_out", held_out)):
+        path = folder / f"{name}.bin"
+        size, count = self._write_tokens(path, spans, tokenizer, done)
+        meta[name] = {"size": size, "documents": spans.num_documents}
+        counts.append(count)
+      np.save(folder / "counts.npy", np.stack(counts))
+
+  def _write_tokens(
+    self,
+    path: pathlib.Path,
+    spans: Spans,
+    tokenizer: Tokenizer,
+    done: Callable[[int], None],
+  ) -> tuple[int, np.ndarray]:
+    """Encodes spans into a file; how many tokens, and how often each."""
+    size, vocabulary = 0, tokenizer.vocab_size
+    counts = np.zeros(vocabulary, np.int64)
+    bit = begins_bit(token_dtype(vocabulary))
+    with open(path, "wb") as file:
+      for stored, of_bytes in encoded(self._text(), spans, tokenizer):
+        file.write(stored.tobytes())
+        size += len(stored)
+        counts += count_labels(stored & (bit - 1), stored >= bit, vocabulary)
+        done(of_bytes)
+    return size, counts
+
+
+@contextlib.contextmanager
+def text_files(
+  paths: Sequence[pathlib.Path],
+  text_field: str | None,
+  seed: int,
+  cache: Cache,
+  watch: Watch = silent,
+) -> Iterator[TextFiles]:
+  """`TextFiles`, whose scratch is removed in the end."""
+  with full_disk_is_said(cache), cache.scratch() as folder:
+    text = TextFiles(paths, text_field, seed, cache, folder, watch)
+    try:
+      yield text
+    finally:
+      text.close()
+
+
+def _prepared(
+  tokenizer: Tokenizer, folder: pathlib.Path, meta: dict[str, Any]
+) -> Prepared:
+  counts = np.load(folder / "counts.npy")
+  dtype = token_dtype(tokenizer.vocab_size)
+  train, held_out = (
+    Tokens(
+      FileBytes(folder / f"{name}.bin"), dtype, **meta[name], label_counts=count
+    )
+    for name, count in zip(("train", "held_out"), counts, strict=True)
+  )
+  size = sum(known["size"] for known in meta["files"].values())
+  return Prepared(
+    tokenizer, train, held_out, Report(**meta["report"]), folder, size
+  )
+
+
+def _size(path: pathlib.Path | None) -> int:
+  try:
+    return path.stat().st_size if path is not None else 0
+  except OSError:
+    return 0
+
+
+def _newest(files: Sequence[pathlib.Path]) -> float:
+  newest = 0.0
+  for path in files:
+    with contextlib.suppress(OSError):
+      found = path.stat()
+      newest = max(newest, found.st_mtime, found.st_ctime)
+  return newest

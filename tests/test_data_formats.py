@@ -1,0 +1,228 @@
+"""Each format gives its documents, or is refused with words."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import pathlib
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+from pallas_gemma.gemma import UserError, read_corpus
+from pallas_gemma.gemma._data import formats
+
+pytestmark = pytest.mark.no_interpreter
+
+TEXTS = ["one, two\nthree", 'f\u00fcrst "quoted"', "\u8a9e \U0001f600"]
+RECORDS = [{"id": i, "text": t} for i, t in enumerate(TEXTS)]
+
+
+def table(delimiter: str, newline: str) -> str:
+  out = io.StringIO()
+  writer = csv.writer(out, delimiter=delimiter, lineterminator=newline)
+  writer.writerow(["id", "text"])
+  writer.writerows([r["id"], r["text"]] for r in RECORDS)
+  return out.getvalue()
+
+
+LINES = "\n".join(map(json.dumps, RECORDS))
+GOOD = {
+  "a.jsonl": LINES,
+  "crlf.jsonl": LINES.replace("\n", "\r\n") + "\r\n\r\n",
+  "bom.jsonl": "\ufeff" + LINES,
+  "strings.ndjson": "\n".join(map(json.dumps, TEXTS)),
+  "a.json": json.dumps(RECORDS),
+  "indented.json": "\n " + json.dumps(RECORDS, indent=2) + "\n",
+  "strings.json": json.dumps(TEXTS, ensure_ascii=False),
+  "a.csv": table(",", "\n"),
+  "crlf.csv": table(",", "\r\n"),
+  "bom.csv": "\ufeff" + table(",", "\n"),
+  "semicolon.csv": table(";", "\n"),
+  "a.tsv": table("\t", "\n"),
+  "UPPER.JSONL": LINES,
+}
+
+
+def texts_of(path: pathlib.Path, **options) -> list[str]:
+  return [d.text for d in read_corpus([path], **options).documents]
+
+
+@pytest.mark.parametrize("block", [1 << 20, 7])
+@pytest.mark.parametrize("name", GOOD)
+def test_records_are_documents(name, block, tmp_path, monkeypatch):
+  monkeypatch.setattr(formats, "_BLOCK", block)
+  path = tmp_path / name
+  path.write_bytes(GOOD[name].encode())
+  assert texts_of(path) == TEXTS
+  assert texts_of(tmp_path) == TEXTS  # in a folder too
+  for suffix, compress in (
+    (".gz", gzip.compress),
+    (".bz2", bz2.compress),
+    (".xz", lzma.compress),
+  ):
+    packed = tmp_path / f"{name}{suffix}"
+    packed.write_bytes(compress(GOOD[name].encode()))
+    assert texts_of(packed) == TEXTS
+
+
+def test_another_field_and_none(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"body": "b", "text": "t"}\n')
+  assert texts_of(path) == ["t"]
+  assert texts_of(path, text_field="body") == ["b"]
+  assert texts_of(path, text_field=None) == [path.read_text()]
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(
+  st.lists(st.text(max_size=9), min_size=1, max_size=4),
+  st.integers(1, 9),
+  st.booleans(),
+)
+def test_json_is_read_in_pieces(texts, size, ascii):
+  whole = json.dumps(
+    [{"n": 1.5e3, "text": t} for t in texts], ensure_ascii=ascii
+  )
+  values = formats._Values(
+    whole[i : i + size] for i in range(0, len(whole), size)
+  )
+  assert values.peek() == "["
+  values.skip()
+  for text in texts:
+    assert values.take() == {"n": 1500, "text": text}
+    assert values.peek() in ",]"
+    values.skip()
+  assert values.peek() == ""
+
+
+NOTEBOOK = {
+  "cells": [
+    {"cell_type": "markdown", "source": ["# Title\n", "words"]},
+    {"cell_type": "code", "source": "x = 1", "outputs": [{"text": "no"}]},
+    {"cell_type": "code", "source": []},
+  ],
+  "nbformat": 4,
+}
+PAGE = """<!DOCTYPE html><html><head><title>A &amp; B</title>
+<style>p { color: red }</style><script>var no = "<p>no</p>";</script></head>
+<body><h1>Head</h1><p>One <b>bold</b>
+ line.<br/>Next&nbsp;one</p><pre>  kept
+    as is</pre><ul><li>a</li><li>b</li></ul><!-- no --></body></html>"""
+
+
+def test_notebooks_and_pages(tmp_path):
+  path = tmp_path / "a.ipynb"
+  path.write_text(json.dumps(NOTEBOOK))
+  assert texts_of(path) == ["# Title\nwords\n\nx = 1"]
+  old = {"worksheets": [{"cells": [{"cell_type": "code", "input": "y"}]}]}
+  path.write_text(json.dumps(old))
+  assert texts_of(path) == ["y"]
+  path = tmp_path / "a.html"
+  path.write_text(PAGE)
+  assert texts_of(path) == [
+    "A & B\nHead\nOne bold line.\nNext\u00a0one\n  kept\n    as is\na\nb"
+  ]
+  assert texts_of(path, text_field=None) == [PAGE]
+
+
+BAD = {
+  "no field": (
+    "a.jsonl",
+    b'{"text": "a"}\n\n{"body": "b", "id": 1}\n',
+    r"no field 'text' in line 3 \(it has: body, id\); give --text-field",
+  ),
+  "not a string": (
+    "a.jsonl",
+    b'{"text": ["a"]}',
+    r"field 'text' is not text in line 1 \(but list\)",
+  ),
+  "a number": (
+    "a.jsonl",
+    b"7",
+    r"no field 'text' in line 1 \(it has: a JSON int",
+  ),
+  "half a line": ("a.jsonl", b'{"text": "a"}\n{"te', "not JSON in line 2"),
+  "invalid UTF-8 in a line": (
+    "a.jsonl",
+    b'{"text": "a"}\n{"text": "\xe9"}',
+    r"not UTF-8 text \(byte 24\), line 2",
+  ),
+  "a NUL": ("a.jsonl", b'{"text": "a\0"}', "binary, not text"),
+  "a JSON object": (
+    "a.json",
+    b'{"name": "x", "version": 1}',
+    r"neither an array of records nor .* \(its fields: name, version\)",
+  ),
+  "half an array": ("a.json", b'[{"text": "a"}, {"te', "not JSON"),
+  "no commas": ("a.json", b'["a" "b"]', "not JSON after record 1"),
+  "two values": ("a.json", b'["a"] ["b"]', "something follows its end"),
+  "deep": ("a.json", b"[" * 100_000, "not JSON"),
+  "no column": (
+    "a.csv",
+    b"id,body\n1,b\n",
+    r"no column 'text' in line 1 \(it has: id, body\); give --text-field",
+  ),
+  "an open quote": ("a.csv", b'text\n"a\n', "not a table in line 2"),
+  "no notebook": ("a.ipynb", b"[]", "not a notebook"),
+  "damaged": ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "damaged archive"),
+  "not gzip": ("a.txt.gz", b"text", "damaged archive"),
+  "damaged bz2": ("a.txt.bz2", b"BZh9text", "damaged archive"),
+  "zstd": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "Zstandard, .* zstd -d"),
+  "parquet": ("a.parquet", b"PAR1", "Parquet, .* write JSONL"),
+  "tar": ("a.tar.gz", b"x", "a tar archive, .* unpack it"),
+  "PDF": ("a.pdf", b"%PDF", "PDF, .* convert it"),
+  "UTF-16": ("a.txt", "text".encode("utf-16"), "UTF-16, not UTF-8 text"),
+  "cut UTF-8": ("a.txt", b"caf\xc3", r"not UTF-8 text \(byte 3\)"),
+  "after a mark": (
+    "a.txt",
+    b"\xef\xbb\xbfcaf\xe9",
+    r"not UTF-8 text \(byte 6\)",
+  ),
+}
+
+
+@pytest.mark.parametrize("block", [1 << 20, 3])
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_not_text_is_refused_by_name(
+  case, block, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(formats, "_BLOCK", block)
+  name, content, message = BAD[case]
+  path = tmp_path / name
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=message) as error:
+    read_corpus([path])
+  assert str(error.value).startswith(f"data {path}: ")
+  # In a folder it is left out, and named with the reason.
+  (tmp_path / "z.txt").write_text("good")
+  corpus = read_corpus([tmp_path])
+  assert [d.text for d in corpus.documents] == ["good"]
+  ((reason, (where,)),) = corpus.skipped.items()
+  assert where.startswith(str(path)) and reason in str(error.value)
+
+
+def test_what_text_may_hold(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text(r'{"text": "\u0000 \ud83d\ude00 \ud800 x"}')
+  assert texts_of(path) == ["\0 \U0001f600 \ufffd x"]
+  path = tmp_path / "a.txt"
+  path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
+  assert texts_of(path) == ["a\r\nb\rc\n"]
+
+
+def test_records_without_text_are_counted(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"text": ""}\n{"text": null}\n{"text": "a"}\n')
+  corpus = read_corpus([path])
+  assert [d.text for d in corpus.documents] == ["a"]
+  assert corpus.skipped == {"empty": [f"{path} (2 of 3 records)"]}
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "a.txt")
+  (tmp_path / "b.txt").write_text("b")
+  assert texts_of(tmp_path) == ["b"]

@@ -1,0 +1,10 @@
+from gemma._data import cache as cache
+from gemma._data import copies as copies
+from gemma._data import encode as encode
+from gemma._data import formats as formats
+from gemma._data import prepare as prepare
+from gemma._data import rows as rows
+from gemma._data import spans as spans
+from gemma._data import split as split
+from gemma._data import texts as texts
+from gemma._data import windows as windows
