@@ -6,18 +6,16 @@ mistyped option are answered at once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import logging
 import os
 import pathlib
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
+from ._console import open_streams, spare_the_search_for_a_tpu
 from ._errors import UserError
 
 _USAGE = """\
@@ -35,8 +33,6 @@ commands:
 
 _MISUSE = 2  # the exit code for what the user can mend
 
-_Config = TypeVar("_Config")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
@@ -44,8 +40,8 @@ class SampleConfig:
 
   Attributes:
     checkpoint: work directory of `train`, or directory of `save_checkpoint`.
-    prompt: texts to continue.  Default: one empty text, the beginning of a
-      document.
+    prompt: texts to continue; one that begins with a dash as --prompt=-TEXT.
+      Default: one empty text, the beginning of a document.
     step: which of its checkpoints.  Default: the newest.
     max_new_tokens: tokens to add at most.  Default: 200, or as many as the
       model's context has room for.
@@ -64,7 +60,9 @@ class SampleConfig:
       is in the new text.
     logit_bias: ids, and what is added to their logits, such as 108 -2.5 109 1;
       -inf for never.
-    seed: of the draws; the same seed gives the same text.
+    seed: of the draws, from 0 to 2^63 - 1; the same seed gives the same text.
+    stop: texts before which a continuation ends, such as '.' or, in a shell,
+      $'\\n\\n'.
     speculate: tokens that are guessed at each step, from what followed in the
       text where its last tokens stood before.  The text is the same; where it
       repeats itself it comes faster.
@@ -84,6 +82,7 @@ class SampleConfig:
   frequency_penalty: float = 0.0
   logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
   seed: int = 0
+  stop: tuple[str, ...] = ()
   speculate: int = 0
   batch_size: int = 32
 
@@ -94,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
   With 0 when done, 2 for misuse, 130 or 143 if interrupted, 141 if nobody reads
   what it prints any more.
   """
+  open_streams()
   name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
   if name in ("", "-h", "--help"):
     print(_USAGE, end="", file=sys.stdout if name else sys.stderr)
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
   # the user would read every error twice.
   for library in ("absl", "asyncio"):
     logging.getLogger(library).setLevel(logging.CRITICAL)
+  spare_the_search_for_a_tpu()
   try:
     code = _COMMANDS[name](rest)
     sys.stdout.flush()
@@ -129,32 +130,14 @@ def _fail(message: str) -> NoReturn:
   sys.exit(_MISUSE)
 
 
-def _parse(config: type[_Config], name: str, arguments: list[str]) -> _Config:
-  """The options of command `name`; a mistake ends the program with one line."""
-  import tyro
-
-  box = io.StringIO()
-  try:
-    with contextlib.redirect_stderr(box):
-      return tyro.cli(config, prog=f"pallas-gemma {name}", args=arguments)
-  except SystemExit as end:
-    if not end.code:
-      raise  # --help
-    # tyro draws a box of several compartments, divided by rules; the message is
-    # in the first.
-    lines = re.sub("[│╭╮╰╯]", " ", box.getvalue()).splitlines()[1:]
-    rule = next((i for i, line in enumerate(lines) if "───" in line), None)
-    message = " ".join(lines[:rule])
-  _fail(f"{message} (pallas-gemma {name} --help lists the options)")
-
-
 # --- the commands ---
 
 
 def _train(arguments: list[str]) -> int:
+  from ._options import parse
   from ._train.config import TrainConfig
 
-  config = _parse(TrainConfig, "train", arguments)
+  config = parse(TrainConfig, "pallas-gemma train", arguments)
 
   from ._train.metrics import perplexity
   from ._train.trainer import train
@@ -183,7 +166,9 @@ def _train(arguments: list[str]) -> int:
 
 
 def _sample(arguments: list[str]) -> int:
-  config = _parse(SampleConfig, "sample", arguments)
+  from ._options import parse
+
+  config = parse(SampleConfig, "pallas-gemma sample", arguments)
   if os.access(config.checkpoint, os.W_OK):
     _keep_compiled(config.checkpoint)
   _print_samples(config)
@@ -221,6 +206,7 @@ def _print_samples(config: SampleConfig) -> None:
   if config.max_new_tokens is None:
     longest = max(len(tokenizer.encode(p, add_bos=True)) for p in config.prompt)
     asked["max_new_tokens"] = max(min(200, sampler.max_length - longest), 1)
+  sampler.check(list(config.prompt), **asked)
 
   def stream(index: int, piece: str) -> None:
     if index == 0:
