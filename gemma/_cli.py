@@ -13,10 +13,15 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._console import open_streams, spare_the_search_for_a_tpu
 from ._errors import UserError
+
+if TYPE_CHECKING:
+  from rich.status import Status
+
+  from ._sample.sampler import Sampler
 
 _USAGE = """\
 usage: pallas-gemma COMMAND [OPTIONS]
@@ -196,29 +201,57 @@ def _print_samples(config: SampleConfig) -> None:
   from ._checkpoint import load_checkpoint
   from ._sample.sampler import Sampler
 
-  model, tokenizer = load_checkpoint(config.checkpoint, step=config.step)
-  sampler = Sampler(model, tokenizer, batch_size=config.batch_size)
+  with _waiting() as waiting:
+    waiting.update("loading ...")
+    model, tokenizer = load_checkpoint(config.checkpoint, step=config.step)
+    sampler = Sampler(model, tokenizer, batch_size=config.batch_size)
+    asked = _asked(config, sampler)
+    sampler.check(list(config.prompt), **asked)
+    waiting.update("compiling ...")
+    has_begun = False
+
+    def stream(index: int, piece: str) -> None:
+      nonlocal has_begun
+      if index == 0:
+        if not has_begun:
+          has_begun = True
+          waiting.stop()
+          print(config.prompt[0], end="")
+        print(piece, end="", flush=True)
+
+    if not waiting.console.is_terminal:
+      stream(0, "")
+    completions = sampler(list(config.prompt), stream=stream, **asked)
+    stream(0, "")
+  print()
+  for prompt, completion in zip(
+    config.prompt[1:], completions[1:], strict=True
+  ):
+    print(f"---\n{prompt}{completion.text}")
+
+
+def _asked(config: SampleConfig, sampler: Sampler) -> dict[str, Any]:
+  """The arguments of the sampler's call."""
   asked = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
     if field.name not in ("checkpoint", "prompt", "step", "batch_size")
   }
   if config.max_new_tokens is None:
-    longest = max(len(tokenizer.encode(p, add_bos=True)) for p in config.prompt)
+    encode = sampler.tokenizer.encode
+    longest = max(len(encode(text, add_bos=True)) for text in config.prompt)
     asked["max_new_tokens"] = max(min(200, sampler.max_length - longest), 1)
-  sampler.check(list(config.prompt), **asked)
+  return asked
 
-  def stream(index: int, piece: str) -> None:
-    if index == 0:
-      print(piece, end="", flush=True)
 
-  print(config.prompt[0], end="", flush=True)
-  completions = sampler(list(config.prompt), stream=stream, **asked)
-  print()
-  for prompt, completion in zip(
-    config.prompt[1:], completions[1:], strict=True
-  ):
-    print(f"---\n{prompt}{completion.text}")
+def _waiting() -> Status:
+  """Says on a terminal what is waited for, and nothing elsewhere."""
+  from rich.console import Console
+  from rich.status import Status
+
+  console = Console(stderr=True)
+  console.quiet = not console.is_terminal
+  return Status("", console=console, spinner="line")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {

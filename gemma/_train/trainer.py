@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .interrupt import deferred_interrupts
 from .loop import Loop
 from .metrics import Metrics, plot_losses, read_metrics
-from .progress import Progress
+from .progress import Progress, completed
 from .run import Run, open_run
 from .step import abstract_model, device_memory, resolved
 
@@ -68,9 +68,7 @@ def train(
   run = open_run(config)
   done = max(complete_steps(run.directory), default=0)
   if done >= config.steps:
-    say(
-      f"training is complete: {done} of {config.steps} steps in {run.directory}"
-    )
+    say(f"{completed(done, config.steps)} in {run.directory}")
     return _result(run.directory, done)
   run = dataclasses.replace(run, config=resolved(config, device_memory()))
   for line in _describe(run, done):
