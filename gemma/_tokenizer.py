@@ -113,14 +113,17 @@ class Tokenizer:
         large for it; the message names the nearest size that works.
     """
     model = io.BytesIO()
+    sentences = _Trainable(texts)
     try:
       sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_trainable(texts),
+        sentence_iterator=iter(sentences),
         model_writer=model,
         vocab_size=vocab_size,
         **_GEMMA_SETTINGS,
       )
     except RuntimeError as error:  # SentencePiece has no other
+      if sentences.error is not None:
+        raise sentences.error from None
       if explained := _training_error(str(error), vocab_size):
         raise explained from error
       raise
@@ -210,10 +213,27 @@ def _parses(
   return processor.get_piece_size() > 0
 
 
-def _trainable(texts: Iterable[str]) -> Iterator[str]:
-  for text in texts:
-    _check_text(text)
-    yield from filter(None, _UNTRAINABLE.split(text))
+class _Trainable:
+  """Texts as SentencePiece's trainer takes them.
+
+  Attributes:
+    error: that ended the texts; the trainer makes one of its own of it.
+  """
+
+  def __init__(self, texts: Iterable[str]):
+    self._texts = texts
+    self.error: BaseException | None = None
+
+  def __iter__(self) -> Iterator[str]:
+    try:
+      for text in self._texts:
+        _check_text(text)
+        yield from filter(None, _UNTRAINABLE.split(text))
+    except GeneratorExit:  # the trainer has enough
+      raise
+    except BaseException as error:
+      self.error = error
+      raise
 
 
 def _training_error(message: str, vocab_size: int) -> UserError | None:

@@ -55,7 +55,7 @@ class Progress(contextlib.AbstractContextManager):
   def __enter__(self) -> Progress:
     """Starts to draw."""
     if self._redraws:
-      self._live.start()
+      self._live.start(refresh=True)
     else:
       self._print("compiling the first step ...")
     return self
