@@ -44,12 +44,12 @@ def parse(
   except SystemExit as end:
     if not end.code:
       raise  # --help
-    message = _of_box(box.getvalue())
+    mistake = _of_box(box.getvalue())
   else:
-    message = next(_mistakes(config, arguments), None)
-    if message is None:
+    mistake = next(_mistakes(config, arguments), "")
+    if not mistake:
       return parsed
-  raise UserError(f"{message} ({command} --help lists the options)")
+  raise UserError(f"{mistake} ({command} --help lists the options)")
 
 
 def _of_box(text: str) -> str:

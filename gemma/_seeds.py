@@ -11,8 +11,9 @@ A_SEED = "a whole number from 0 to 2^63 - 1"
 
 def is_seed(value: object) -> bool:
   """Whether it is such a number, Python's or NumPy's."""
-  whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-  return whole and 0 <= int(value) < 1 << 63
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    return False
+  return 0 <= int(value) < 1 << 63
 
 
 def key_of(seed: int) -> jax.Array:

@@ -1,6 +1,8 @@
 """What the commands and the library are given that they cannot take."""
 
 import importlib
+import importlib.metadata
+import importlib.util
 import io
 import math
 import os
@@ -27,12 +29,14 @@ from pallas_gemma.gemma import (
   Tokenizer,
   TrainConfig,
   UserError,
-  _console,
   main,
   save_checkpoint,
 )
-from pallas_gemma.gemma._seeds import key_of
 
+_console, key_of = (
+  importlib.import_module("pallas_gemma.gemma._console"),
+  importlib.import_module("pallas_gemma.gemma._seeds").key_of,
+)
 pytestmark = pytest.mark.no_interpreter
 
 CONFIG = GemmaConfig(

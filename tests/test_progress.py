@@ -1,12 +1,13 @@
 """What a training run shows: never cut, and no time that is not training's."""
 
+import importlib
 import io
 import re
 
 import pytest
 import rich.console
-from pallas_gemma.gemma._train import progress
 
+progress = importlib.import_module("pallas_gemma.gemma._train.progress")
 pytestmark = pytest.mark.no_interpreter
 
 
@@ -31,11 +32,16 @@ def console(width=100, **options):
   return rich.console.Console(file=io.StringIO(), width=width, **options)
 
 
+def written(out):
+  assert isinstance(out.file, io.StringIO)
+  return out.file.getvalue()
+
+
 def line_of(shown, width):
   out = console(width)
   shown._console.width = width
   out.print(shown._line())
-  return out.file.getvalue().rstrip("\n")
+  return written(out).rstrip("\n")
 
 
 @pytest.mark.parametrize("width", [20, 30, 40, 60, 80, 200])
@@ -116,11 +122,11 @@ def test_a_resumed_run_counts_its_own_steps(clock):
 def test_a_file_gets_lines_that_say_what_is_waited_for(clock):
   out = console(40)
   with progress.Progress(0, 200, out) as shown:
-    assert out.file.getvalue() == "compiling the first step ...\n"
+    assert written(out) == "compiling the first step ...\n"
     clock.show(shown, 1, 60.0)
     clock.show(shown, 2, 1.0)
     clock.show(shown, 3, 15.0)
-  lines = out.file.getvalue().splitlines()
+  lines = written(out).splitlines()
   assert lines[1] == "step   1/200  loss 3.210"
   assert lines[2].startswith("step   3/200  loss 3.210  ")
 

@@ -1,6 +1,7 @@
 """Where text meets text: stop strings, characters, and the prompt's end."""
 
 import functools
+import importlib
 import io
 from typing import Any
 
@@ -11,11 +12,14 @@ import sentencepiece
 from flax import nnx
 from hypothesis import strategies as st
 from pallas_gemma.gemma import Sampler, Tokenizer, UserError
-from pallas_gemma.gemma._sample.text import Growing, Row, Stops
 from random_gemma import random_gemma
 from test_sampler import CONFIG, PROMPTS, Chain
 from test_sampler import tokenizer as own_tokenizer
 
+TEXT_OF_ROWS = importlib.import_module("pallas_gemma.gemma._sample.text")
+Growing, Row, Stops = (
+  getattr(TEXT_OF_ROWS, name) for name in ("Growing", "Row", "Stops")
+)
 pytestmark = pytest.mark.no_interpreter
 
 TEXT = "The value of the quick brown fox jumps over the lazy dog. " * 9
@@ -25,19 +29,17 @@ TEXT = "The value of the quick brown fox jumps over the lazy dog. " * 9
 def of_llama(**changes: Any) -> Tokenizer:
   """With Llama's settings: every text begins with a space that is not there."""
   model = io.BytesIO()
+  settings: dict[str, Any] = dict(
+    vocab_size=330,
+    model_type="bpe",
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    add_dummy_prefix=True,
+    remove_extra_whitespaces=False,
+    minloglevel=2,
+  )
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter([TEXT]),
-    model_writer=model,
-    **dict(
-      vocab_size=330,
-      model_type="bpe",
-      byte_fallback=True,
-      normalization_rule_name="identity",
-      add_dummy_prefix=True,
-      remove_extra_whitespaces=False,
-      minloglevel=2,
-    )
-    | changes,
+    sentence_iterator=iter([TEXT]), model_writer=model, **settings | changes
   )
   return Tokenizer(model.getvalue())
 

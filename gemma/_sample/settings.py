@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -201,8 +202,9 @@ def keys_of(seed: int | Sequence[int], count: int) -> np.ndarray:
     UserError: if there are not `count` seeds, or one is no seed.
   """
   index = np.zeros(count, np.uint32)
-  if isinstance(seed, (Sequence, np.ndarray)) and np.ndim(seed):
-    seeds = list(seed)
+  seeds: list[Any]
+  if np.ndim(seed):
+    seeds = list(np.asarray(seed, object))
   else:
     seeds, index = [seed] * count, np.arange(count, dtype=np.uint32)
   if len(seeds) != count:
