@@ -7,6 +7,7 @@ mistyped option are answered at once.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ._console import open_streams, spare_the_search_for_a_tpu
+from ._console import open_streams, spare_the_search_for_a_tpu, text_of
 from ._errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ commands:
 `pallas-gemma COMMAND --help` lists the options of a command.
 """
 
+_CANNOT_PRINT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # full, or gone
 _MISUSE = 2  # the exit code for what the user can mend
 
 
@@ -125,9 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     print("\npallas-gemma: interrupted", file=sys.stderr)
     sys.exit(130)
   except BrokenPipeError:
-    # Python flushes what is left at its end, and would complain then.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _write_nowhere()
     sys.exit(141)
+  except OSError as error:
+    # What opens a file says which, and is not about what is printed.
+    if error.filename or error.errno not in _CANNOT_PRINT:
+      raise
+    _write_nowhere()
+    _fail(f"cannot print: {error.strerror}")
+
+
+def _write_nowhere() -> None:
+  """Python flushes what is left at its end, and would complain then."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> NoReturn:
@@ -174,6 +186,11 @@ def _sample(arguments: list[str]) -> int:
   from ._options import parse
 
   config = parse(SampleConfig, "pallas-gemma sample", arguments)
+  config = dataclasses.replace(
+    config,
+    prompt=tuple(map(text_of, config.prompt)),
+    stop=tuple(map(text_of, config.stop)),
+  )
   if os.access(config.checkpoint, os.W_OK):
     _keep_compiled(config.checkpoint)
   _print_samples(config)

@@ -37,6 +37,24 @@ def open_streams() -> None:
       stream.reconfigure(errors="backslashreplace")
 
 
+def text_of(argument: str) -> str:
+  """An argument as UTF-8, whatever encoding the locale has.
+
+  Where that is ASCII, Python makes a lone surrogate of each byte of the others.
+  They stay where they are no UTF-8; who encodes the text refuses them.
+  """
+  try:
+    argument.encode()
+  except UnicodeEncodeError:
+    pass
+  else:
+    return argument
+  try:
+    return os.fsencode(argument).decode()
+  except UnicodeError:
+    return argument
+
+
 def spare_the_search_for_a_tpu() -> None:
   """Where libtpu is installed and no TPU is, has JAX use the CPU.
 

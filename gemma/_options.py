@@ -45,6 +45,8 @@ def parse(
     if not end.code:
       raise  # --help
     mistake = _of_box(box.getvalue())
+    if re.match("Unrecognized options: -[^-]", mistake):
+      mistake += "; a value that begins with a dash is given as --option=VALUE"
   else:
     mistake = next(_mistakes(config, arguments), "")
     if not mistake:

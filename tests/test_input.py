@@ -91,6 +91,7 @@ def run(capfd, *arguments):
 SAMPLE = {
   "--prompt": "--prompt: nothing follows it",
   "--stop": "--stop: nothing follows it",
+  "--prompt -a": "a value that begins with a dash is given as --option=VALUE",
   "--logit-bias": "--logit-bias: nothing follows it",
   "--prompt a --prompt b": "--prompt: given twice; give all its values",
   "--stop a --seed 1 --stop b": "--stop: given twice",
@@ -226,6 +227,26 @@ def test_a_closed_output_is_no_crash(checkpoint, monkeypatch):
     main(["sample", "--checkpoint", str(checkpoint)])
   sys.stdout.close()
   assert end.value.code == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's")
+def test_a_full_disk_is_one_line(checkpoint, monkeypatch, capfd):
+  echo(monkeypatch, " value")
+  with open("/dev/full", "w") as full:
+    monkeypatch.setattr(sys, "stdout", full)
+    code, _, err = run(capfd, "sample", "--checkpoint", checkpoint)
+  assert code == 2
+  assert err == "pallas-gemma: cannot print: No space left on device\n"
+
+
+def test_a_prompt_is_utf8_in_every_locale(checkpoint, monkeypatch, capfd):
+  """Python makes surrogates of what is not ASCII in the locale C."""
+  echo(monkeypatch, " value")
+  prompt = "日".encode().decode("ascii", "surrogateescape")
+  code, out, _ = run(
+    capfd, "sample", "--checkpoint", checkpoint, "--prompt", prompt
+  )
+  assert (code, out) == (0, "日 value\n")
 
 
 def test_a_terminal_says_what_is_waited_for(checkpoint, monkeypatch):
