@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -82,10 +83,14 @@ def _mistakes(config: type, arguments: Sequence[str]) -> Iterator[str]:
       yield f"--{name}: nothing follows it; give a value, or leave it out"
     if "Path" in str(kind) and "" in values:
       yield f"--{name}: an empty path; give one, or leave it out"
+    keys: list[object] = []
     if typing.get_origin(kind) is dict:
       keys = [int(key) for key in values[::2]]
-      if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        yield f"--{name}: {twice[0]} is given twice; give it once"
+    elif _is_several(kind) and "Path" in str(kind):
+      keys = [os.path.realpath(value) for value in values]
+    for i, key in enumerate(keys):
+      if key in keys[:i]:
+        yield f"--{name}: {key} is given twice; give it once"
 
 
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -144,6 +144,7 @@ TRAIN = {
   "--data": "--data: nothing follows it",
   "--data --steps 1": "--data: nothing follows it",
   "--data a --data b": "--data: given twice; give all its values",
+  "--data a ./a": "/a is given twice; give it once",
   "--data=": "--data: an empty path",
   "--work-dir=": "--work-dir: an empty path",
   "--work_dir=": "--work-dir: an empty path",
@@ -392,6 +393,29 @@ def test_what_ends_the_texts_ends_the_training_of_a_tokenizer():
 
   with pytest.raises(KeyboardInterrupt):
     Tokenizer.train(texts(), 300)
+
+
+def test_what_keeps_all_is_left_out_exactly():
+  """A cut at 1 would drop what float32 rounds away; that at None does not."""
+  settings = importlib.import_module("pallas_gemma.gemma._sample.settings")
+  for keeps_all in (
+    dict(),
+    dict(top_p=1.0),
+    dict(top_p=1),
+    dict(top_p=float(np.nextafter(1.0, 0.0))),  # 1 in float32
+    dict(min_p=0.0),
+    dict(min_p=1e-300),  # 0 in float32
+    dict(top_k=300),
+    dict(top_k=2**40),
+  ):
+    asked = settings.Request(
+      max_new_tokens=1, stop_tokens=(), logit_bias={}, **keeps_all
+    )
+    assert asked.settings(300, 300).cut == (None, None, None), keeps_all
+  below = settings.Request(
+    max_new_tokens=1, stop_tokens=(), logit_bias={}, top_p=0.9999
+  )
+  assert below.settings(300, 300).cut.top_p == np.float32(0.9999)
 
 
 def test_a_bound_that_is_none_is_allowed():

@@ -131,6 +131,16 @@ def test_a_file_gets_lines_that_say_what_is_waited_for(clock):
   assert lines[2].startswith("step   3/200  loss 3.210  ")
 
 
+def test_a_terminal_says_what_else_is_waited_for(clock):
+  shown = progress.Progress(0, 9, console())
+  clock.show(shown, 1, 1.0)
+  shown.waits_for("evaluating")
+  clock.now += 75
+  assert line_of(shown, 60) == "- step 1/9  evaluating, 1:15"
+  clock.show(shown, 2, 1.0)
+  assert line_of(shown, 60).startswith("step 2/9  ")
+
+
 @pytest.mark.parametrize("encoding, bar", [("utf-8", "━"), ("ascii", "#")])
 def test_a_terminal_draws_what_it_can(encoding, bar, clock):
   raw = io.BytesIO()

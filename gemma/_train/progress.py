@@ -23,7 +23,8 @@ _SAMPLES = 99  # steps whose time tells how long the others will take
 class Progress(contextlib.AbstractContextManager):
   """A line that is redrawn in a terminal; elsewhere, a new line now and then.
 
-  Until the first step is done it says what is waited for: compilation.
+  Until the first step is done it says what is waited for: compilation.  Of
+  other work between steps it says so if it is told, by `waits_for`.
 
   Args:
     start: steps done by earlier runs.
@@ -39,7 +40,8 @@ class Progress(contextlib.AbstractContextManager):
     # Of recent steps; and of those with an evaluation before or behind.
     self._seconds: collections.deque[float] = collections.deque(maxlen=_SAMPLES)
     self._slow: collections.deque[float] = collections.deque(maxlen=_SAMPLES)
-    self._started = self._last_line = time.monotonic()
+    self._last_line = time.monotonic()
+    self._waits = "compiling", self._last_line  # for what, and since when
     self._mark: float | None = None  # when the last step was shown
     self._evaluated = False  # whether an evaluation belonged to it
     self._held_out = ""
@@ -64,9 +66,17 @@ class Progress(contextlib.AbstractContextManager):
     """Removes the line that was redrawn."""
     self._live.stop()
 
+  def waits_for(self, what: str) -> None:
+    """Shows in a terminal what is done, such as "evaluating", for how long.
+
+    Until the next step is shown.
+    """
+    self._waits = what, time.monotonic()
+
   def show(self, record: Record) -> None:
     """Reports a step; if it was evaluated, the line stays in a terminal too."""
     now, step = time.monotonic(), record["step"]
+    self._waits = "", now
     evaluated = "held_out_loss" in record
     self._count(step, now, evaluated)
     if evaluated:
@@ -116,9 +126,10 @@ class Progress(contextlib.AbstractContextManager):
     What a narrow one has no room for is left out, and never the step.
     """
     width, where = self._console.width, f"step {self._step}/{self._steps}"
-    if not self._measures:
-      waited = duration(time.monotonic() - self._started)
-      text = rich.text.Text(f"{where}  compiling, {waited}")
+    what, since = self._waits
+    if what:
+      waited = duration(time.monotonic() - since)
+      text = rich.text.Text(f"{where}  {what}, {waited}")
       text.truncate(width, overflow="crop")
       self._spinner.update(text=text if len(text) < width - 1 else where)
       return self._spinner
