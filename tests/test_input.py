@@ -160,8 +160,13 @@ TRAIN = {
   "--optimizer.learning-rate nan": "learning_rate: wanted more than 0, and",
   "--optimizer.weight-decay inf": "weight_decay: wanted 0 or more, and finite",
   "--optimizer.epsilon inf": "epsilon: wanted more than 0, and finite",
+  "--optimizer.epsilon 1e300": "epsilon: wanted more than 0, and finite",
+  "--optimizer.clip-norm 1e300": "clip_norm: wanted more than 0, or inf",
   "--optimizer.clip-norm nan": "clip_norm: wanted more than 0",
   "--model.norm-epsilon nan": "norm_epsilon must be a positive number",
+  "--model.rope-base-frequency 1e300": "must be a positive number of float32",
+  f"--model.vocab-size {10**12}": "vocab_size must be less than 2^31",
+  f"--model.num-layers {2**31}": "num_layers must be less than 2^31",
   "--model.num-layers -1": "num_layers must be a positive integer",
 }
 

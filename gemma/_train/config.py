@@ -7,7 +7,7 @@ import math
 import pathlib
 from typing import Literal
 
-from .._config import GemmaConfig
+from .._config import LARGEST, GemmaConfig
 from .._errors import UserError
 from .._seeds import A_SEED, is_seed
 
@@ -49,11 +49,14 @@ class OptimizerConfig:
     """Checks the values."""
     for field in ("learning_rate", "epsilon"):
       value = getattr(self, field)
-      _require(0 < value < math.inf, field, "more than 0, and finite", value)
-    _require(self.clip_norm > 0, "clip_norm", "more than 0", self.clip_norm)
+      _require(0 < value <= LARGEST, field, "more than 0, and finite", value)
+    clips = 0 < self.clip_norm <= LARGEST or self.clip_norm == math.inf
+    _require(
+      clips, "clip_norm", "more than 0, or inf for no clipping", self.clip_norm
+    )
     for field in ("final_learning_rate", "warmup_steps", "weight_decay"):
       value = getattr(self, field)
-      _require(0 <= value < math.inf, field, "0 or more, and finite", value)
+      _require(0 <= value <= LARGEST, field, "0 or more, and finite", value)
     for field in ("beta1", "beta2"):
       value = getattr(self, field)
       _require(0 <= value < 1, field, "from 0 to below 1", value)
