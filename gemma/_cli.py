@@ -6,22 +6,23 @@ mistyped option are answered at once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import logging
 import os
 import pathlib
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from ._console import open_streams, spare_the_search_for_a_tpu, text_of
 from ._errors import UserError
 from ._output import standard_streams, tell
 
 if TYPE_CHECKING:
+  from rich.status import Status
+
+  from ._sample.sampler import Sampler
   from ._train.config import TrainConfig
 
 _USAGE = """\
@@ -40,8 +41,6 @@ commands:
 
 _MISUSE = 2  # the exit code for what the user can mend
 
-_Config = TypeVar("_Config")
-
 # Fields of `SampleConfig` that are not arguments of the call of a `Sampler`.
 _OF_THE_SAMPLER = ("checkpoint", "prompt", "step", "batch_size", "weights")
 
@@ -52,8 +51,8 @@ class SampleConfig:
 
   Attributes:
     checkpoint: work directory of `train`, or directory of `save_checkpoint`.
-    prompt: texts to continue.  Default: one empty text, the beginning of a
-      document.
+    prompt: texts to continue; one that begins with a dash as --prompt=-TEXT.
+      Default: one empty text, the beginning of a document.
     step: which of its checkpoints: a number, or best for that of the lowest
       held-out loss.  Default: the newest.
     max_new_tokens: tokens to add at most.  Default: 200, or as many as the
@@ -73,7 +72,9 @@ class SampleConfig:
       is in the new text.
     logit_bias: ids, and what is added to their logits, such as 108 -2.5 109 1;
       -inf for never.
-    seed: of the draws; the same seed gives the same text.
+    seed: of the draws, from 0 to 2^63 - 1; the same seed gives the same text.
+    stop: texts before which a continuation ends, such as '.' or, in a shell,
+      $'\\n\\n'.
     speculate: tokens that are guessed at each step, from what followed in the
       text where its last tokens stood before.  The text is the same; where it
       repeats itself it comes faster.
@@ -95,6 +96,7 @@ class SampleConfig:
   frequency_penalty: float = 0.0
   logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
   seed: int = 0
+  stop: tuple[str, ...] = ()
   speculate: int = 0
   batch_size: int = 32
   weights: Literal["int8"] | None = None
@@ -106,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
   With 0 when done, 2 for what the user can mend, 128 + its number if a signal
   interrupted it, 141 if nobody reads what it prints any more.
   """
+  open_streams()
   with standard_streams():
     _main(arguments)
 
@@ -121,6 +124,7 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
   # the user would read every error twice.
   for library in ("absl", "asyncio"):
     logging.getLogger(library).setLevel(logging.CRITICAL)
+  spare_the_search_for_a_tpu()
   try:
     sys.exit(_COMMANDS[name](rest))
   except UserError as error:
@@ -140,32 +144,14 @@ def _fail(message: str) -> NoReturn:
   sys.exit(_MISUSE)
 
 
-def _parse(config: type[_Config], name: str, arguments: list[str]) -> _Config:
-  """The options of command `name`; a mistake ends the program with one line."""
-  import tyro
-
-  box = io.StringIO()
-  try:
-    with contextlib.redirect_stderr(box):
-      return tyro.cli(config, prog=f"pallas-gemma {name}", args=arguments)
-  except SystemExit as end:
-    if not end.code:
-      raise  # --help
-    # tyro draws a box of several compartments, divided by rules; the message is
-    # in the first.
-    lines = re.sub("[│╭╮╰╯]", " ", box.getvalue()).splitlines()[1:]
-    rule = next((i for i, line in enumerate(lines) if "───" in line), None)
-    message = " ".join(lines[:rule])
-  _fail(f"{message} (pallas-gemma {name} --help lists the options)")
-
-
 # --- the commands ---
 
 
 def _train(arguments: list[str]) -> int:
+  from ._options import parse
   from ._train.config import TrainConfig
 
-  config = _parse(TrainConfig, "train", arguments)
+  config = parse(TrainConfig, "pallas-gemma train", arguments)
 
   from ._train.interrupt import ended_at_once
 
@@ -201,7 +187,14 @@ def _train_and_sample(config: TrainConfig) -> int:
 
 
 def _sample(arguments: list[str]) -> int:
-  config = _parse(SampleConfig, "sample", arguments)
+  from ._options import parse
+
+  config = parse(SampleConfig, "pallas-gemma sample", arguments)
+  config = dataclasses.replace(
+    config,
+    prompt=tuple(map(text_of, config.prompt)),
+    stop=tuple(map(text_of, config.stop)),
+  )
   if os.access(config.checkpoint, os.W_OK):
     _keep_compiled(config.checkpoint)
   _print_samples(config)
@@ -209,9 +202,10 @@ def _sample(arguments: list[str]) -> int:
 
 
 def _plot(arguments: list[str]) -> int:
+  from ._options import parse
   from ._train.plot_options import PlotConfig
 
-  config = _parse(PlotConfig, "plot", arguments)
+  config = parse(PlotConfig, "pallas-gemma plot", arguments)
 
   from ._train.plot import plot_runs
 
@@ -240,30 +234,59 @@ def _print_samples(config: SampleConfig) -> None:
   from ._checkpoint import load_checkpoint
   from ._sample.sampler import Sampler
 
-  model, tokenizer = load_checkpoint(config.checkpoint, step=config.step)
-  if config.weights == "int8":
-    model = model.quantize()
-  sampler = Sampler(model, tokenizer, batch_size=config.batch_size)
+  with _waiting() as waiting:
+    waiting.update("loading ...")
+    model, tokenizer = load_checkpoint(config.checkpoint, step=config.step)
+    if config.weights == "int8":
+      model = model.quantize()
+    sampler = Sampler(model, tokenizer, batch_size=config.batch_size)
+    asked = _asked(config, sampler)
+    sampler.check(list(config.prompt), **asked)
+    waiting.update("compiling ...")
+    has_begun = False
+
+    def stream(index: int, piece: str) -> None:
+      nonlocal has_begun
+      if index == 0:
+        if not has_begun:
+          has_begun = True
+          waiting.stop()
+          print(config.prompt[0], end="")
+        print(piece, end="", flush=True)
+
+    if not waiting.console.is_terminal:
+      stream(0, "")
+    completions = sampler(list(config.prompt), stream=stream, **asked)
+    stream(0, "")
+  print()
+  for prompt, completion in zip(
+    config.prompt[1:], completions[1:], strict=True
+  ):
+    print(f"---\n{prompt}{completion.text}")
+
+
+def _asked(config: SampleConfig, sampler: Sampler) -> dict[str, Any]:
+  """The arguments of the sampler's call."""
   asked = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
     if field.name not in _OF_THE_SAMPLER
   }
   if config.max_new_tokens is None:
-    longest = max(len(tokenizer.encode(p, add_bos=True)) for p in config.prompt)
+    encode = sampler.tokenizer.encode
+    longest = max(len(encode(text, add_bos=True)) for text in config.prompt)
     asked["max_new_tokens"] = max(min(200, sampler.max_length - longest), 1)
+  return asked
 
-  def stream(index: int, piece: str) -> None:
-    if index == 0:
-      print(piece, end="", flush=True)
 
-  print(config.prompt[0], end="", flush=True)
-  completions = sampler(list(config.prompt), stream=stream, **asked)
-  print()
-  for prompt, completion in zip(
-    config.prompt[1:], completions[1:], strict=True
-  ):
-    print(f"---\n{prompt}{completion.text}")
+def _waiting() -> Status:
+  """Says on a terminal what is waited for, and nothing elsewhere."""
+  from rich.console import Console
+  from rich.status import Status
+
+  console = Console(stderr=True)
+  console.quiet = not console.is_terminal
+  return Status("", console=console, spinner="line")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -10,6 +10,8 @@ from . import _remat
 
 Dtype = Literal["bfloat16", "float32"]
 
+LARGEST = float.fromhex("0x1.fffffep127")  # that a float32 can hold
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaConfig:
@@ -59,10 +61,12 @@ class GemmaConfig:
       value = getattr(self, field.name)
       if field.type == "int" and not (type(value) is int and value > 0):
         raise _wanted(field.name, "a positive integer", value)
+      if field.type == "int" and value >= 1 << 31:
+        raise _wanted(field.name, "less than 2^31", value)
       if field.type == "float" and not (
-        type(value) in (int, float) and 0 < value < float("inf")
+        type(value) in (int, float) and 0 < value <= LARGEST
       ):
-        raise _wanted(field.name, "a positive number", value)
+        raise _wanted(field.name, "a positive number of float32", value)
     if self.num_heads % self.num_kv_heads:
       raise _wanted(
         "num_kv_heads",

@@ -52,6 +52,7 @@ from flax import nnx
 from . import _remat
 from ._cache import Cache
 from ._config import GemmaConfig
+from ._inputs import check_room, check_shape, checked_range
 from ._layers import IN_PLACE, Block, Embedder
 from ._weights import cast_weights, is_quantized, quantize_weights
 from .ops import KERNELS, Ops, Rope, ScanPart, scan_layers
@@ -103,7 +104,7 @@ class Gemma(nnx.Module):
     """The last layer's rows after the final norm; `logits` reads them.
 
     Args:
-      tokens: [B, T] integers below V.
+      tokens: [B, T] integers from 0 to below V.
       positions: [B, T] integers for RoPE; None counts within each segment.
       segment_ids: [B, T] integers: documents 1, 2, ... that do not see each
         other, and 0 for padding; None is one document.
@@ -112,14 +113,17 @@ class Gemma(nnx.Module):
       [B, T, D] of the compute dtype.
 
     Raises:
-      ValueError: on a wrong shape or dtype, or more tokens than the context.
+      ValueError: on a wrong shape or dtype, or more tokens than the context;
+        outside `jit` also on ids that are none, but for padding's.
     """
-    self._check_tokens("hidden_states", tokens)
+    check_shape("hidden_states", tokens, self.config)
     if segment_ids is not None and segment_ids.shape != tokens.shape:
       raise ValueError(
         f"hidden_states: segment_ids must be {tokens.shape}, the shape of "
         f"tokens, got {segment_ids.shape}"
       )
+    is_token = None if segment_ids is None else segment_ids != 0
+    tokens = self._checked_ids("hidden_states", tokens, is_token)
     if positions is None:
       positions = positions_of(tokens, segment_ids)
     rope = Rope(positions, self.config.rope_base_frequency)
@@ -209,10 +213,17 @@ class Gemma(nnx.Module):
       The hidden state [B, D] of each prompt's last token, and the cache.
 
     Raises:
-      ValueError: if tokens are not [B, T] integers that fit the cache.
+      ValueError: if tokens are not [B, T] integers that fit the cache; outside
+        `jit` also if a length, or an id of a prompt, is out of range.
     """
-    self._check_tokens("prefill", tokens, cache)
+    check_shape("prefill", tokens, self.config, cache)
     batch, length = tokens.shape
+    prompt_lengths = checked_range(
+      "prefill: prompt_lengths", jnp.asarray(prompt_lengths), 1, length
+    )
+    tokens = self._checked_ids(
+      "prefill", tokens, _is_before(prompt_lengths, length)
+    )
 
     def read(start, size, carry):
       last, cache = carry
@@ -248,9 +259,13 @@ class Gemma(nnx.Module):
       The hidden state [B, D] of these tokens, and the cache with them in it.
 
     Raises:
-      ValueError: if tokens are not [B] integers.
+      ValueError: if tokens are not [B] integers; outside `jit` also if an id is
+        out of range, or a row is full.  (In a compiled program the key of a
+        full row is dropped, and attention misses it.)
     """
-    self._check_tokens("decode", tokens)
+    check_shape("decode", tokens, self.config, cache)
+    check_room("decode", cache, 1)
+    tokens = self._checked_ids("decode", tokens)
     x, cache = self.extend(tokens[:, None], cache)
     return x[:, 0], cache
 
@@ -276,10 +291,17 @@ class Gemma(nnx.Module):
       row's count mean nothing, and the cache with the tokens that there are.
 
     Raises:
-      ValueError: if tokens are not [B, T] integers that fit the cache.
+      ValueError: if tokens are not [B, T] integers that fit the cache; outside
+        `jit` also if an id or a count is out of range, or there is no room.
     """
-    self._check_tokens("extend", tokens, cache)
+    check_shape("extend", tokens, self.config, cache)
     new = tokens.shape[1]
+    check_room("extend", cache, new)
+    is_token = None
+    if counts is not None:
+      counts = checked_range("extend: counts", jnp.asarray(counts), 0, new)
+      is_token = _is_before(counts, new)
+    tokens = self._checked_ids("extend", tokens, is_token)
     positions = cache.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
     rope = Rope(positions, self.config.rope_base_frequency)
     # All T keys are written.  Those past a row's count are later than all its
@@ -319,28 +341,16 @@ class Gemma(nnx.Module):
         scale_offset=1.0,
       )
 
-  def _check_tokens(
-    self, name: str, tokens: jax.Array, cache: Cache | None = None
-  ) -> None:
-    """Of `decode` [B], of all others [B, T], which must fit a cache."""
-    ndim = 1 if name == "decode" else 2
-    if tokens.ndim != ndim or not jnp.issubdtype(tokens.dtype, jnp.integer):
-      raise ValueError(
-        f"{name}: tokens must be {'[B, T]' if ndim == 2 else '[B]'} integers, "
-        f"got {tokens.dtype}{list(tokens.shape)}"
-      )
-    if ndim == 1:
-      return
-    if cache is not None and tokens.shape[1] > cache.size:
-      raise ValueError(
-        f"{name}: tokens must fit the cache's {cache.size} places, "
-        f"got {tokens.shape[1]}"
-      )
-    if cache is None and tokens.shape[1] > self.config.context_length:
-      raise ValueError(
-        f"{name}: tokens must be at most the context length "
-        f"{self.config.context_length}, got {tokens.shape[1]}"
-      )
+  def _checked_ids(
+    self, name: str, tokens: jax.Array, where: jax.Array | None = None
+  ) -> jax.Array:
+    most = self.config.vocab_size - 1
+    return checked_range(f"{name}: tokens", tokens, 0, most, where)
+
+
+def _is_before(counts: jax.Array, length: int) -> jax.Array:
+  """Whether each of T places is one of a row's first: [B, T]."""
+  return jnp.arange(length) < counts[:, None]
 
 
 def positions_of(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

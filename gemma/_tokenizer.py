@@ -85,6 +85,12 @@ class Tokenizer:
       self._processor.piece_to_id(f"<0x{byte:02X}>")
       for byte in _SPACE_MARK.encode()
     ]
+    # A model may have no bytes, or begin every text with a space that is not
+    # there, as Llama's does.  Then a text is encoded in one part, since each
+    # part would begin so; a space mark in it becomes a space.
+    pieces = self._processor.id_to_piece(self._processor.encode("a"))
+    adds_space = any(_SPACE_MARK in piece for piece in pieces)
+    self._splits = not adds_space and self.unk_id not in self._space_mark_ids
 
   @classmethod
   def load(cls, path: str | pathlib.Path) -> Tokenizer:
@@ -108,14 +114,17 @@ class Tokenizer:
         large for it; the message names the nearest size that works.
     """
     model = io.BytesIO()
+    sentences = _Trainable(texts)
     try:
       sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_trainable(texts),
+        sentence_iterator=iter(sentences),
         model_writer=model,
         vocab_size=vocab_size,
         **_GEMMA_SETTINGS,
       )
     except RuntimeError as error:  # SentencePiece has no other
+      if sentences.error is not None:
+        raise sentences.error from None
       if explained := _training_error(str(error), vocab_size):
         raise explained from error
       raise
@@ -133,9 +142,15 @@ class Tokenizer:
     Turn marks in the text become their ids.  `<bos>`, `<eos>` and `<pad>` in
     the text remain text: the ids of BOS and EOS are there only if asked for,
     and then once.
+
+    Raises:
+      UserError: if the text is none: a byte that is not UTF-8 comes from the
+        command line or a file name as half of a surrogate pair.
     """
+    _check_text(text)
     ids: list[int] = []
-    for i, part in enumerate(text.split(_SPACE_MARK)):
+    parts = text.split(_SPACE_MARK) if self._splits else [text]
+    for i, part in enumerate(parts):
       ids += self._space_mark_ids if i else []
       ids += self._processor.encode(part)
     ids = self.with_bos(ids) if add_bos else ids
@@ -156,21 +171,46 @@ class Tokenizer:
     texts = (piece.replace(_SPACE_MARK, " ") for piece in pieces)
     return frozenset(t[i : i + 2] for t in texts for i in range(len(t) - 1))
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of `ids`.
+  def piece_id(self, piece: str) -> int | None:
+    """The id of a piece such as "<end_of_turn>"; None if there is none."""
+    found = self._processor.piece_to_id(piece)
+    return None if found == self.unk_id else found
+
+  def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
+    """The text of `ids`, or what they add to the text of the ids `after`.
 
     Special ids have no text, and bytes that are no UTF-8 give U+FFFD.
+
+    Args:
+      ids: to decode.
+      after: ids that stand before them, whose characters are whole.  A model
+        that begins every text with a space (Llama's) takes it away when it
+        decodes: the ids of "value" alone are "value", after those of "The" they
+        are " value".
 
     Raises:
       ValueError: for an id outside the vocabulary.
     """
-    ids = [int(i) for i in ids]
-    wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+    before, ids = [int(i) for i in after], [int(i) for i in ids]
+    wrong = [i for i in (*before, *ids) if not 0 <= i < self.vocab_size]
     if wrong:
       raise ValueError(
         f"decode: wanted ids in [0, {self.vocab_size}), got {wrong[0]}"
       )
-    return self._processor.decode(ids)
+    text = self._processor.decode(before + ids)
+    return text[len(self._processor.decode(before)) :] if before else text
+
+
+def _check_text(text: str) -> None:
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    code = ord(text[error.start])
+    byte = f" (byte 0x{code - 0xDC00:02x})" if 0xDC80 <= code <= 0xDCFF else ""
+    raise UserError(
+      f"text: its character {error.start}, U+{code:04X}{byte}, is no "
+      "character; give valid UTF-8"
+    ) from None
 
 
 def _parses(
@@ -183,9 +223,27 @@ def _parses(
   return processor.get_piece_size() > 0
 
 
-def _trainable(texts: Iterable[str]) -> Iterator[str]:
-  for text in texts:
-    yield from filter(None, _UNTRAINABLE.split(text))
+class _Trainable:
+  """Texts as SentencePiece's trainer takes them.
+
+  Attributes:
+    error: that ended the texts; the trainer makes one of its own of it.
+  """
+
+  def __init__(self, texts: Iterable[str]):
+    self._texts = texts
+    self.error: BaseException | None = None
+
+  def __iter__(self) -> Iterator[str]:
+    try:
+      for text in self._texts:
+        _check_text(text)
+        yield from filter(None, _UNTRAINABLE.split(text))
+    except GeneratorExit:  # the trainer has enough
+      raise
+    except BaseException as error:
+      self.error = error
+      raise
 
 
 def _training_error(message: str, vocab_size: int) -> UserError | None:

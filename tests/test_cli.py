@@ -101,13 +101,19 @@ def test_sample_hands_every_setting_to_the_sampler(
     frequency_penalty=0.2,
     logit_bias={0: -3.5, 3: -math.inf},
     seed=3,
+    stop=(".", "\n\n"),
     speculate=2,
     batch_size=2,
   )
   arguments = ["sample", "--checkpoint", work_dir, "--prompt", "def", "for"]
   for name, value in wanted.items():
-    pairs = isinstance(value, dict)
-    values = [n for pair in value.items() for n in pair] if pairs else [value]
+    match value:
+      case dict():
+        values = [n for pair in value.items() for n in pair]
+      case tuple():
+        values = [*value]
+      case _:
+        values = [value]
     arguments += [f"--{name.replace('_', '-')}", *values]
   assert run(capfd, *arguments) == (0, "def\n---\nfortext\n", "")
   assert asked == wanted | dict(prompts=["def", "for"])

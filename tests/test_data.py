@@ -442,7 +442,7 @@ def test_text_that_cannot_be_split_is_refused():
 
 
 def test_rows_that_are_taken_are_those_rows():
-  rows = data.pack([np.arange(1, 40), np.arange(50, 61)], 8)
+  rows = pack([np.arange(1, 40), np.arange(50, 61)], 8)
   some = rows.take(np.array([1, 4, 6]))
   again = some.take(np.array([2, 0]))
   assert len(some) == 3 and len(again) == 2

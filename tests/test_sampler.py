@@ -170,7 +170,10 @@ def test_a_seed_for_each_prompt_is_that_prompts_alone():
   got = [c.tokens for c in draw(twins, seed=[5, 6, 5, 7])]
   assert got[0] == got[2] and len({*got}) == 3
   assert draw(twins[:1], seed=7)[0].tokens == got[3]
-  assert draw(twins[:1], seed=-1) == draw(twins[:1], seed=[2**32 - 1])
+  most = 2**63 - 1
+  assert draw(twins[:1], seed=most) == draw(twins[:1], seed=[most])
+  # All bits count.
+  assert draw(twins[:1], seed=7 + 2**32)[0].tokens != got[3]
 
 
 # --- penalties ----------------------------------------------------------------
@@ -597,7 +600,8 @@ def test_streamed_pieces_make_up_each_text():
     ),
     (dict(speculate=-1), "speculate must be from 0 to 31, got -1"),
     (dict(speculate=32), "speculate must be from 0 to 31, got 32"),
-    (dict(seed=2**32), "seed must be of 32 bits, got 4294967296"),
+    (dict(seed=2**63), r"seed must be a whole number from 0 to 2\^63 - 1, got"),
+    (dict(seed=[-1]), r"seed must be a whole number from 0 .* got -1"),
     (dict(seed=[1, 2]), "seed must be one number, or one for each of 1 .* 2"),
     (dict(min_p=-0.1), "min_p must be from 0 to 1, or None, got -0.1"),
     (dict(stop_tokens=[300]), "stop_tokens must be ids below 300, got 300"),

@@ -1,6 +1,6 @@
 """The rows on the device: prompts come in, are read, and grow.
 
-All four functions are compiled.  The state is given away to them and written in
+All five functions are compiled.  The state is given away to them and written in
 place.
 """
 
@@ -138,6 +138,14 @@ def admit(
     seen=seen,
     counts=counts,
   )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def end(state: State, ended: np.ndarray) -> State:
+  """Ends the rows, [B] bool, that the host wants to end; others stay."""
+  lengths = jnp.where(ended, 0, state.cache.lengths)
+  cache = dataclasses.replace(state.cache, lengths=lengths)
+  return dataclasses.replace(state, done=state.done | ended, cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames="size", donate_argnames="state")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -14,10 +14,10 @@ from .._model import Gemma
 from .._tokenizer import END_OF_TURN, Tokenizer
 from . import loop
 from .settings import Request, Settings, keys_of, wanted
-from .text import Completion, Row
+from .text import Completion, Growing, Row, Stops
 
 _SHORTEST = 16  # the smallest compiled length; every length is a multiple
-_STREAMED = 4  # tokens of a row between two looks, if someone looks on
+_STREAMED = 4  # tokens of a row between two looks, if the host must look on
 # Tokens that are read at once: enough to keep a TPU's matrix unit busy while a
 # layer's weights are read.
 _READ_OF_ROW = 512
@@ -98,6 +98,7 @@ class Sampler:
     logit_bias: Mapping[int, float] | None = None,
     seed: int | Sequence[int] = 0,
     stop_tokens: Collection[int] | None = None,
+    stop: str | Sequence[str] = (),
     speculate: int = 0,
     stream: Callable[[int, str], None] | None = None,
   ) -> list[Completion]:
@@ -124,25 +125,31 @@ class Sampler:
       frequency_penalty: is subtracted from a token's logit for each time that
         it has been drawn.
       logit_bias: numbers to add to the logits of some ids; -inf is never drawn.
-      seed: of the draws.  With one number, a prompt's random numbers depend on
-        it and on the prompt's index alone.  With a number for each prompt, they
-        depend on that alone, and are those of the first prompt of a call with
-        that seed.
+      seed: of the draws, from 0 to 2^63 - 1.  With one number, a prompt's
+        random numbers depend on it and on the prompt's index alone.  With a
+        number for each prompt, they depend on that alone, and are those of the
+        first prompt of a call with that seed.
       stop_tokens: ids that end a completion; None is the tokenizer's end of
         text and, if it has one, its end of turn.
+      stop: texts that end a completion, which is cut before the first that is
+        complete, wherever its tokens begin and end.  Those of the prompt do
+        not count.  Like `stream` it makes the host look every 4 tokens.
       speculate: tokens that are guessed at each step, up to 31, from what
         followed where the row's last tokens stood before.  A step that guesses
         right adds that many tokens more.  Guesses change no result, also at
         temperatures above 0: each token is drawn as it would be without them,
         and a guess is kept if it is the one drawn.
       stream: called with a prompt's index and the new piece of its text, as it
-        grows; the pieces of one prompt make up its text.  It makes the host
-        look every 4 tokens of a row; without it, every 32.
+        grows; the pieces of one prompt make up its text.  None ends inside a
+        character, or has part of a stop string.  It makes the host look every
+        4 tokens of a row; without it, every 32.
 
     Raises:
-      UserError: naming the argument, or the prompt that is too long.
+      UserError: naming the argument, or the prompt that is too long; before
+        anything is computed, and before `stream` is called.
     """
-    request = Request(
+    asked = self._asked(
+      prompts,
       max_new_tokens=max_new_tokens,
       temperature=temperature,
       top_k=top_k,
@@ -151,22 +158,44 @@ class Sampler:
       repetition_penalty=repetition_penalty,
       presence_penalty=presence_penalty,
       frequency_penalty=frequency_penalty,
-      logit_bias=logit_bias or {},
-      stop_tokens=self._stops() if stop_tokens is None else stop_tokens,
+      logit_bias=logit_bias,
+      seed=seed,
+      stop_tokens=stop_tokens,
+      stop=stop,
       speculate=speculate,
+    )
+    return _Desk(self, asked, stream).serve()
+
+  def check(self, prompts: Sequence[str], **arguments: Any) -> None:
+    """Raises what a call with these arguments would, and computes nothing."""
+    arguments.pop("stream", None)
+    self._asked(prompts, **arguments)
+
+  def _asked(
+    self,
+    prompts: Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    stop_tokens: Collection[int] | None = None,
+    stop: str | Sequence[str] = (),
+    logit_bias: Mapping[int, float] | None = None,
+    **others: Any,
+  ) -> _Asked:
+    request = Request(
+      stop_tokens=self._stops() if stop_tokens is None else stop_tokens,
+      stop=(stop,) if isinstance(stop, str) else tuple(stop),
+      logit_bias=logit_bias or {},
+      **others,
     )
     vocab_size = self.tokenizer.vocab_size
     settings = request.settings(vocab_size, self.model.config.vocab_size)
-    encoded = self._encode(prompts, max_new_tokens)
-    return _Desk(self, request, settings, encoded, stream).serve(
-      keys_of(seed, len(encoded))
-    )
+    encoded = self._encode(prompts, request.max_new_tokens)
+    return _Asked(request, settings, encoded, keys_of(seed, len(encoded)))
 
   def _stops(self) -> frozenset[int]:
-    tokenizer = self.tokenizer
-    turn = tokenizer.encode(END_OF_TURN)
-    known = len(turn) == 1 and turn[0] != tokenizer.unk_id
-    return frozenset([tokenizer.eos_id, *(turn if known else [])])
+    turn = self.tokenizer.piece_id(END_OF_TURN)
+    known = [] if turn is None else [turn]
+    return frozenset([*known, *[i for i in [self.tokenizer.eos_id] if i >= 0]])
 
   def _encode(
     self, prompts: Sequence[str], max_new_tokens: int
@@ -175,6 +204,9 @@ class Sampler:
       raise UserError("Sampler: prompts must be a list of texts, got one text")
     if not prompts:
       raise UserError("Sampler: prompts must hold at least one text, got none")
+    for i, text in enumerate(prompts):
+      if not isinstance(text, str):
+        raise wanted(f"prompt {i}", "a text", f"a {type(text).__name__}")
     encoded = [self.tokenizer.encode(text, add_bos=True) for text in prompts]
     for i, ids in enumerate(encoded):
       if len(ids) + max_new_tokens > self.max_length:
@@ -186,31 +218,45 @@ class Sampler:
     return encoded
 
 
+class _Asked(NamedTuple):
+  """A call whose arguments have been checked.
+
+  Attributes:
+    request: what is asked for.
+    settings: the same, for the device.
+    prompts: their ids.
+    keys: [prompts, n], the words of their random keys.
+  """
+
+  request: Request
+  settings: Settings
+  prompts: list[list[int]]
+  keys: np.ndarray
+
+
 class _Desk:
   """One call: which prompt is in which row.
 
   Args:
     sampler: which is called.
-    request: what is asked for.
-    settings: the same, for the device.
-    prompts: their ids.
+    asked: for what.
     stream: as for `Sampler.__call__`.
   """
 
   def __init__(
     self,
     sampler: Sampler,
-    request: Request,
-    settings: Settings,
-    prompts: list[list[int]],
+    asked: _Asked,
     stream: Callable[[int, str], None] | None,
   ):
+    request, settings, prompts, self._keys = asked
     model = sampler.model
     self._model = (model.quantize() if sampler.weights else model).cast()
     self._settings, self._prompts = settings, prompts
     self._new = request.max_new_tokens
+    stops = Stops(frozenset(request.stop_tokens), request.stop)
     self._make_row = lambda index: Row(
-      index, sampler.tokenizer, frozenset(request.stop_tokens), stream
+      index, Growing(sampler.tokenizer, prompts[index]), stops, stream
     )
     self._batch = min(sampler.batch_size, len(prompts))
     # A step reads its guesses too, past the last token there is room for.
@@ -219,17 +265,18 @@ class _Desk:
     most = sampler.max_length + beyond
     self._length = _bucket(longest, most + -most % _SHORTEST)
     # One more than the guesses is drawn at least.
-    self._most = loop.CHUNK if stream is None else max(_STREAMED, 1 + beyond)
+    looks_on = stream is not None or request.stop
+    self._most = max(_STREAMED, 1 + beyond) if looks_on else loop.CHUNK
 
-  def serve(self, keys: np.ndarray) -> list[Completion]:
-    """A completion for each prompt, whose keys [prompts, n] are given."""
+  def serve(self) -> list[Completion]:
+    """A completion for each prompt."""
     waiting = collections.deque(range(len(self._prompts)))
     rows: list[Row | None] = [None] * self._batch
     finished: dict[int, Completion] = {}
     state = loop.empty(
       self._model.config,
       self._settings,
-      keys,
+      self._keys,
       batch=self._batch,
       length=self._length,
     )
@@ -238,7 +285,7 @@ class _Desk:
       new = {i: waiting.popleft() for i in free[: len(waiting)]}
       for i, index in new.items():
         rows[i] = self._make_row(index)
-        state = self._admit(state, i, index, keys[index])
+        state = self._admit(state, i, index)
       state = self._read(state, new, all_are_new=len(free) == self._batch)
       state, drawn = loop.run(
         self._model,
@@ -247,21 +294,23 @@ class _Desk:
         np.int32(self._most),
         np.bool_(bool(waiting)),
       )
-      for i, row in _grow(rows, jax.device_get(drawn)):
+      drawn = jax.device_get(drawn)
+      ended = _grow(rows, drawn)
+      for i, row in ended:
         finished[row.index] = row.completion()
         rows[i] = None
+      if not all(drawn.done[i] for i, _ in ended):
+        # The device knows of stop tokens, not of stop strings.
+        state = loop.end(state, np.array([row is None for row in rows]))
     return [finished[i] for i in range(len(self._prompts))]
 
-  def _admit(
-    self, state: loop.State, row: int, index: int, key: np.ndarray
-  ) -> loop.State:
+  def _admit(self, state: loop.State, row: int, index: int) -> loop.State:
     ids = self._prompts[index]
     prompt = np.zeros(self._length, np.int32)
     prompt[: len(ids)] = ids
     length = np.int32(len(ids))
-    return loop.admit(
-      state, np.int32(row), prompt, length, length + np.int32(self._new), key
-    )
+    end, key = length + np.int32(self._new), self._keys[index]
+    return loop.admit(state, np.int32(row), prompt, length, end, key)
 
   def _read(
     self, state: loop.State, new: dict[int, int], *, all_are_new: bool
@@ -306,7 +355,7 @@ def _grow(
       strict=True,
     ):
       row.add(token, logprob)
-    if drawn.done[i]:
+    if drawn.done[i] or row.is_finished:
       ended.append((i, row))
   return ended
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from .._errors import UserError
+from .._seeds import A_SEED, is_seed, key_of_words, words_of
 from .cut import Cut
 
 MOST_DRAFTED = 31  # tokens in a step of speculation
 
 _STOPS = 8  # their number is rounded up to a multiple, as it is compiled in
+
+
+# Numbers of the device are float32.
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def wanted(name: str, what: str, got: object) -> UserError:
@@ -31,21 +38,26 @@ class Request:
   """
 
   max_new_tokens: int
-  temperature: float
-  top_k: int | None
-  top_p: float | None
-  min_p: float | None
-  repetition_penalty: float
-  presence_penalty: float
-  frequency_penalty: float
+  temperature: float = 0.0
+  top_k: int | None = None
+  top_p: float | None = None
+  min_p: float | None = None
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
   logit_bias: Mapping[int, float]
   stop_tokens: Collection[int]
-  speculate: int
+  stop: tuple[str, ...] = ()
+  speculate: int = 0
 
   def __post_init__(self):
+    _check_whole("max_new_tokens", self.max_new_tokens)
+    _check_whole("speculate", self.speculate)
+    if self.top_k is not None:
+      _check_whole("top_k", self.top_k)
     if self.max_new_tokens < 1:
       raise wanted("max_new_tokens", "at least 1", self.max_new_tokens)
-    if not 0 <= self.temperature < math.inf:
+    if not 0 <= self.temperature <= _LARGEST:
       raise wanted("temperature", "0 or more, and finite", self.temperature)
     if self.top_k is not None and self.top_k < 1:
       raise wanted("top_k", "at least 1, or None", self.top_k)
@@ -53,15 +65,18 @@ class Request:
       raise wanted("top_p", "above 0 and at most 1, or None", self.top_p)
     if self.min_p is not None and not 0 <= self.min_p <= 1:
       raise wanted("min_p", "from 0 to 1, or None", self.min_p)
-    if not 0 < self.repetition_penalty < math.inf:
+    if not _SMALLEST <= self.repetition_penalty <= _LARGEST:
       raise wanted(
         "repetition_penalty", "above 0, and finite", self.repetition_penalty
       )
     for name in ("presence_penalty", "frequency_penalty"):
-      if not math.isfinite(getattr(self, name)):
+      if not abs(getattr(self, name)) <= _LARGEST:
         raise wanted(name, "a finite number", getattr(self, name))
     if not 0 <= self.speculate <= MOST_DRAFTED:
       raise wanted("speculate", f"from 0 to {MOST_DRAFTED}", self.speculate)
+    for text in self.stop:
+      if not (isinstance(text, str) and text):
+        raise wanted("stop", "texts that are not empty", repr(text))
 
   def settings(self, vocab_size: int, embeddings: int) -> Settings:
     """For the device.
@@ -75,7 +90,7 @@ class Request:
     """
     return Settings(
       vocab_size=vocab_size,
-      greedy=self.temperature < float(np.finfo(np.float32).tiny),
+      greedy=self.temperature < _SMALLEST,
       speculate=self.speculate,
       uses_seen=self.repetition_penalty != 1,
       uses_counts=(self.presence_penalty, self.frequency_penalty) != (0, 0),
@@ -89,12 +104,13 @@ class Request:
     )
 
   def _cut(self, vocab_size: int) -> Cut:
-    """What would keep all is left out."""
-    k, p, least = self.top_k, self.top_p, self.min_p
+    """What would keep all is left out, as it would round what it keeps."""
+    k, p = self.top_k, np.float32(1 if self.top_p is None else self.top_p)
+    least = np.float32(0 if self.min_p is None else self.min_p)
     return Cut(
       top_k=None if k is None or k >= vocab_size else np.int32(k),
-      top_p=None if p is None or p == 1 else np.float32(p),
-      min_p=None if least is None or least == 0 else np.float32(least),
+      top_p=p if p < 1 else None,
+      min_p=least if least > 0 else None,
     )
 
   def _bias(self, vocab_size: int, embeddings: int) -> np.ndarray | None:
@@ -102,9 +118,10 @@ class Request:
       return None
     bias = np.zeros(embeddings, np.float32)
     for token, value in self.logit_bias.items():
+      _check_whole("an id of logit_bias", token)
       if not 0 <= token < vocab_size:
         raise wanted("logit_bias", f"of ids below {vocab_size}", token)
-      if not value < math.inf:
+      if not (abs(value) <= _LARGEST or value == -math.inf):
         raise wanted("logit_bias", "finite, or -inf for never", value)
       bias[token] = value
     if np.isneginf(bias[:vocab_size]).all():
@@ -113,6 +130,7 @@ class Request:
 
   def _stops(self, vocab_size: int) -> np.ndarray:
     for token in self.stop_tokens:
+      _check_whole("an id of stop_tokens", token)
       if not 0 <= token < vocab_size:
         raise wanted("stop_tokens", f"ids below {vocab_size}", token)
     stops = sorted(self.stop_tokens)
@@ -181,24 +199,31 @@ def keys_of(seed: int | Sequence[int], count: int) -> np.ndarray:
   first key of its own.
 
   Raises:
-    UserError: if there are not `count` seeds, or one is no 32-bit integer.
+    UserError: if there are not `count` seeds, or one is no seed.
   """
   index = np.zeros(count, np.uint32)
-  if isinstance(seed, (int, np.integer)):
-    seeds, index = [int(seed)] * count, np.arange(count, dtype=np.uint32)
+  seeds: list[Any]
+  if np.ndim(seed):
+    seeds = list(np.asarray(seed, object))
   else:
-    seeds = [int(each) for each in seed]
+    seeds, index = [seed] * count, np.arange(count, dtype=np.uint32)
   if len(seeds) != count:
     what = f"one number, or one for each of {count} prompts"
     raise wanted("seed", what, f"{len(seeds)} numbers")
   for each in seeds:
-    if not -(1 << 31) <= each < 1 << 32:
-      raise wanted("seed", "of 32 bits", each)
-  words = np.array([each % (1 << 32) for each in seeds], np.uint32)
+    if not is_seed(each):
+      raise wanted("seed", A_SEED, repr(each))
+  words = np.array([words_of(int(each)) for each in seeds], np.uint32)
   return np.asarray(_keys(words, index))
 
 
+def _check_whole(name: str, value: object) -> None:
+  whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+  if not whole:
+    raise wanted(name, "a whole number", repr(value))
+
+
 @jax.jit
-def _keys(seeds: jax.Array, index: jax.Array) -> jax.Array:
-  keys = jax.vmap(jax.random.key)(seeds)
+def _keys(words: jax.Array, index: jax.Array) -> jax.Array:
+  keys = jax.vmap(key_of_words)(words)
   return jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, index))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from typing import Literal
 
-from .._config import GemmaConfig
+from .._config import LARGEST, GemmaConfig
 from .._errors import UserError
 from .._files import local_path
+from .._seeds import A_SEED, is_seed
 
 
 def _require(condition: bool, field: str, wanted: str, got: object) -> None:
@@ -46,12 +48,16 @@ class OptimizerConfig:
 
   def __post_init__(self) -> None:
     """Checks the values."""
-    for field in ("learning_rate", "epsilon", "clip_norm"):
+    for field in ("learning_rate", "epsilon"):
       value = getattr(self, field)
-      _require(value > 0, field, "more than 0", value)
+      _require(0 < value <= LARGEST, field, "more than 0, and finite", value)
+    clips = 0 < self.clip_norm <= LARGEST or self.clip_norm == math.inf
+    _require(
+      clips, "clip_norm", "more than 0, or inf for no clipping", self.clip_norm
+    )
     for field in ("final_learning_rate", "warmup_steps", "weight_decay"):
       value = getattr(self, field)
-      _require(value >= 0, field, "0 or more", value)
+      _require(0 <= value <= LARGEST, field, "0 or more, and finite", value)
     for field in ("beta1", "beta2"):
       value = getattr(self, field)
       _require(0 <= value < 1, field, "from 0 to below 1", value)
@@ -81,7 +87,8 @@ class TrainConfig:
     accumulation: passes per step, each over batch_size / accumulation rows, to
       save memory; the gradient is that of the whole batch.
     sequence_length: tokens per row.
-    seed: of the initial weights, the held-out choice and the order of rows.
+    seed: of the initial weights, the held-out choice and the order of rows;
+      from 0 to 2^63 - 1.
     held_out: share of the text to evaluate on and never train on, up to 134
       million characters.
     head: what the loss keeps for its backward pass on a TPU: "recompute"
@@ -144,6 +151,7 @@ class TrainConfig:
     ):
       value = getattr(self, field)
       _require(value >= 1, field, "1 or more", value)
+      _require(value < 1 << 31, field, "less than 2^31", value)
     _require(
       self.eval_batches in ("auto", "all")
       or (type(self.eval_batches) is int and self.eval_batches >= 1),
@@ -154,7 +162,13 @@ class TrainConfig:
     _require(
       0 < self.held_out < 1, "held_out", "between 0 and 1", self.held_out
     )
-    _require(self.z_loss >= 0, "z_loss", "0 or more", self.z_loss)
+    _require(
+      0 <= self.z_loss < math.inf,
+      "z_loss",
+      "0 or more, and finite",
+      self.z_loss,
+    )
+    _require(is_seed(self.seed), "seed", A_SEED, self.seed)
     _require(
       self.batch_size % self.accumulation == 0,
       "accumulation",

@@ -18,6 +18,7 @@ from .._model import (
   num_parameters,
   with_params,
 )
+from .._seeds import key_of
 from ..ops import KERNELS, LinearCrossEntropyConfig
 from .config import TrainConfig
 from .fit import Head, fitting
@@ -225,7 +226,7 @@ def device_memory() -> int | None:
 
 def fresh_state(config: TrainConfig) -> State:
   """Parameters and optimizer state before the first step."""
-  model = Gemma(config.model, rngs=nnx.Rngs(config.seed), ops=KERNELS)
+  model = Gemma(config.model, rngs=nnx.Rngs(key_of(config.seed)), ops=KERNELS)
   params = model_params(model)
   return params, make_optimizer(config.optimizer, config.steps).init(params)
 

@@ -34,7 +34,7 @@ from .interrupt import deferred_interrupts
 from .loop import Loop
 from .metrics import Metrics, Record, read_metrics, unwritten_record
 from .plot import plot_losses
-from .progress import Progress
+from .progress import Progress, completed
 from .run import Run, describe_data, open_run
 from .step import abstract_model, device_memory, resolved
 
@@ -105,7 +105,7 @@ def _run(
   run = open_run(config, directory, console)
   done, unwritten = run.done, _unwritten(run)
   if done >= config.steps and unwritten is None:
-    say(f"training is complete: {done} of {config.steps} steps in {directory}")
+    say(f"{completed(done, config.steps)} in {directory}")
     return _result(directory, done)
   run = dataclasses.replace(run, config=resolved(config, device_memory()))
   for line in _describe(run):
