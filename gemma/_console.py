@@ -27,13 +27,11 @@ def open_streams() -> None:
   """Lets a console take any text: what it cannot show comes as \\uXXXX.
 
   Without that a text would end in a UnicodeEncodeError at its first such
-  character.  A stream that was closed before the start is one to nowhere.
+  character.
   """
   for name in ("stdout", "stderr"):
     stream = getattr(sys, name)
-    if stream is None:
-      setattr(sys, name, open(os.devnull, "w"))
-    elif hasattr(stream, "reconfigure"):
+    if hasattr(stream, "reconfigure"):
       stream.reconfigure(errors="backslashreplace")
 
 

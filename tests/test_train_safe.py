@@ -274,7 +274,8 @@ def test_before_the_first_step_a_signal_ends_at_once(command, tmp_path):
   child.send_signal(signal.SIGTERM)
   out, errors = child.communicate()
   assert child.returncode == 128 + signal.SIGTERM
-  assert (out, errors) == ("", "\npallas-gemma: ended by SIGTERM\n")
+  assert errors == "\npallas-gemma: ended by SIGTERM\n"
+  assert out in ("", "reading text: 0%\n")  # by how fast the machine is
   assert time.monotonic() - started < 5
   # Whose process is gone has no lock, whatever it left behind.
   assert (tmp_path / "run" / ".lock.holder").exists()
@@ -522,7 +523,7 @@ def test_every_evaluation_has_the_same_rows_drawn_by_the_seed():
 
   assert len(drawn(5)) == 10 and drawn(5) == drawn(5) == sorted(drawn(5))
   assert {*drawn(5)} < {*drawn(6)} < {*drawn("all")}
-  assert drawn(5) != drawn(5, seed=1) != drawn(5, seed=-1)
+  assert drawn(5) != drawn(5, seed=1) != drawn(5, seed=2**63 - 1)
   assert drawn("all") == drawn(50) == drawn(1000) == list(rows.tokens[:, 0])
   # One token each: most rows are the only one with a label.
   short = pack([np.arange(1, 3)] * 40, 1)

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from .._errors import UserError
+from .._files import local_path
 from . import formats
 
 
@@ -202,7 +203,7 @@ def find_sources(
 
     for name, text in sorted(topics.topics.items()):
       yield Source(name, text=text)
-  for path in map(pathlib.Path, paths):
+  for path in (local_path(path, "data") for path in paths):
     if not path.exists():
       raise UserError(f"data {path}: no such file or folder; check --data")
     if path.is_dir():

@@ -38,8 +38,7 @@ def evaluation_rows(rows: Rows, config: TrainConfig) -> Rows:
   wanted = len(rows) if batches is None else batches * config.batch_size
   if wanted >= len(rows):
     return rows
-  seed = list(str(config.seed).encode())  # NumPy takes none below 0
-  order = np.random.default_rng(seed).permutation(len(rows))
+  order = np.random.default_rng(config.seed).permutation(len(rows))
   drawn = rows.take(np.sort(order[:wanted]))
   # Very short rows may hold nothing but ends of documents, which predict
   # nothing.
