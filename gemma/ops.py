@@ -22,6 +22,7 @@ from pallas_gemma.kernels import Rope as Rope
 from pallas_gemma.kernels import ScanPart as ScanPart
 from pallas_gemma.kernels import layer_einsum as layer_einsum
 from pallas_gemma.kernels import scan_layers as scan_layers
+from pallas_gemma.kernels import sharding as sharding
 from pallas_gemma.kernels._frame.debug import checked as checked
 
 

@@ -38,12 +38,13 @@ def write_arrays(folder: pathlib.Path, tree: Any) -> None:
 def read_arrays(
   directory: pathlib.Path, folder: pathlib.Path, abstract: Any
 ) -> Any:
-  """Reads a pytree of arrays to the first device.
+  """Reads a pytree of arrays, to the first device if nothing else is said.
 
   Args:
     directory: of the checkpoint, for messages.
     folder: written by `write_arrays`.
-    abstract: a pytree of shapes and dtypes.
+    abstract: a pytree of shapes and dtypes, and shardings where they are to be
+      split over devices; those that wrote them may have been others.
 
   Raises:
     UserError: if there is none, or its arrays have other shapes.
@@ -61,7 +62,10 @@ def read_arrays(
   _check_shapes(directory, there.tree, abstract)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   placed = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device
+    ),
+    abstract,
   )
   with _checkpointer() as checkpointer:
     return checkpointer.restore(folder, args=ocp.args.StandardRestore(placed))

@@ -8,6 +8,7 @@ What happens then, and where to read it:
     |-- run       before the first step: text, tokenizer, packed rows, and the
     |   |         directory, which is made, or checked if it is resumed
     |   |-- .._data   files -> documents -> token ids -> rows
+    |   |-- mesh, layout   how it is spread over devices, and what lies where
     |   |-- record    what a run is made with, and how it differs when resumed
     |   `-- evaluate  on which of the held-out text it is evaluated
     |-- loop      take_step(): the batch of this step, one training step, and

@@ -11,6 +11,7 @@ from .._config import LARGEST, GemmaConfig
 from .._errors import UserError
 from .._files import local_path
 from .._seeds import A_SEED, is_seed
+from .mesh import parse
 
 
 def _require(condition: bool, field: str, wanted: str, got: object) -> None:
@@ -87,6 +88,12 @@ class TrainConfig:
     accumulation: passes per step, each over batch_size / accumulation rows, to
       save memory; the gradient is that of the whole batch.
     sequence_length: tokens per row.
+    mesh: devices along the axes pods, data and fsdp, which split the rows of a
+      pass, and model, which splits heads and feed-forward columns, such as
+      fsdp=4,model=2; fsdp splits weights and moments too, so that each device
+      holds a part of them.  Or a preset: v5e-1, v5e-4, v5e-8, v5e-16, v5e-256,
+      and the Gemma report's report-2b and report-7b.  "auto": fsdp over all
+      devices that divide the rows, model over the rest.
     seed: of the initial weights, the held-out choice and the order of rows;
       from 0 to 2^63 - 1.
     held_out: share of the text to evaluate on and never train on, up to 134
@@ -126,6 +133,7 @@ class TrainConfig:
   batch_size: int = 8
   accumulation: int = 1
   sequence_length: int = 128
+  mesh: str = "auto"
   seed: int = 0
   held_out: float = 0.1
   head: Literal["auto", "recompute", "chunked"] = "auto"
@@ -168,6 +176,7 @@ class TrainConfig:
       "0 or more, and finite",
       self.z_loss,
     )
+    parse(self.mesh)
     _require(is_seed(self.seed), "seed", A_SEED, self.seed)
     _require(
       self.batch_size % self.accumulation == 0,

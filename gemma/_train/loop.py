@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,15 +16,17 @@ from .._data.batches import (
   training_batches,
   unigram_loss,
 )
+from .._data.rows import Batch
 from .._errors import UserError
 from .._flops import flops_per_token, peak_flops
 from .config import TrainConfig
 from .evaluate import is_evaluated
+from .layout import Layout
 from .metrics import Metrics, Record
 from .optimizer import learning_rate_schedule
 from .progress import Progress
 from .run import Run
-from .step import State, fresh_state, make_steps
+from .step import State, abstract_state, initial_state, make_steps
 
 
 class Loop:
@@ -67,13 +69,13 @@ class Loop:
     self._batch = training_batches(
       run.train_rows, config.batch_size, config.seed
     )
-    self._train_step, self._evaluate_batch = make_steps(config, valid)
-    self._params, self._optimizer_state = _initial_state(
-      config, checkpoints, run.done
+    self._train_step, self._evaluate_batch = make_steps(
+      config, valid, run.layout
     )
+    self._params, self._optimizer_state = _state_of(run, checkpoints)
     self._schedule = learning_rate_schedule(config.optimizer, config.steps)
     self._unigram = unigram_loss(run.train_rows, run.evaluation_rows, valid)
-    self._clock = _Clock(config)
+    self._clock = _Clock(config, run.layout)
     self._saved = run.done
     # Losses and gradient norm of the newest step, not read yet.  Reading them
     # waits until the device has computed them, so they are read after the next
@@ -95,7 +97,8 @@ class Loop:
     batches = evaluation_batches(
       self._run.evaluation_rows, self._run.config.batch_size
     )
-    jax.block_until_ready(self._evaluate_batch(self._params, next(batches)))
+    first = self._placed(next(batches))
+    jax.block_until_ready(self._evaluate_batch(self._params, first))
     self._record = unwritten
     if unwritten and is_evaluated(self._run.config, self.step):
       self._evaluate()
@@ -108,7 +111,7 @@ class Loop:
       UserError: if the loss or the gradient is not a finite number, or the disk
         is full.
     """
-    config, batch = self._run.config, self._batch(self.step)
+    config, batch = self._run.config, self._placed(self._batch(self.step))
     self._params, self._optimizer_state, measured = self._train_step(
       self._params, self._optimizer_state, batch
     )
@@ -177,6 +180,11 @@ class Loop:
     }
     return self._record
 
+  def _placed(self, batch: Batch) -> Any:
+    """A batch where it is to lie, each device's rows with it."""
+    layout = self._run.layout
+    return batch if layout is None else jax.device_put(batch, layout.batch)
+
   def _evaluate(self) -> None:
     """Adds the held-out loss to the newest record, if it is not to stop."""
     losses, weights = 0.0, 0.0
@@ -186,7 +194,7 @@ class Loop:
       if self._stops():
         return
       self._progress.evaluating(i, count)
-      loss, weight = self._evaluate_batch(self._params, batch)
+      loss, weight = self._evaluate_batch(self._params, self._placed(batch))
       losses, weights = losses + float(loss), weights + float(weight)
     self._clock.pause()
     self._evaluated = self.step, losses / weights
@@ -196,25 +204,24 @@ class Loop:
       record["unigram_loss"] = self._unigram
 
 
-def _initial_state(
-  config: TrainConfig, checkpoints: Checkpoints, done: int
-) -> State:
-  """New parameters and optimizer state, or those of checkpoint `done`."""
-  fresh = functools.partial(fresh_state, config)
-  if not done:
-    return jax.jit(fresh)()
-  params, optimizer = jax.eval_shape(fresh)
-  restored = checkpoints.restore(done, params=params, optimizer=optimizer)
+def _state_of(run: Run, checkpoints: Checkpoints) -> State:
+  """New parameters and optimizer state, or those of the run's checkpoint."""
+  if not run.done:
+    return initial_state(run.config, run.layout)
+  params, optimizer = abstract_state(run.config, run.layout)
+  restored = checkpoints.restore(run.done, params=params, optimizer=optimizer)
   return restored["params"], restored["optimizer"]
 
 
 class _Clock:
   """Tokens per second of recent steps; evaluations and saves do not count."""
 
-  def __init__(self, config: TrainConfig):
+  def __init__(self, config: TrainConfig, layout: Layout | None):
     self._tokens = config.batch_size * config.sequence_length
     self._flops = flops_per_token(config.model, config.sequence_length)
-    self._peak = peak_flops(jax.devices()[0].device_kind)
+    peak = peak_flops(jax.devices()[0].device_kind)
+    devices = 1 if layout is None else layout.config.devices
+    self._peak = peak and devices * peak
     # Of one step: an exponential moving average.
     self._seconds = 0.0
     # When the step before ended, if nothing but training has happened since.

@@ -30,7 +30,7 @@ _UNSAID |= {"held_out", "seed", "batch_size", "sequence_length"}
 # rounding.  (Most settings of the model, too, are judged with the identity.)
 # Other settings alter what is learnt, and when.
 _FREE = {"data", "text_field", "tokenizer", "accumulation", "head", "keep"}
-_FREE |= {"evaluate_every", "eval_batches", "save_every"}
+_FREE |= {"evaluate_every", "eval_batches", "save_every", "mesh"}
 _FREE_ROOMS = ("model.", "versions.", "device.")
 
 

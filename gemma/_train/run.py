@@ -28,6 +28,7 @@ from .._errors import UserError
 from .._tokenizer import Tokenizer
 from .config import TrainConfig
 from .evaluate import evaluation_rows
+from .layout import Layout, layout_of
 from .record import Change, changes, check_changes, settings
 
 
@@ -38,6 +39,7 @@ class Run:
   Attributes:
     config: as the user gave it.
     directory: of checkpoints and metrics; it exists and can be written.
+    layout: of its arrays, over several devices; None for one.
     done: steps that are done, of which the newest has a checkpoint.
     changes: what is not as it was at that step, and may be so.
     record: what the run is made with, to be kept with its checkpoints.
@@ -51,6 +53,7 @@ class Run:
 
   config: TrainConfig
   directory: pathlib.Path
+  layout: Layout | None
   done: int
   changes: list[Change]
   record: dict[str, Any]
@@ -78,6 +81,7 @@ def open_run(
     UserError: if the data cannot be read or are too few, or the directory
       belongs to a run with other settings.
   """
+  layout = layout_of(config)
   done = max(complete_steps(directory), default=0)
   found = _changes(config, directory, done)  # before data, which take long
   with (
@@ -101,6 +105,7 @@ def open_run(
   return Run(
     config=config,
     directory=directory,
+    layout=layout,
     done=done,
     changes=found,
     record={

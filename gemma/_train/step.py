@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from .._seeds import key_of
 from ..ops import KERNELS, LinearCrossEntropyConfig
 from .config import TrainConfig
 from .fit import Head, fitting
+from .layout import Layout
 from .optimizer import make_optimizer
 
 DeviceBatch = dict[str, jax.Array]  # a `data.Batch` inside a compiled function
@@ -76,12 +78,15 @@ def _losses(
   )
 
 
-def choose_head(config: TrainConfig, memory: int | None) -> Head:
+def choose_head(
+  config: TrainConfig, memory: int | None, layout: Layout | None = None
+) -> Head:
   """What `TrainConfig.head` means on a device: resolves "auto".
 
   Args:
     config: of the run.
     memory: bytes of the device, or None if it does not report them.
+    layout: over several devices; None for one.
   """
   if config.head != "auto":
     return config.head
@@ -91,6 +96,10 @@ def choose_head(config: TrainConfig, memory: int | None) -> Head:
   state = 4 * 4 * num_parameters(abstract_model(config))
   rows = config.batch_size // config.accumulation * config.sequence_length
   kept = rows * config.model.vocab_size * jnp.dtype(config.model.dtype).itemsize
+  if layout is not None:
+    mesh = layout.config
+    state //= mesh.fsdp * mesh.model
+    kept //= mesh.rows * mesh.model
   return "chunked" if 4 * kept <= memory - state else "recompute"
 
 
@@ -142,13 +151,14 @@ def loss_and_gradient(
 
 
 def make_steps(
-  config: TrainConfig, valid_vocab_size: int
+  config: TrainConfig, valid_vocab_size: int, layout: Layout | None = None
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Compiled training and evaluation.
 
   Args:
     config: of the run, without "auto"; see `resolved`.
     valid_vocab_size: the tokenizer's.
+    layout: over several devices; None for one.
 
   Returns:
     Two functions.  The first takes (params, optimizer state, batch) and returns
@@ -191,15 +201,33 @@ def make_steps(
   def evaluate(params, batch):
     return losses(params, batch)(0.0).sum(), batch["weights"].sum()
 
-  return jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(evaluate)
+  if layout is None:
+    return jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(evaluate)
+  params, moments = layout.state(abstract_state(config))
+  return (
+    jax.jit(
+      layout.splits(train_step),
+      in_shardings=(params, moments, layout.batch),
+      out_shardings=(params, moments, layout.everywhere),
+      donate_argnums=(0, 1),
+    ),
+    jax.jit(
+      layout.splits(evaluate),
+      in_shardings=(params, layout.batch),
+      out_shardings=layout.everywhere,
+    ),
+  )
 
 
-def resolved(config: TrainConfig, memory: int | None) -> TrainConfig:
+def resolved(
+  config: TrainConfig, memory: int | None, layout: Layout | None = None
+) -> TrainConfig:
   """The config, with "auto" resolved for a device.
 
   Args:
     config: of the run.
     memory: bytes of the device, or None if it does not report them.
+    layout: over several devices; None for one.
 
   Raises:
     UserError: if a step cannot fit.
@@ -207,15 +235,16 @@ def resolved(config: TrainConfig, memory: int | None) -> TrainConfig:
   shape = config.batch_size, config.sequence_length
 
   def compile_step(config: TrainConfig) -> Any:
-    params, state = jax.eval_shape(lambda: fresh_state(config))
+    params, state = abstract_state(config)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32)
     names = "tokens", "labels", "segment_ids"
     batch = {**dict.fromkeys(names, ids), "weights": weights}
-    train_step: Any = make_steps(config, config.model.vocab_size)[0]
+    steps = make_steps(config, config.model.vocab_size, layout)
+    train_step: Any = steps[0]
     return train_step.lower(params, state, batch).compile()
 
-  head = choose_head(config, memory)
+  head = choose_head(config, memory, layout)
   return fitting(config, memory, head, compile_step)
 
 
@@ -229,6 +258,28 @@ def fresh_state(config: TrainConfig) -> State:
   model = Gemma(config.model, rngs=nnx.Rngs(key_of(config.seed)), ops=KERNELS)
   params = model_params(model)
   return params, make_optimizer(config.optimizer, config.steps).init(params)
+
+
+def initial_state(config: TrainConfig, layout: Layout | None) -> State:
+  """`fresh_state`, made where it is to lie."""
+  make = functools.partial(fresh_state, config)
+  if layout is None:
+    return jax.jit(make)()
+  return jax.jit(make, out_shardings=layout.state(abstract_state(config)))()
+
+
+def abstract_state(config: TrainConfig, layout: Layout | None = None) -> Any:
+  """The shapes of the state, and where it is to lie."""
+  state = jax.eval_shape(functools.partial(fresh_state, config))
+  if layout is None:
+    return state
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    state,
+    layout.state(state),
+  )
 
 
 def abstract_model(config: TrainConfig) -> Gemma:

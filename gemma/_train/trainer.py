@@ -107,7 +107,9 @@ def _run(
   if done >= config.steps and unwritten is None:
     say(f"{completed(done, config.steps)} in {directory}")
     return _result(directory, done)
-  run = dataclasses.replace(run, config=resolved(config, device_memory()))
+  run = dataclasses.replace(
+    run, config=resolved(config, device_memory(), run.layout)
+  )
   for line in _describe(run):
     say(line)
   result = _train(run, unwritten, console, output)
@@ -170,12 +172,15 @@ def _train(
 def _describe(run: Run) -> Iterator[str]:
   """The lines printed at the start: device, ops, model, data, steps."""
   config, device = run.config, jax.devices()[0]
-  others = jax.device_count() - 1
+  mesh = None if run.layout is None else run.layout.config
+  others = jax.device_count() - (mesh.devices if mesh else 1)
   unused = f"; {others} more are not used" if others else ""
   yield (
     f"device    {device.device_kind} ({device.platform}), "
     f"JAX {jax.__version__}{unused}"
   )
+  if mesh is not None:
+    yield f"mesh      {mesh}, {mesh.devices} devices"
   model = abstract_model(config)
   for line in describe_ops(model.ops, device.platform):
     yield f"op        {line}"

@@ -1,0 +1,182 @@
+"""What of a run lies where on its mesh.
+
+The table of a model's parameters is `_SPLIT`; `Layout` makes `NamedSharding`s
+of it.  The model itself knows of none: `jax.jit` is told where its arguments
+and results lie, and the kernels how they are split (`kernels.sharding`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ..ops import sharding
+from .config import TrainConfig
+from .mesh import ROWS, MeshConfig, chosen, parse
+
+
+def layout_of(config: TrainConfig) -> Layout | None:
+  """Where a run's arrays lie; None if all are on one device.
+
+  "auto" takes every device there is, but of CPUs, which share their cores, one.
+
+  Raises:
+    UserError: if the mesh does not fit the devices, the rows or the model.
+  """
+  devices, asked = jax.devices(), parse(config.mesh)
+  is_cpu = devices[0].platform == "cpu"
+  count = 1 if asked is None and is_cpu else len(devices)
+  rows = config.batch_size // config.accumulation
+  mesh = chosen(asked, count, rows, config.model)
+  if mesh.devices == 1:
+    return None
+  return Layout(make_mesh(mesh, devices[: mesh.devices]), mesh)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """The devices in the order of a config's axes.
+
+  Neighbours along the last axes are neighbours on the slice.  Axes are Auto:
+  the compiler splits what is between the kernels.
+
+  Args:
+    config: how many along each axis.
+    devices: all that there are by default.
+  """
+  devices = jax.devices() if devices is None else devices
+  names = tuple(field.name for field in dataclasses.fields(config))
+  if config.pods > 1 and len({_pod(d) for d in devices}) == config.pods:
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (1, *config.shape[1:]), (config.pods, 1, 1, 1), devices
+    )
+  elif devices[0].platform == "tpu":
+    grid = mesh_utils.create_device_mesh(config.shape, devices)
+  else:
+    grid = np.array(devices).reshape(config.shape)
+  return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _pod(device: Any) -> Any:
+  return getattr(device, "slice_index", 0)
+
+
+# --- what lies where ----------------------------------------------------------
+
+# For each parameter, the dimension that the model axis splits, None if it has
+# none.  Keys and values of one head are copied: every device needs them.
+_SPLIT: dict[str, int | None] = {
+  "embedding": 0,  # [V, D]
+  "attention_norm": None,  # [L, D]
+  "q": 1,  # [L, N, D, H]
+  "kv": 2,  # [L, 2, K, D, H]
+  "out": 1,  # [L, N, H, D]
+  "feed_forward_norm": None,  # [L, D]
+  "gate": 2,  # [L, D, F]
+  "up": 2,  # [L, D, F]
+  "down": 1,  # [L, F, D]
+  "final_norm": None,  # [D]
+}
+# Dimensions that the fsdp axis leaves alone.  A table that is split over D is
+# read and updated by each device for its part of every row, where one that is
+# split over V would be read by all for all tokens.
+_WHOLE = {"embedding": (0,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where the arrays of a run lie.
+
+  Attributes:
+    mesh: the devices.
+    config: of the mesh.
+  """
+
+  mesh: Mesh
+  config: MeshConfig
+
+  @property
+  def rules(self) -> dict[str, tuple[str, ...] | str]:
+    """For `kernels.sharding`: the axes by which each letter is split."""
+    rules: dict[str, tuple[str, ...] | str] = {"B": ROWS}
+    if self.config.model > 1:
+      rules |= dict.fromkeys("NFV", "model")
+    return rules
+
+  def splits(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose kernels are split so."""
+
+    def run(*args: Any) -> Any:
+      with sharding(self.mesh, self.rules):
+        return function(*args)
+
+    return run
+
+  @property
+  def batch(self) -> NamedSharding:
+    """Of arrays [B, T]."""
+    return NamedSharding(self.mesh, PartitionSpec(ROWS))
+
+  @property
+  def everywhere(self) -> NamedSharding:
+    """Of what all devices have."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def state(self, state: Any) -> Any:
+    """The shardings of parameters, or of an optimizer's state, by its names.
+
+    Args:
+      state: a pytree of arrays or of `jax.ShapeDtypeStruct`.
+    """
+
+    def of(path: Any, x: Any) -> NamedSharding:
+      names = [_name_of(key) for key in path]
+      name = next((n for n in reversed(names) if n in _SPLIT), "")
+      return NamedSharding(self.mesh, self.spec(name, x.shape))
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+  def spec(self, name: str, shape: Sequence[int]) -> PartitionSpec:
+    """How a parameter of a name and a shape is split.
+
+    The model axis by the table; the fsdp axis over the longest dimension that
+    is left and that it divides.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    split = _SPLIT.get(name)
+    if self.config.model > 1 and split is not None:
+      if shape[split] % self.config.model == 0:
+        axes[split] = "model"
+    left = [
+      i
+      for i, size in enumerate(shape)
+      if axes[i] is None
+      and i not in _WHOLE.get(name, ())
+      and size
+      and size % self.config.fsdp == 0
+    ]
+    if self.config.fsdp > 1 and left:
+      axes[max(left, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*axes)
+
+
+def describe(layout: Layout, params: Any) -> Iterator[str]:
+  """A line for each parameter: its shape, how it is split, and each part."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  shardings = jax.tree.leaves(layout.state(params))
+  for (path, x), where in zip(leaves, shardings, strict=True):
+    name = ".".join(n for n in map(_name_of, path) if n != "value")
+    spec = where.spec
+    axes = [*spec, *(None,) * (len(x.shape) - len(spec))]
+    split = ", ".join("-" if a is None else str(a) for a in axes)
+    part = where.shard_shape(x.shape)
+    yield f"{name:28} {list(x.shape)!s:26} [{split}]  {list(part)} each"
+
+
+def _name_of(key: Any) -> str:
+  return str(getattr(key, "key", getattr(key, "name", "")))

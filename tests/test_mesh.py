@@ -1,0 +1,221 @@
+"""Training over several devices: the same numbers, in parts."""
+
+import dataclasses
+import importlib
+import io
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+import v5e
+from hypothesis import given
+from hypothesis import strategies as st
+from pallas_gemma.gemma import (
+  GemmaConfig,
+  OptimizerConfig,
+  TrainConfig,
+  UserError,
+  train,
+)
+
+MESH, LAYOUT, STEP = (
+  importlib.import_module(f"pallas_gemma.gemma._train.{name}")
+  for name in ("mesh", "layout", "step")
+)
+pytestmark = pytest.mark.no_interpreter
+MODEL = dataclasses.replace(GemmaConfig.tiny(400), num_layers=2)
+
+
+def config(directory, **changes):
+  fields = dict(
+    work_dir=directory,
+    cache_dir=directory.parent / "cache",
+    model=MODEL,
+    steps=6,
+    sequence_length=64,
+    evaluate_every=3,
+    save_every=3,
+    eval_batches=2,
+    optimizer=OptimizerConfig(warmup_steps=2),
+  )
+  return TrainConfig(**{**fields, **changes})
+
+
+def run(config):
+  """The losses of all steps, and what was printed."""
+  shown = io.StringIO()
+  train(config, console=rich.console.Console(file=shown, width=300))
+  lines = (config.work_dir / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  losses = [r["loss"] for r in records]
+  losses += [r["held_out_loss"] for r in records if "held_out_loss" in r]
+  return np.array(losses), shown.getvalue()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """The losses on one device, and where the text's cache is."""
+  directory = tmp_path_factory.mktemp("mesh") / "alone"
+  return run(config(directory))[0], directory.parent
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "pods=2,data=2,fsdp=2"])
+def test_losses_are_those_of_one_device(mesh, alone):
+  want, folder = alone
+  got, shown = run(config(folder / mesh, mesh=mesh))
+  assert f"mesh      {mesh}, 8 devices" in shown
+  assert "are not used" not in shown
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_run_goes_on_over_other_devices(alone):
+  want, folder = alone
+  # The schedule is that of all steps: this run is stopped, not shorter.
+  first = config(folder / "moved", mesh="fsdp=2,model=2")
+  step = importlib.import_module("pallas_gemma.gemma._train.loop").Loop
+  taken = step.take_step
+
+  class Stopped(Exception):
+    pass
+
+  def take_step(self):
+    if self.step == 4:
+      raise Stopped
+    taken(self)
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+    patch.setattr(step, "take_step", take_step)
+    run(first)
+  got, shown = run(dataclasses.replace(first, mesh="data=4"))
+  assert "3 done" in shown and "mesh fsdp=2,model=2 -> data=4" in shown
+  assert "4 more are not used" in shown
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_state_is_made_in_parts():
+  settings = config(pathlib.Path("unused"), mesh="fsdp=4,model=2")
+  layout = LAYOUT.layout_of(settings)
+  params, optimizer = STEP.initial_state(settings, layout)
+  gate = params["blocks"]["gate"]
+  assert {s.data.shape for s in gate.addressable_shards} == {(2, 32, 256)}
+  moments = [
+    x
+    for path, x in jax.tree_util.tree_leaves_with_path(optimizer)
+    if "gate" in jax.tree_util.keystr(path)
+  ]
+  assert len(moments) == 2
+  assert all(x.sharding == gate.sharding for x in moments)
+  whole = STEP.initial_state(settings, None)[0]["blocks"]["gate"]
+  np.testing.assert_allclose(gate, whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", [GemmaConfig.gemma_2b, GemmaConfig.gemma_7b])
+def test_every_parameter_is_in_the_table_and_split_where_it_can_be(model):
+  settings = TrainConfig(model=model(), sequence_length=128)
+  params, _ = STEP.abstract_state(settings)
+  mesh = MESH.MeshConfig(fsdp=2, model=4)
+  layout = LAYOUT.Layout(LAYOUT.make_mesh(mesh, jax.devices()), mesh)
+  names = set()
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    name = path[-1].key
+    names.add(name)
+    spec = layout.spec(name, x.shape)
+    axes = [axis for axis in spec if axis]
+    assert "fsdp" in axes, name
+    takes_part = LAYOUT._SPLIT[name] is not None
+    few = name == "kv" and settings.model.num_kv_heads == 1
+    assert ("model" in axes) == (takes_part and not few), name
+  assert names == set(LAYOUT._SPLIT)
+  lines = list(LAYOUT.describe(layout, params))
+  assert len(lines) == len(names)
+  gate = next(line for line in lines if line.startswith("blocks.gate "))
+  assert "[-, fsdp, model]" in gate
+
+
+@v5e.needs_compiler
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,model=2"])
+def test_kernels_are_compiled_for_a_slice(mesh):
+  model = GemmaConfig(
+    vocab_size=512,
+    num_layers=2,
+    width=256,
+    hidden_size=512,
+    num_heads=4,
+    num_kv_heads=1,
+    head_size=128,
+    context_length=256,
+  )
+  settings = TrainConfig(
+    model=model, sequence_length=256, mesh=mesh, head="recompute"
+  )
+  sizes = MESH.parse(mesh)
+  chips = v5e.devices("2x4", (2, 4, 1))
+  layout = LAYOUT.Layout(LAYOUT.make_mesh(sizes, chips), sizes)
+  step, _ = STEP.make_steps(settings, 512, layout)
+  ids = jax.ShapeDtypeStruct((8, 256), jnp.int32)
+  batch = dict.fromkeys(("tokens", "labels", "segment_ids"), ids)
+  batch["weights"] = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+  text = step.lower(*STEP.abstract_state(settings), batch).compile().as_text()
+  for kernel in ("flash_attention", "feed_forward", "linear_cross_entropy"):
+    assert f"{kernel}_fwd" in text and f"{kernel}_bwd" in text
+
+
+# --- what the user may ask for ------------------------------------------------
+
+
+def test_presets_and_axes_are_read():
+  assert MESH.parse("auto") is None
+  assert MESH.parse("v5e-8") == MESH.MeshConfig(fsdp=8)
+  assert MESH.parse("report-7b").devices == 16 * 256
+  assert MESH.parse(" fsdp=4, model=2") == MESH.MeshConfig(fsdp=4, model=2)
+  for mesh in MESH.PRESETS.values():
+    assert MESH.parse(str(mesh)) == mesh
+
+
+@pytest.mark.parametrize(
+  "text", ["", "v5e-9", "fsdp", "fsdp=", "fsdp=-1", "rows=2", "fsdp=2,fsdp=4"]
+)
+def test_another_text_is_refused(text):
+  with pytest.raises(UserError, match="wanted auto, v5e-1, .* fsdp=4,model=2"):
+    TrainConfig(mesh=text)
+  with pytest.raises(UserError, match="mesh.fsdp: wanted 1 or more, got 0"):
+    TrainConfig(mesh="fsdp=0")
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_auto_takes_all_devices_or_says_why_not(devices, rows):
+  try:
+    mesh = MESH.chosen(None, devices, rows, MODEL)
+  except UserError as error:
+    assert "give a --batch-size" in str(error)
+    model = devices // np.gcd(devices, rows)
+    assert MODEL.num_heads % model or MODEL.hidden_size % model
+    return
+  assert mesh.devices == devices and rows % mesh.rows == 0
+  assert MODEL.num_heads % mesh.model == 0
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("fsdp=16", "wants 16 devices, and there are 8"),
+    ("data=8", "which does not divide the 4 rows of a pass"),
+    ("model=8", "model=8 does not divide the model's heads, 4"),
+  ],
+)
+def test_what_does_not_divide_is_refused_before_anything_is_read(
+  text, message, tmp_path
+):
+  settings = config(tmp_path / "run", mesh=text, accumulation=2)
+  with pytest.raises(UserError, match=message):
+    run(settings)
+
+
+def test_keys_and_values_are_split_as_far_as_there_are_heads():
+  model = dataclasses.replace(MODEL, num_heads=12, num_kv_heads=6)
+  with pytest.raises(UserError, match="key/value heads, 6"):
+    MESH.chosen(MESH.MeshConfig(model=4), 8, 8, model)
