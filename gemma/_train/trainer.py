@@ -107,9 +107,11 @@ def _run(
   if done >= config.steps and unwritten is None:
     say(f"{completed(done, config.steps)} in {directory}")
     return _result(directory, done)
-  run = dataclasses.replace(
-    run, config=resolved(config, device_memory(), run.layout)
-  )
+  memory = device_memory()
+  if memory is not None and config.model.remat == "auto":
+    say("compiling steps, to see which fits the memory ...")
+  config = resolved(config, memory, run.layout)
+  run = dataclasses.replace(run, config=config)
   for line in _describe(run):
     say(line)
   result = _train(run, unwritten, console, output)
