@@ -145,9 +145,12 @@ def test_a_training_step_is_the_trainers_with_its_state_in_shards():
   placement = built.placement
   mesh = placement.mesh().abstract_mesh
   with jax.sharding.use_abstract_mesh(mesh):
-    state, (loss, norm) = results(built)
+    state, measured = results(built)
   leaves = jax.tree.leaves(state)
-  assert loss.shape == norm.shape == ()
+  assert {name: x.shape for name, x in measured.items()} == {
+    "loss": (),
+    "gradient_norm": (),
+  }
   assert [x.shape for x in leaves] == [
     built.specs[i].shape for i in placement.donated
   ]
