@@ -14,23 +14,14 @@ import pytest
 from flax import nnx
 from pallas_gemma.gemma import (
   Checkpoints,
-  GemmaConfig,
   Tokenizer,
   UserError,
   load_checkpoint,
   save_checkpoint,
 )
 from random_gemma import random_gemma
+from small_gemma import TWO_LAYERS as CONFIG
 
-CONFIG = dataclasses.replace(
-  GemmaConfig.tiny(vocab_size=400),
-  num_layers=2,
-  width=16,
-  hidden_size=32,
-  num_heads=2,
-  head_size=8,
-  context_length=32,
-)
 # The model is not what is tested here: no kernel need be interpreted.
 pytestmark = pytest.mark.no_interpreter
 

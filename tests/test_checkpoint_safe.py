@@ -24,7 +24,6 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from pallas_gemma.gemma import (
   Checkpoints,
-  GemmaConfig,
   OptimizerConfig,
   Tokenizer,
   TrainConfig,
@@ -39,21 +38,12 @@ from pallas_gemma.gemma import (
   train,
 )
 from random_gemma import random_gemma
+from small_gemma import ONE_LAYER as CONFIG
 
 storage = importlib.import_module("pallas_gemma.gemma._checkpoint")
 complete_steps, read_identity = storage.complete_steps, storage.read_identity
 
 pytestmark = pytest.mark.no_interpreter
-
-CONFIG = dataclasses.replace(
-  GemmaConfig.tiny(vocab_size=400),
-  num_layers=1,
-  width=8,
-  hidden_size=16,
-  num_heads=1,
-  head_size=8,
-  context_length=32,
-)
 
 
 @pytest.fixture(scope="module")

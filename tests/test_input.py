@@ -1,5 +1,6 @@
 """What the commands and the library are given that they cannot take."""
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -21,7 +22,6 @@ from pallas_gemma.gemma import (
   KERNELS,
   REFERENCE,
   Gemma,
-  GemmaConfig,
   OptimizerConfig,
   Sampler,
   Tokenizer,
@@ -30,6 +30,7 @@ from pallas_gemma.gemma import (
   main,
   save_checkpoint,
 )
+from small_gemma import ONE_LAYER
 
 _console, key_of = (
   importlib.import_module("pallas_gemma.gemma._console"),
@@ -37,17 +38,7 @@ _console, key_of = (
 )
 pytestmark = pytest.mark.no_interpreter
 
-CONFIG = GemmaConfig(
-  vocab_size=300,
-  num_layers=1,
-  width=8,
-  hidden_size=8,
-  num_heads=1,
-  num_kv_heads=1,
-  head_size=8,
-  context_length=32,
-  dtype="float32",
-)
+CONFIG = dataclasses.replace(ONE_LAYER, vocab_size=300)
 LONE = "a\udcffb"  # what Python makes of the bytes "a\xffb" in an argument
 
 

@@ -2,15 +2,14 @@
 
 import dataclasses
 import importlib
-import io
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 import v5e
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +18,8 @@ from pallas_gemma.gemma import (
   OptimizerConfig,
   TrainConfig,
   UserError,
-  train,
 )
+from small_gemma import printed
 
 MESH, LAYOUT, STEP = (
   importlib.import_module(f"pallas_gemma.gemma._train.{name}")
@@ -47,13 +46,12 @@ def config(directory, **changes):
 
 def run(config):
   """The losses of all steps, and what was printed."""
-  shown = io.StringIO()
-  train(config, console=rich.console.Console(file=shown, width=300))
+  shown = printed(config)
   lines = (config.work_dir / "metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]
   losses = [r["loss"] for r in records]
   losses += [r["held_out_loss"] for r in records if "held_out_loss" in r]
-  return np.array(losses), shown.getvalue()
+  return np.array(losses), shown
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +155,9 @@ def test_kernels_are_compiled_for_a_slice(mesh):
   layout = LAYOUT.Layout(LAYOUT.make_mesh(sizes, chips), sizes)
   step, _ = STEP.make_steps(settings, 512, layout)
   ids = jax.ShapeDtypeStruct((8, 256), jnp.int32)
-  batch = dict.fromkeys(("tokens", "labels", "segment_ids"), ids)
+  batch: dict[str, Any] = dict.fromkeys(
+    ("tokens", "labels", "segment_ids"), ids
+  )
   batch["weights"] = jax.ShapeDtypeStruct((8, 256), jnp.float32)
   text = step.lower(*STEP.abstract_state(settings), batch).compile().as_text()
   for kernel in ("flash_attention", "feed_forward", "linear_cross_entropy"):

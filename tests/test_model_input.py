@@ -1,26 +1,19 @@
 """Ids, lengths and caches that a model cannot read."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import checkify
-from pallas_gemma.gemma import REFERENCE, Gemma, GemmaConfig
+from pallas_gemma.gemma import REFERENCE, Gemma
+from small_gemma import ONE_LAYER
 
 pytestmark = pytest.mark.no_interpreter
 
-CONFIG = GemmaConfig(
-  vocab_size=300,
-  num_layers=1,
-  width=8,
-  hidden_size=8,
-  num_heads=1,
-  num_kv_heads=1,
-  head_size=8,
-  context_length=32,
-  dtype="float32",
-)
+CONFIG = dataclasses.replace(ONE_LAYER, vocab_size=300)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import rich.console
 from flax import nnx
 from pallas_gemma.gemma import (
   Gemma,
-  GemmaConfig,
   TrainConfig,
   UserError,
   main,
@@ -23,6 +22,7 @@ from pallas_gemma.gemma import (
   read_metrics,
   train,
 )
+from small_gemma import ONE_LAYER as MODEL
 
 plot, metrics, steps = (
   importlib.import_module(f"pallas_gemma.gemma._train.{name}")
@@ -31,15 +31,6 @@ plot, metrics, steps = (
 
 pytestmark = pytest.mark.no_interpreter
 
-MODEL = dataclasses.replace(
-  GemmaConfig.tiny(vocab_size=400),
-  num_layers=1,
-  width=8,
-  hidden_size=16,
-  num_heads=1,
-  head_size=8,
-  context_length=32,
-)
 SETTINGS = TrainConfig(
   data=(pathlib.Path(__file__),),
   steps=4,

@@ -42,19 +42,12 @@ from pallas_gemma.gemma import (
   train,
 )
 from random_gemma import random_gemma
+from small_gemma import TWO_LAYERS as MODEL
+from small_gemma import printed as run
 
 # The kernels have their own tests: none need be interpreted here.
 pytestmark = pytest.mark.no_interpreter
 
-MODEL = dataclasses.replace(
-  GemmaConfig.tiny(vocab_size=400),
-  num_layers=2,
-  width=16,
-  hidden_size=32,
-  num_heads=2,
-  head_size=8,
-  context_length=32,
-)
 STEPS = 40
 
 
@@ -71,13 +64,6 @@ def config(work_dir: pathlib.Path, **changes) -> TrainConfig:
     model=MODEL,
   )
   return TrainConfig(**fixed | changes)
-
-
-def run(settings: TrainConfig) -> str:
-  """Trains, and returns what is printed."""
-  out = io.StringIO()
-  train(settings, console=rich.console.Console(file=out, width=200))
-  return out.getvalue()
 
 
 @pytest.fixture(scope="module", autouse=True)

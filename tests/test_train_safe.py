@@ -25,7 +25,6 @@ import pytest
 import rich.console
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from pallas_gemma.gemma import (
-  GemmaConfig,
   OptimizerConfig,
   TrainConfig,
   UserError,
@@ -37,6 +36,8 @@ from pallas_gemma.gemma import (
   save_checkpoint,
   train,
 )
+from small_gemma import ONE_LAYER as MODEL
+from small_gemma import printed as run
 
 pytestmark = pytest.mark.no_interpreter
 
@@ -46,15 +47,6 @@ def room(name: str) -> Any:
   return importlib.import_module(f"pallas_gemma.gemma.{name}")
 
 
-MODEL = dataclasses.replace(
-  GemmaConfig.tiny(vocab_size=400),
-  num_layers=1,
-  width=8,
-  hidden_size=16,
-  num_heads=1,
-  head_size=8,
-  context_length=32,
-)
 STEPS = 12
 TEXT = pathlib.Path(room("_cli").__file__)  # one text, of the package
 
@@ -73,13 +65,6 @@ def config(work_dir: pathlib.Path, **changes) -> TrainConfig:
     model=MODEL,
   )
   return TrainConfig(**fixed | changes)
-
-
-def run(settings: TrainConfig) -> str:
-  """Trains, and returns what is printed."""
-  out = io.StringIO()
-  train(settings, console=rich.console.Console(file=out, width=200))
-  return out.getvalue()
 
 
 def steps(directory: pathlib.Path) -> list[int]:
@@ -120,8 +105,9 @@ def traced_once():
   others = dict(data=(), work_dir=None, eval_batches="auto", allow_change=False)
   others |= dict.fromkeys(("evaluate_every", "save_every", "keep"), 1)
 
-  def make_steps(config, valid_vocab_size):
-    return make(dataclasses.replace(config, **others), valid_vocab_size)
+  def make_steps(config, valid_vocab_size, layout):
+    same = dataclasses.replace(config, **others)
+    return make(same, valid_vocab_size, layout)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "make_steps", make_steps)
