@@ -63,7 +63,7 @@ class Output(io.TextIOBase):
       threading.Thread(target=self._work, daemon=True).start()
 
   @property
-  def encoding(self) -> str:  # type: ignore[override]
+  def encoding(self) -> str:  # type: ignore[override]  # an attribute there
     """That of the stream."""
     return self._encoding
 

@@ -34,7 +34,7 @@ def quantize_weights(model: Any) -> Any:
   """A model whose matrices are in int8."""
 
   def quantize(path: Any, x: Any) -> Any:
-    names = [_name_of(key) for key in path if _name_of(key) != "value"]
+    names = [name_of(key) for key in path if name_of(key) != "value"]
     if names[-1] not in _CONTRACTED or is_quantized(x):
       return x
     return QuantizedWeight.quantize(x, _CONTRACTED[names[-1]])
@@ -53,9 +53,9 @@ def is_norm_scale(path: tuple[Any, ...]) -> bool:
   Known by its name, since its shape does not tell: stacked over the layers,
   the scales of norms have two dimensions, as matrices have.
   """
-  return any(_name_of(key).endswith("norm") for key in path)
+  return any(name_of(key).endswith("norm") for key in path)
 
 
-def _name_of(key: Any) -> str:
+def name_of(key: Any) -> str:
   """Of a step of a pytree path."""
   return str(getattr(key, "key", getattr(key, "name", key)))

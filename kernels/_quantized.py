@@ -77,12 +77,7 @@ class QuantizedWeight:
         f"QuantizedWeight: contracted must be dimensions of the weight, which "
         f"has {weight.ndim}, got {contracted}"
       )
-    wide = weight.astype(jnp.float32)
-    top = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
-    # Of a channel of zeros, zeros: there is nothing to divide by.
-    inverse = jnp.where(top > 0, _MOST / jnp.where(top > 0, top, 1.0), 0.0)
-    values = jnp.round(wide * inverse).astype(jnp.int8)
-    return cls(values, top * (1 / _MOST))
+    return cls(*to_int8(weight, axes))
 
   @switches.plain
   def astype(self, dtype: Any) -> jax.Array:
@@ -107,6 +102,19 @@ class QuantizedWeight:
   def of_arrays(self) -> QuantizedWeight:
     """Of arrays, where `scan_layers` gave something in their place."""
     return QuantizedWeight(jnp.asarray(self.values), jnp.asarray(self.scale))
+
+
+def to_int8(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+  """int8 values of x's shape, and float32 scales that are 1 along some axes.
+
+  The number is value * scale.  The largest magnitude along these axes becomes
+  127; the others are rounded to the nearest.
+  """
+  wide = x.astype(jnp.float32)
+  top = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+  # Of zeros, zeros: there is nothing to divide by.
+  inverse = jnp.where(top > 0, _MOST / jnp.where(top > 0, top, 1.0), 0.0)
+  return jnp.round(wide * inverse).astype(jnp.int8), top * (1 / _MOST)
 
 
 def _rows(values: jax.Array, index: Any) -> jax.Array:

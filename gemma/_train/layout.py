@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .._weights import name_of
 from ..ops import sharding
 from .config import TrainConfig
 from .mesh import ROWS, MeshConfig, chosen, parse
@@ -135,7 +136,7 @@ class Layout:
     """
 
     def of(path: Any, x: Any) -> NamedSharding:
-      names = [_name_of(key) for key in path]
+      names = [name_of(key) for key in path]
       name = next((n for n in reversed(names) if n in _SPLIT), "")
       return NamedSharding(self.mesh, self.spec(name, x.shape))
 
@@ -170,13 +171,9 @@ def describe(layout: Layout, params: Any) -> Iterator[str]:
   leaves = jax.tree_util.tree_leaves_with_path(params)
   shardings = jax.tree.leaves(layout.state(params))
   for (path, x), where in zip(leaves, shardings, strict=True):
-    name = ".".join(n for n in map(_name_of, path) if n != "value")
+    name = ".".join(n for n in map(name_of, path) if n != "value")
     spec = where.spec
     axes = [*spec, *(None,) * (len(x.shape) - len(spec))]
     split = ", ".join("-" if a is None else str(a) for a in axes)
     part = where.shard_shape(x.shape)
     yield f"{name:28} {list(x.shape)!s:26} [{split}]  {list(part)} each"
-
-
-def _name_of(key: Any) -> str:
-  return str(getattr(key, "key", getattr(key, "name", "")))

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._frame import switches
-
-_MOST = 127.0  # of an int8, either way
+from .._quantized import to_int8
 
 
 class QuantizedCache(NamedTuple):
@@ -52,12 +51,7 @@ CacheArray = jax.Array | QuantizedCache
 
 def quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """int8 values of x's shape, and the scale of each last row, [..., 1]."""
-  wide = x.astype(jnp.float32)
-  top = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-  # Of a row of zeros, zeros: there is nothing to divide.
-  inverse = jnp.where(top > 0, _MOST / jnp.where(top > 0, top, 1.0), 0.0)
-  values = jnp.round(wide * inverse).astype(jnp.int8)
-  return values, top * (1 / _MOST)
+  return to_int8(x, (-1,))
 
 
 class Cache(NamedTuple):
