@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,13 @@ class Cache:
       v=jnp.zeros(shape, dtype),
       lengths=jnp.zeros(batch, jnp.int32),
     )
+
+  @property
+  def letters(self) -> Cache:
+    """Those of its arrays' dimensions, in place of the arrays."""
+    kept: Any = "LBSKH"
+    lengths: Any = "B"
+    return Cache(k=kept, v=kept, lengths=lengths)
 
   @property
   def size(self) -> int:

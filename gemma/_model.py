@@ -42,8 +42,6 @@ Read in this order: `_config` (the sizes), this page down to `hidden_states`,
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,15 +50,13 @@ from flax import nnx
 from . import _remat
 from ._cache import Cache
 from ._config import GemmaConfig
+from ._explicit import automatic
 from ._inputs import check_room, check_shape, checked_range
 from ._layers import IN_PLACE, Block, Embedder
 from ._weights import cast_weights, is_quantized, quantize_weights
 from .ops import KERNELS, Ops, Rope, ScanPart, scan_layers
 
 _CHUNK = 512  # tokens of a row that `prefill` reads at a time
-
-Params = dict[str, Any]
-"""A model's parameters: nested dicts of arrays, by the names above."""
 
 
 class Gemma(nnx.Module):
@@ -124,6 +120,16 @@ class Gemma(nnx.Module):
       )
     is_token = None if segment_ids is None else segment_ids != 0
     tokens = self._checked_ids("hidden_states", tokens, is_token)
+    return automatic(
+      Gemma._hidden_states, "BTD", self, tokens, positions, segment_ids
+    )
+
+  def _hidden_states(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+  ) -> jax.Array:
     if positions is None:
       positions = positions_of(tokens, segment_ids)
     rope = Rope(positions, self.config.rope_base_frequency)
@@ -181,7 +187,8 @@ class Gemma(nnx.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Next-token logits [..., V] in float32 of hidden states [..., D]."""
     with jax.named_scope("logits"):
-      return self.embedder.logits(hidden)
+      letters = "BTV" if hidden.ndim == 3 else f"{'B' * (hidden.ndim == 2)}V"
+      return automatic(_logits, letters, self.embedder, hidden)
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of up to `length` tokens.
@@ -217,13 +224,20 @@ class Gemma(nnx.Module):
         `jit` also if a length, or an id of a prompt, is out of range.
     """
     check_shape("prefill", tokens, self.config, cache)
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     prompt_lengths = checked_range(
       "prefill: prompt_lengths", jnp.asarray(prompt_lengths), 1, length
     )
     tokens = self._checked_ids(
       "prefill", tokens, _is_before(prompt_lengths, length)
     )
+    out = "BD", cache.letters
+    return automatic(Gemma._prefill, out, self, tokens, prompt_lengths, cache)
+
+  def _prefill(
+    self, tokens: jax.Array, prompt_lengths: jax.Array, cache: Cache
+  ) -> tuple[jax.Array, Cache]:
+    batch, length = tokens.shape
 
     def read(start, size, carry):
       last, cache = carry
@@ -302,6 +316,13 @@ class Gemma(nnx.Module):
       counts = checked_range("extend: counts", jnp.asarray(counts), 0, new)
       is_token = _is_before(counts, new)
     tokens = self._checked_ids("extend", tokens, is_token)
+    out = "BTD", cache.letters
+    return automatic(Gemma._extend, out, self, tokens, cache, counts)
+
+  def _extend(
+    self, tokens: jax.Array, cache: Cache, counts: jax.Array | None
+  ) -> tuple[jax.Array, Cache]:
+    new = tokens.shape[1]
     positions = cache.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
     rope = Rope(positions, self.config.rope_base_frequency)
     # All T keys are written.  Those past a row's count are later than all its
@@ -348,6 +369,10 @@ class Gemma(nnx.Module):
     return checked_range(f"{name}: tokens", tokens, 0, most, where)
 
 
+def _logits(embedder: Embedder, hidden: jax.Array) -> jax.Array:
+  return embedder.logits(hidden)
+
+
 def _is_before(counts: jax.Array, length: int) -> jax.Array:
   """Whether each of T places is one of a row's first: [B, T]."""
   return jnp.arange(length) < counts[:, None]
@@ -363,26 +388,3 @@ def positions_of(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   is_first = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
   starts = jax.lax.cummax(jnp.where(is_first, index, 0), axis=1)
   return index - starts
-
-
-# --- parameters ---
-
-
-def model_params(model: Gemma) -> Params:
-  """The parameters of a model, real or abstract."""
-  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def with_params(model: Gemma, params: Params) -> Gemma:
-  """A model of the same config and ops with other parameters."""
-  return nnx.merge(nnx.graphdef(model), nnx.State(params))
-
-
-def abstract_gemma(config: GemmaConfig, ops: Ops) -> Gemma:
-  """A model with `jax.ShapeDtypeStruct`s in place of its parameters."""
-  return nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0), ops=ops))
-
-
-def num_parameters(model: Gemma) -> int:
-  """How many numbers the parameters of a model are, real or abstract."""
-  return sum(math.prod(p.shape) for p in jax.tree.leaves(model))

@@ -72,7 +72,7 @@ atexit.register(
   shutil.rmtree, os.environ["PALLAS_GEMMA_CACHE"], ignore_errors=True
 )
 
-interpreter.compile_kernels_once()
+interpreter.evaluate_op_by_op()
 interpreter.copy_words_too()
 
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import inspect
-import threading
 
-import jax
-import jax.core
+import eager
 import jax.numpy as jnp
 import numpy as np
 from jax._src.state import types as state
@@ -17,26 +15,11 @@ from jax.experimental.pallas import tpu as pltpu
 PARAMS = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
 
 
-def compile_kernels_once():
-  """Gives an older JAX the cache that JAX 0.12 has.
-
-  It compiles a kernel anew for every call, every device and every core.
-  """
-  if jax.__version_info__ >= (0, 12):
-    return
+def evaluate_op_by_op():
+  """A kernel runs once: to compile it would take longer than all its ops."""
   from jax._src.pallas.mosaic.interpret import thread_map
 
-  def evaluate(jaxpr, consts, *args):
-    jax.core.eval_jaxpr(jaxpr, consts, *args)
-
-  jitted, lock = jax.jit(evaluate, static_argnums=0), threading.Lock()
-
-  def run(jaxpr, consts, *args):
-    with lock:  # the first thread compiles, the others find it done
-      compiled = jitted.trace(jaxpr, consts, *args).lower().compile()
-    compiled(consts, *args)
-
-  thread_map._run_jaxpr = run
+  thread_map._run_jaxpr = eager.evaluate
 
 
 def copy_words_too():

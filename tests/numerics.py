@@ -5,6 +5,7 @@ the reference in the working dtype is what plain jnp would have given, and the
 kernel may be at most so many times as wrong as plain jnp is.
 """
 
+import eager
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ def value_and_gradients(function, *draws, jit=False):
   list of arrays; the results of several are stacked.
 
   With `jit`, the whole is compiled once for all draws.  Plain jnp is not: it is
-  to be wrong by its own roundings alone.  The truth may be.
+  to be wrong by its own roundings alone.
   """
   floats = [i for i, a in enumerate(draws[0]) if is_float(a)]
 
@@ -48,7 +49,7 @@ def value_and_gradients(function, *draws, jit=False):
       for i, g in zip(floats, vjp(cotangents), strict=True)
     }
 
-  return _stacked(jax.jit(run) if jit else run, draws)
+  return _stacked(jax.jit(run) if jit else eager.op_by_op(run), draws)
 
 
 def values(function, *draws, jit=False):
@@ -58,7 +59,7 @@ def values(function, *draws, jit=False):
     outs = jax.tree.leaves(function(*arrays))
     return {f"output {i}": out for i, out in enumerate(outs)}
 
-  return _stacked(jax.jit(run) if jit else run, draws)
+  return _stacked(jax.jit(run) if jit else eager.op_by_op(run), draws)
 
 
 def _stacked(run, draws):
@@ -109,7 +110,7 @@ def expected(reference, *draws, grad=True):
   """What plain jnp gives, and the truth: the same for an op and its mutants."""
   run = value_and_gradients if grad else values
   with jax.enable_x64(True):
-    truth = run(reference, *map(widened, draws), jit=True)
+    truth = run(reference, *map(widened, draws))
   return run(reference, *draws), truth
 
 

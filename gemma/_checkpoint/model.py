@@ -9,7 +9,8 @@ from .. import ops as _ops
 from .._errors import UserError
 from .._files import local_path
 from .._lock import locked
-from .._model import Gemma, abstract_gemma, model_params, with_params
+from .._model import Gemma
+from .._params import abstract_gemma, model_params, with_params
 from .._tokenizer import Tokenizer
 from .identity import (
   TOKENIZER,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from .._model import (
-  Gemma,
+from .._model import Gemma
+from .._params import (
   Params,
   abstract_gemma,
   model_params,

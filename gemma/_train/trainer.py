@@ -25,8 +25,8 @@ from .._checkpoint import (
 )
 from .._flops import peak_flops
 from .._lock import locked
-from .._model import num_parameters
 from .._output import Output, reporting
+from .._params import num_parameters
 from ..ops import describe_ops
 from .config import TrainConfig
 from .evaluate import is_evaluated

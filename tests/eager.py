@@ -1,0 +1,283 @@
+"""Evaluates operation by operation what runs once: kernels, and references.
+
+JAX's interpreter compiles each kernel as one program: seconds of XLA's for one
+use.  Here NumPy does what it does exactly as XLA would, and XLA the rest, one
+operation at a time: these programs are small, and tests share them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import core
+
+
+def evaluate(jaxpr, consts, *args):
+  """As `jax.core.eval_jaxpr`; loops and branches with effects run in Python."""
+  # Integers overflow, and memory that nothing wrote is NaN: neither is an error
+  # on a chip, and NumPy is not to warn of it.
+  with np.errstate(all="ignore"):
+    return _run(jaxpr, consts, args)
+
+
+def op_by_op(function):
+  """`function`, without a compiler between its operations."""
+
+  def run(*args):
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    results = evaluate(jaxpr.jaxpr, jaxpr.consts, *jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+  return run
+
+
+def _run(jaxpr, consts, args):
+  values = dict(zip(jaxpr.constvars, consts, strict=True))
+  values |= zip(jaxpr.invars, args, strict=True)
+
+  def read(atom):
+    if isinstance(atom, core.Literal):
+      return np.asarray(atom.val, getattr(atom.aval, "dtype", None))
+    return values[atom]
+
+  for eqn in jaxpr.eqns:
+    operands = [read(atom) for atom in eqn.invars]
+    results = _step(eqn, operands)
+    values.update(zip(eqn.outvars, results, strict=True))
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def _step(eqn, operands):
+  """The results of one equation."""
+  name, params = eqn.primitive.name, eqn.params
+  if inner := _CALLS.get(name):
+    return _closed(params[inner], operands)
+  if name == "io_callback":
+    return _call_back(eqn, operands)
+  if eqn.effects and (control := _CONTROL.get(name)):
+    return control(params, operands)
+  if exact := _EXACT.get(name):
+    result = exact(params, *operands)
+    if result is not None:
+      return [np.asarray(result)]
+  params = eqn.primitive.get_bind_params(params)
+  bind = functools.partial(eqn.primitive.bind, **params)
+  try:
+    results = bind(*operands)
+  except (
+    NotImplementedError
+  ):  # some of Pallas's are for compiled programs alone
+    results = jax.jit(bind)(*operands)
+  if not eqn.primitive.multiple_results:
+    results = [results]
+  return [np.asarray(result) for result in results]
+
+
+def _closed(jaxpr, operands):
+  return _run(jaxpr.jaxpr, jaxpr.consts, operands)
+
+
+def _call_back(eqn, operands):
+  results = eqn.params["callback"](*map(np.asarray, operands))
+  return [
+    np.asarray(result, var.aval.dtype).reshape(var.aval.shape)
+    for result, var in zip(results, eqn.outvars, strict=True)
+  ]
+
+
+# Where a primitive that only calls has what it calls.
+_CALLS = {
+  "jit": "jaxpr",
+  "pjit": "jaxpr",
+  "custom_jvp_call": "call_jaxpr",
+}
+
+
+# --- control flow with effects ------------------------------------------------
+
+
+def _while(params, operands):
+  of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
+  for_cond = operands[:of_cond]
+  for_body = operands[of_cond : of_cond + of_body]
+  state = operands[of_cond + of_body :]
+  while _closed(params["cond_jaxpr"], for_cond + state)[0]:
+    state = _closed(params["body_jaxpr"], for_body + state)
+  return state
+
+
+def _cond(params, operands):
+  index, *operands = operands
+  branches = params["branches"]
+  index = min(max(int(index), 0), len(branches) - 1)
+  return _closed(branches[index], operands)
+
+
+_CONTROL = {"while": _while, "cond": _cond}
+
+
+# --- what NumPy does as XLA does ----------------------------------------------
+# A function gets the parameters and operands of the primitive, and returns None
+# for what it leaves to XLA.
+
+
+def _elementwise(function, kinds="biuf"):
+  def apply(params, *operands):
+    if all(_kind(x) in kinds for x in operands):
+      return function(*operands)
+    return None
+
+  return apply
+
+
+def _kind(x):
+  # NumPy's kind of bfloat16 is that of a raw type.
+  dtype = np.asarray(x).dtype
+  return "f" if jnp.issubdtype(dtype, jnp.floating) else dtype.kind
+
+
+def _select(params, which, *cases):
+  which = np.asarray(which)
+  if which.dtype != bool or len(cases) != 2:
+    return None
+  return np.where(which, cases[1], cases[0])
+
+
+def _convert(params, x):
+  x, dtype = np.asarray(x), params["new_dtype"]
+  if _kind(x) == "f" and not jnp.issubdtype(dtype, jnp.floating):
+    return None  # XLA saturates, and takes NaN for 0
+  return x.astype(dtype)
+
+
+def _broadcast(params, x, *dynamic):
+  if dynamic:
+    return None
+  x, shape = np.asarray(x), params["shape"]
+  axes = params["broadcast_dimensions"]
+  ones = [x.shape[axes.index(i)] if i in axes else 1 for i in range(len(shape))]
+  return np.broadcast_to(x.reshape(ones), shape)
+
+
+def _slice(params, x):
+  strides = params["strides"] or (1,) * np.ndim(x)
+  limits = zip(
+    params["start_indices"], params["limit_indices"], strides, strict=True
+  )
+  return np.asarray(x)[tuple(slice(*limit) for limit in limits)]
+
+
+def _iota(params, *dynamic):
+  if dynamic:
+    return None
+  shape, axis = params["shape"], params["dimension"]
+  along = np.arange(shape[axis]).astype(params["dtype"])
+  ones = [1] * len(shape)
+  ones[axis] = shape[axis]
+  return np.broadcast_to(along.reshape(ones), shape)
+
+
+def _shift(function):
+  def apply(params, x, by):
+    bits = np.asarray(x).dtype.itemsize * 8
+    by = np.asarray(by)
+    return function(x, by) if np.all((by >= 0) & (by < bits)) else None
+
+  return apply
+
+
+def _right_logical(x, by):
+  x = np.asarray(x)
+  unsigned = np.dtype(f"u{x.dtype.itemsize}")
+  return (x.view(unsigned) >> by.astype(unsigned)).view(x.dtype)
+
+
+def _divide(params, x, y):
+  if _kind(x) == "f":
+    return np.divide(x, y)
+  x, y = np.asarray(x), np.asarray(y)
+  if x.dtype.kind != "i" or not np.all(y > 0):
+    return None
+  return np.sign(x) * (np.abs(x) // y)  # rounds towards zero
+
+
+def _remainder(params, x, y):
+  x, y = np.asarray(x), np.asarray(y)
+  if x.dtype.kind != "i" or not np.all(y > 0):
+    return None
+  return np.fmod(x, y)
+
+
+def _in_float64(function):
+  """The truth may come from either: both are far more exact than is asked."""
+
+  def apply(params, x):
+    return function(x) if np.asarray(x).dtype == np.float64 else None
+
+  return apply
+
+
+def _dot_in_float64(params, x, y):
+  x, y = np.asarray(x), np.asarray(y)
+  if not x.dtype == y.dtype == np.float64:
+    return None
+  (of_x, of_y), (batch_x, batch_y) = params["dimension_numbers"]
+  names_x, names_y = list(range(x.ndim)), list(range(20, 20 + y.ndim))
+  for i, j in zip((*of_x, *batch_x), (*of_y, *batch_y), strict=True):
+    names_y[j] = names_x[i]
+  free_x = [n for i, n in enumerate(names_x) if i not in (*of_x, *batch_x)]
+  free_y = [n for j, n in enumerate(names_y) if j not in (*of_y, *batch_y)]
+  batch = [names_x[i] for i in batch_x]
+  result = [*batch, *free_x, *free_y]
+  return np.einsum(x, names_x, y, names_y, result, optimize=True)
+
+
+_EXACT = {
+  "add": _elementwise(np.add),
+  "sub": _elementwise(np.subtract, "iuf"),
+  "mul": _elementwise(np.multiply),
+  "neg": _elementwise(np.negative, "if"),
+  "max": _elementwise(np.maximum),
+  "min": _elementwise(np.minimum),
+  "abs": _elementwise(np.abs, "if"),
+  "and": _elementwise(np.bitwise_and, "biu"),
+  "or": _elementwise(np.bitwise_or, "biu"),
+  "xor": _elementwise(np.bitwise_xor, "biu"),
+  "not": _elementwise(np.bitwise_not, "biu"),
+  "eq": _elementwise(np.equal),
+  "ne": _elementwise(np.not_equal),
+  "lt": _elementwise(np.less),
+  "le": _elementwise(np.less_equal),
+  "gt": _elementwise(np.greater),
+  "ge": _elementwise(np.greater_equal),
+  "div": _divide,
+  "rem": _remainder,
+  "shift_left": _shift(np.left_shift),
+  "shift_right_arithmetic": _shift(np.right_shift),
+  "shift_right_logical": _shift(_right_logical),
+  "select_n": _select,
+  "convert_element_type": _convert,
+  "broadcast_in_dim": _broadcast,
+  "slice": _slice,
+  "iota": _iota,
+  "squeeze": lambda params, x: np.squeeze(x, params["dimensions"]),
+  "reshape": lambda params, x, *dynamic: (
+    None if dynamic else np.reshape(x, params["new_sizes"])
+  ),
+  "expand_dims": lambda params, x: np.expand_dims(x, params["dimensions"]),
+  "transpose": lambda params, x: np.transpose(x, params["permutation"]),
+  "concatenate": lambda params, *xs: np.concatenate(
+    xs, axis=params["dimension"]
+  ),
+  "tile": lambda params, x: np.tile(x, params["reps"]),
+  "dot_general": _dot_in_float64,
+  "exp": _in_float64(np.exp),
+  "exp2": _in_float64(np.exp2),
+  "log": _in_float64(np.log),
+  "tanh": _in_float64(np.tanh),
+  "sin": _in_float64(np.sin),
+  "cos": _in_float64(np.cos),
+  "sqrt": _in_float64(np.sqrt),
+  "stop_gradient": lambda params, x: x,
+}
