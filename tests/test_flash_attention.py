@@ -30,7 +30,7 @@ def page(name):
 
 
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
-LAYOUT = page("layout")
+LAYOUT, ARGUMENTS = page("layout"), page("arguments")
 MEMORY, ROTATION = page("memory"), page("rotation")
 SPANS, FINITE = page("spans"), page("finite")
 FORWARD, BACKWARD = page("forward"), page("backward")
@@ -116,7 +116,7 @@ def most_keys_seen(t, s, is_causal, local_window_size, segment_ids=None, **_):
   """By any one query.  The gradient of a softmax over one key is 0, for plain
   jnp exactly; `test_one_key` is for that.
   """
-  mask = SPEC.visible_pairs(
+  mask = page("reference").visible_pairs(
     jnp.arange(t), jnp.arange(s), is_causal, local_window_size
   )
   if segment_ids is not None:
@@ -451,16 +451,8 @@ def test_a_window_that_hides_nothing_is_no_window():
   q = jax.ShapeDtypeStruct((1, 512, 1, 64), jnp.float32)
 
   def window(left, right, is_causal):
-    problem, _ = SPEC.problem_of(
-      q,
-      q,
-      q,
-      scale=None,
-      segment_ids=None,
-      local_window_size=(left, right),
-      rope=None,
-      is_causal=is_causal,
-    )
+    seen = ARGUMENTS.Seen(is_causal, None, (left, right))
+    problem, _ = ARGUMENTS.problem_of(q, q, q, seen, ARGUMENTS.Weights())
     return problem.window
 
   assert window(1024, 0, True) is None and window(511, 511, False) is None

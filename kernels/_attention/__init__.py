@@ -43,7 +43,9 @@ have a step each at every block.  A causal forward, with block_q = 2 block_kv:
 Read in this order; each page stands on those before it:
 
     shapes     the shapes in which a caller may have the arrays
-    spec       the arrays, the problem, the references
+    spec       the arrays and the problem
+    arguments  both, of a public function's arguments
+    reference  what is computed
     layout     queries and keys in memory, and the order of rows
     memory     what fits VMEM
     tiles      tile sizes, and what one kernel call is
@@ -61,9 +63,12 @@ Read in this order; each page stands on those before it:
     backward   the kernel
     door       what the public functions are given, checked
     op         the public function and its registration
+    problems   what it costs; those of tests and of models
+    dot_product  `jax.nn.dot_product_attention`, by this op
 """
 
+from .dot_product import dot_product_attention as dot_product_attention
 from .op import FLASH_ATTENTION as FLASH_ATTENTION
 from .op import flash_attention as flash_attention
-from .spec import flash_attention_reference as flash_attention_reference
+from .reference import flash_attention_reference as flash_attention_reference
 from .tiles import FlashAttentionConfig as FlashAttentionConfig

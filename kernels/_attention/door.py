@@ -158,3 +158,39 @@ def as_rope(op: str, rope: Any, q: Any, k: Any) -> Rope | None:
   positions = as_integers(op, "rope.positions", rope.positions)
   check_shape(op, "rope.positions", positions, q.shape[:2], "[B, T]")
   return Rope(positions, as_base(op, q.shape[3], rope.base_frequency))
+
+
+def as_mask(op: str, mask: Any, q: Any, k: Any) -> jax.Array | None:
+  """[B or 1, N or 1, T or 1, S or 1] booleans."""
+  if mask is None:
+    return None
+  mask = as_array(op, "mask", mask)
+  if mask.dtype != bool:
+    raise ValueError(
+      f"{op}: mask must be booleans, True where a query sees a key, got "
+      f"{mask.dtype}; what is to be added to the logits is a bias"
+    )
+  _check_scores(op, "mask", mask, q, k)
+  return mask
+
+
+def as_bias(op: str, bias: Any, q: Any, k: Any) -> jax.Array | None:
+  """[B or 1, N or 1, T or 1, S or 1] floats."""
+  if bias is None:
+    return None
+  (bias,) = as_floats(op, bias=bias)
+  _check_scores(op, "bias", bias, q, k)
+  return bias
+
+
+def _check_scores(op: str, name: str, x: jax.Array, q: Any, k: Any) -> None:
+  """Whether it broadcasts to the scores [B, N, T, S]."""
+  whole = (*q.shape[:1], q.shape[2], q.shape[1], k.shape[1])
+  fits = x.ndim == 4 and all(
+    have in (1, want) for have, want in zip(x.shape, whole, strict=True)
+  )
+  if not fits:
+    raise ValueError(
+      f"{op}: {name} must be [B, N, T, S] = {list(whole)}, or 1 in place of "
+      f"some, got shape {x.shape}"
+    )

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
-from . import blocks, spec
+from . import blocks, reference
 from .layout import Layout, Rows
 from .spec import Outs, Problem, Segments
 from .tiles import Call
@@ -165,7 +165,9 @@ def plain_backward(reference_vjp: Any, p: Problem, saved: Any, d: Outs) -> Any:
   bad = ~(jnp.isfinite(d.out).all(axis=-1) & jnp.isfinite(d_lse))
   d = Outs(*(jnp.where(jnp.isfinite(x), x, 0) for x in d))
   grads = reference_vjp(p, saved, d)
-  mask = spec.visible(p, a)
+  mask = reference.visible(p, a)
+  if a.mask is not None:
+    mask = mask.any(axis=1)
   of_kv = bad.reshape(*bad.shape[:2], a.k.shape[2], -1).any(axis=-1)
   seen_by_bad = (mask[..., None] & of_kv[:, :, None, :]).any(axis=1)
   bad &= mask.any(axis=-1)[..., None]

@@ -22,30 +22,33 @@ from .._frame.check import (
   check_positive,
 )
 from .._frame.kernel import Saved, kernel_op
-from .._frame.op import Case, Cost, Integers, Op, nbytes
+from .._frame.op import Op
 from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope
-from . import rotation, tiles
+from . import problems, rotation, tiles
+from .arguments import Seen, Weights, problem_of
 from .backward import backward
-from .door import as_qkv, as_rope, as_segments, as_window, check_layout
+from .door import (
+  as_bias,
+  as_mask,
+  as_qkv,
+  as_rope,
+  as_segments,
+  as_window,
+  check_layout,
+)
 from .finite import plain_backward
 from .forward import forward
 from .heads import own_kv_heads
 from .layout import Layout
-from .shapes import LayoutName, from_btnh, to_btnh
-from .spec import (
-  Arrays,
-  Outs,
-  Problem,
-  SegmentIds,
-  Segments,
-  Window,
+from .reference import (
   attention,
   flash_attention_reference,
-  problem_of,
-  refuse_arrays,
-  sides,
+  may_see_nothing,
+  mean_of_nothing,
 )
+from .shapes import LayoutName, from_btnh
+from .spec import Arrays, Outs, Problem, SegmentIds, Segments, Window
 from .stores import stored
 from .tiles import FlashAttentionConfig
 
@@ -54,7 +57,8 @@ from .tiles import FlashAttentionConfig
 
 def _plain_forward(p: Problem, a: Arrays) -> Outs:
   """The reference, with lse as the kernel gives it."""
-  outs = attention(dataclasses.replace(p, return_lse=True), a)
+  p = dataclasses.replace(p, return_lse=True, gives_mean=False)
+  outs = attention(p, a)
   layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
   return outs._replace(lse=layout.of_lse(outs.lse / p.unit))
 
@@ -100,10 +104,13 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
   if known_base and not rotation.is_inside(p, a):
     a = _rotated_before(p, a)  # else the passes do it
   outs = op(p, a)
-  if not p.return_lse:
+  if not (p.return_lse or p.gives_mean):
     return outs._replace(lse=None)
   layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
-  return outs._replace(lse=layout.to_lse(outs.lse, a.q.shape) * p.unit)
+  lse = layout.to_lse(outs.lse, a.q.shape) * p.unit
+  if may_see_nothing(p, a):
+    outs = mean_of_nothing(p, a, outs._replace(lse=lse))
+  return outs._replace(lse=lse if p.return_lse else None)
 
 
 def _with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
@@ -144,6 +151,24 @@ _flash = kernel_op(
   stores=stored,
 )
 
+
+def attend(op: str, p: Problem, a: Arrays) -> Outs:
+  """The op, by a public function of that name.
+
+  Raises:
+    ValueError: if it is to be the kernel and there is none.
+  """
+  for name, array in (("mask", a.mask), ("bias", a.bias)):
+    if array is not None:
+      if p.implementation == "pallas":
+        raise ValueError(
+          f"{op}: {name} must be None with implementation='pallas', got shape "
+          f"{array.shape}; pass None or 'xla'"
+        )
+      p = dataclasses.replace(p, implementation="xla")
+  return _flash(p, a)
+
+
 # --- public -------------------------------------------------------------------
 
 
@@ -162,8 +187,8 @@ def flash_attention(
   return_lse: bool = False,
   layout: LayoutName | None = None,
   head_size: int | None = None,
-  mask: None = None,
-  bias: None = None,
+  mask: jax.Array | None = None,
+  bias: jax.Array | None = None,
   implementation: Implementation = None,
   config: FlashAttentionConfig | None = None,
 ) -> Any:
@@ -207,8 +232,13 @@ def flash_attention(
       8, if T or S is no multiple of 8 and H is not 128, or if VMEM does not
       hold all keys of two kv heads.
     head_size: H, with "BT(NH)"; None with the others.
-    mask: None; an array is refused, as flax's attention modules pass one.
-    bias: None, likewise.
+    mask: booleans [B, N, T, S], or 1 in place of some, True where a query sees
+      a key, of those that the arguments above leave visible.  One of keys
+      alone, [B, 1, 1, S], goes by segment ids.  There is no kernel for others:
+      they go by the reference, with [N, T, S] in memory, and
+      implementation="pallas" refuses them.
+    bias: floats of such a shape, added to the logits, after the soft cap.
+      There is no kernel for it, likewise.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes; None picks them from the shape.
@@ -223,29 +253,36 @@ def flash_attention(
   op = "flash_attention"
   check_implementation(op, implementation)
   check_config(op, config, FlashAttentionConfig)
-  refuse_arrays(op, mask=mask, bias=bias)
   dtype = as_array(op, "q", q).dtype
   check_layout(op, layout, head_size)
   q, k, v = as_qkv(op, q, k, v, layout, head_size)
   cap = logits_soft_cap
   cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
   check_positive(op, logits_soft_cap=cap)
+  seen = Seen(
+    bool(is_causal),
+    as_segments(op, segment_ids, q, k),
+    as_window(op, local_window_size),
+    as_mask(op, mask, q, k),
+  )
+  weights = Weights(
+    None if scale is None else as_scalar(op, "scale", scale),
+    cap,
+    as_rope(op, rope, q, k),
+    as_bias(op, bias, q, k),
+  )
   problem, arrays = problem_of(
     q,
     k,
     v,
-    scale=None if scale is None else as_scalar(op, "scale", scale),
-    is_causal=bool(is_causal),
-    segment_ids=as_segments(op, segment_ids, q, k),
-    local_window_size=as_window(op, local_window_size),
-    soft_cap=cap,
-    rope=as_rope(op, rope, q, k),
+    seen,
+    weights,
     return_lse=bool(return_lse),
     layout=layout,
     implementation=implementation,
     config=config,
   )
-  outs = _flash(problem, arrays)
+  outs = attend(op, problem, arrays)
   out = from_btnh(outs.out.astype(dtype), layout)
   here = room.current()
   if here is not None and dtype == outs.out.dtype:
@@ -255,117 +292,13 @@ def flash_attention(
 
 # --- registration -------------------------------------------------------------
 
-
-def _visible(t: int, s: int, is_causal: bool, window: Window) -> int:
-  """Visible pairs of one head; a full causal square counts as its half."""
-  if is_causal and window is None and t == s:
-    return t * s // 2
-  i = np.arange(t)
-  low, high = np.zeros(t, int), np.full(t, s)
-  if is_causal:
-    high = np.minimum(high, i + 1)
-  both = sides(window)
-  if both is not None:
-    low = np.maximum(low, i - both[0])
-    high = np.minimum(high, i + both[1] + 1)
-  return int(np.maximum(high - low, 0).sum())
-
-
-def _cost(
-  q,
-  k,
-  v,
-  *,
-  is_causal=False,
-  local_window_size=None,
-  segment_ids=None,
-  layout: LayoutName | None = None,
-  head_size=None,
-  **_,
-) -> tuple[Cost, Cost]:
-  shapes = jax.eval_shape(
-    lambda *xs: [to_btnh(x, layout, head_size) for x in xs], q, k
-  )
-  (batch, t, n, h), (_, s, *_) = (x.shape for x in shapes)
-  pairs = _visible(t, s, is_causal, local_window_size)
-  if isinstance(segment_ids, Integers):
-    ids = segment_ids.draw(np.random.default_rng(0))[0]
-    lengths = np.bincount(ids)[1:]
-    pairs = sum(
-      _visible(int(x), int(x), is_causal, local_window_size) for x in lengths
-    )
-  one = 2 * batch * n * h * pairs
-  forward = nbytes(q, q, k, v)
-  return Cost(2 * one, forward), Cost(5 * one, 2 * forward)
-
-
-def _packed(shape: tuple[int, int], segments: int) -> Integers:
-  """Segments 1, 2, ... of equal length."""
-  row = np.arange(shape[1], dtype=np.int32) * segments // shape[1] + 1
-  return Integers(shape, lambda _: np.broadcast_to(row, shape))
-
-
-def _rope_at(shape: tuple[int, int]) -> Any:
-  arange = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-  return Rope(Integers(shape, lambda _: arange))  # type: ignore[arg-type]
-
-
-def _case(name, shape, dtype=jnp.bfloat16, s=None, **kwargs) -> Case:
-  """Of shape (B, T, N, K, H) and S keys, T of them by default."""
-  b, t, n, k, h = shape
-  of_layout = functools.partial(from_btnh, layout=kwargs.get("layout"))
-  q, kv = (
-    jax.eval_shape(of_layout, jax.ShapeDtypeStruct((b, *dims, h), dtype))
-    for dims in ((t, n), (s or t, k))
-  )
-  if kwargs.get("layout") == "BT(NH)":
-    kwargs["head_size"] = h
-  return Case(name, (q, kv, kv), kwargs)
-
-
-def _in_other_layouts(name: str, shape: tuple[int, ...]) -> tuple[Case, ...]:
-  return (
-    _causal(f"{name}_heads_first", shape, layout="BNTH"),
-    _causal(f"{name}_flat", shape, layout="BT(NH)"),
-  )
-
-
-_causal = functools.partial(_case, is_causal=True)
-_small = functools.partial(_causal, dtype=jnp.float32)
-_WINDOW = {"local_window_size": (16, 0), "logits_soft_cap": 20.0}
-_PACKED = {"segment_ids": _packed((2, 64), 3), "rope": _rope_at((2, 64))}
-_GEMMA_2B = (1, 8192, 8, 1, 256)
-_GEMMA_7B = (1, 8192, 16, 16, 256)
-_LLAMA = (1, 8192, 32, 8, 128)
-
 FLASH_ATTENTION = Op(
   name="flash_attention",
   function=flash_attention,
   reference=flash_attention_reference,
-  cost=_cost,
+  cost=problems.cost_of,
   through_softmax=True,
   baselines=("attention",),
-  tests=(
-    _small("mqa_causal", (1, 128, 4, 1, 128)),
-    _case("gqa_ragged", (2, 37, 4, 2, 64), jnp.float32, s=50),
-    _small("window_cap", (1, 96, 2, 2, 128), **_WINDOW),
-    _small("packed_rope", (2, 64, 2, 1, 128), **_PACKED),
-    _causal("bf16", (1, 128, 2, 1, 256)),
-    _small("heads_first", (1, 140, 4, 2, 64), layout="BNTH"),
-    _case("flat", (2, 37, 4, 2, 128), jnp.float32, s=50, layout="BT(NH)"),
-  ),
-  benches=(
-    _causal("gemma_2b_8k", _GEMMA_2B),
-    _causal("gemma_2b_4k", (1, 4096, 8, 1, 256)),
-    _causal("gemma_2b_4x2k", (4, 2048, 8, 1, 256)),
-    _causal("gemma_7b_8k", _GEMMA_7B, layout="BTNH"),
-    _causal("gemma_2b_32k", (1, 32768, 8, 1, 256)),
-    _causal("llama_gqa_8k", _LLAMA, layout="BTNH"),
-    _causal("window_1024", _GEMMA_2B, local_window_size=(1024, 0)),
-    _causal("packed_8x1024", _GEMMA_2B, segment_ids=_packed((1, 8192), 8)),
-    _causal("gemma_2b_8k_rope", _GEMMA_2B, rope=_rope_at((1, 8192))),
-    *_in_other_layouts("gemma_2b_8k", _GEMMA_2B),
-    *_in_other_layouts("gemma_7b_8k", _GEMMA_7B),
-    *_in_other_layouts("llama_gqa_8k", _LLAMA),
-  ),
+  tests=problems.TESTS,
+  benches=problems.BENCHES,
 )

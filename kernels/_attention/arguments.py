@@ -1,0 +1,101 @@
+"""From the arguments of the public functions to a problem and its arrays."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._frame.check import is_traced
+from .._rope import Rope
+from .spec import (
+  Arrays,
+  Problem,
+  SegmentIds,
+  Segments,
+  Window,
+  default_scale,
+  segments_of,
+  sides,
+)
+
+
+class Seen(NamedTuple):
+  """What says which keys a query sees, as the public functions name it."""
+
+  is_causal: bool = False
+  segment_ids: SegmentIds = None
+  local_window_size: Window = None
+  mask: Any = None  # [B or 1, N or 1, T or 1, S or 1] booleans
+
+
+class Weights(NamedTuple):
+  """What makes weights of products, likewise."""
+
+  scale: Any = None
+  soft_cap: float | None = None
+  rope: Rope | None = None
+  bias: Any = None  # [B or 1, N or 1, T or 1, S or 1]
+
+
+def problem_of(
+  q: Any, k: Any, v: Any, seen: Seen, weights: Weights, **static: Any
+) -> tuple[Problem, Arrays]:
+  """A problem and its arrays; `static` are other fields of the problem."""
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  arrays = Arrays(q, k, v, segments_of(seen.segment_ids), bias=weights.bias)
+  static |= {"is_causal": seen.is_causal, "soft_cap": weights.soft_cap}
+  scale, rope = weights.scale, weights.rope
+  if is_traced(scale):
+    arrays = arrays._replace(scale=_of_batch(scale, q, wide))
+    scale = 1.0
+  static["scale"] = default_scale(q) if scale is None else float(scale)
+  if rope is not None:
+    arrays = arrays._replace(positions=rope.positions)
+    if is_traced(rope.base_frequency):
+      arrays = arrays._replace(base=_of_batch(rope.base_frequency, q, wide))
+    else:
+      static["base_frequency"] = float(rope.base_frequency)
+  window = sides(seen.local_window_size)
+  if window is not None:
+    # More than all keys is no more than all, and sums of it do not overflow.
+    most = max(q.shape[1], k.shape[1])
+    window = tuple(most if side is None else side for side in window)
+    if any(map(is_traced, window)):
+      both = jnp.stack([_clipped(side, most) for side in window])
+      arrays = arrays._replace(window=_of_batch(both, q, jnp.int32))
+    else:
+      left, right = (min(int(side), most) for side in window)
+      hides = left < q.shape[1] - 1
+      hides |= right < k.shape[1] - 1 and not seen.is_causal
+      static["window"] = (left, right) if hides else None
+  return Problem(**static), _with_mask(arrays, seen.mask)
+
+
+def _with_mask(a: Arrays, mask: Any) -> Arrays:
+  """One of keys alone goes by segment ids, whose blocks need no mask."""
+  if mask is None:
+    return a
+  (b, t), s = a.q.shape[:2], a.k.shape[1]
+  if mask.shape[1:3] != (1, 1):
+    return a._replace(mask=jnp.broadcast_to(mask, (*mask.shape[:2], t, s)))
+  keys = jnp.broadcast_to(mask[:, 0, 0, :], (b, s))
+  if a.segments is None:
+    segments = Segments(jnp.ones((b, t), jnp.int32), keys.astype(jnp.int32))
+  else:
+    segments = a.segments._replace(k=jnp.where(keys, a.segments.k, 0))
+  return a._replace(segments=segments)
+
+
+def _of_batch(value: Any, q: Any, dtype: Any) -> jax.Array:
+  """The same for every element of the batch."""
+  value = jnp.asarray(value, dtype)
+  return jnp.broadcast_to(value, (q.shape[0], *value.shape))
+
+
+def _clipped(side: Any, most: int) -> jax.Array:
+  side = jnp.asarray(side) if is_traced(side) else jnp.int32(min(side, most))
+  if side.dtype.itemsize < 4:  # `most` might not be one of these
+    side = side.astype(jnp.int32)
+  return jnp.clip(side, 0, most).astype(jnp.int32)

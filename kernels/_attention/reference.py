@@ -1,0 +1,243 @@
+"""What is computed, in plain jnp: the specification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._frame import switches
+from .._rope import Rope, apply_rope_reference
+from .arguments import Seen, Weights, problem_of
+from .shapes import LayoutName, from_btnh, to_btnh
+from .spec import (
+  Arrays,
+  Outs,
+  Problem,
+  SegmentIds,
+  Window,
+  default_scale,
+  has_window,
+  sides,
+)
+
+# --- which keys ---------------------------------------------------------------
+
+
+def visible_pairs(
+  q_index: jax.Array,
+  k_index: jax.Array,
+  is_causal: bool,
+  local_window_size: Window,
+) -> jax.Array:
+  """Which keys each query sees by position: [..., T, S] booleans.
+
+  A side of the window is a number, or an array that broadcasts with them.
+
+  Six queries and keys, causal with a window of (2, 0); x marks the visible:
+
+        k 0 1 2 3 4 5
+    q 0   x
+      1   x x
+      2   x x x
+      3     x x x
+      4       x x x
+      5         x x x
+  """
+  q, k = q_index[..., :, None], k_index[..., None, :]
+  mask = jnp.broadcast_to(True, jnp.broadcast_shapes(q.shape, k.shape))
+  if is_causal:
+    mask &= k <= q
+  window = sides(local_window_size)
+  if window is not None:
+    left, right = window
+    if left is not None:
+      mask &= k >= q - left
+    if right is not None:
+      mask &= k <= q + right
+  return mask
+
+
+def visible(p: Problem, a: Arrays) -> jax.Array:
+  """Which keys each query sees: [B, T, S] booleans; with a mask of an array,
+  [B, N or 1, T, S].
+  """
+  (b, t), s, window = a.q.shape[:2], a.k.shape[1], p.window
+  if a.window is not None:  # of each batch element, beside [T, S]
+    window = a.window[:, 0, None, None], a.window[:, 1, None, None]
+  mask = visible_pairs(jnp.arange(t), jnp.arange(s), p.is_causal, window)
+  if a.segments is not None:
+    of_q, of_k = a.segments.q[:, :, None], a.segments.k[:, None, :]
+    mask = mask & (of_q == of_k) & (of_k != 0)
+  mask = jnp.broadcast_to(mask, (b, t, s))
+  return mask if a.mask is None else mask[:, None] & a.mask
+
+
+# --- attention ----------------------------------------------------------------
+
+
+def masked_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  scale: Any,
+  logits_soft_cap: float | None,
+  bias: Any = None,
+) -> Outs:
+  """Attention under a mask: out [B, T, N, H] and lse [B, N, T].
+
+  The mask is [B, T, S], or [B, N or 1, T, S].  The bias, of shape [B, K, N / K,
+  T, S] or one that broadcasts to it, is added to the logits of what is visible.
+  """
+  batch, t, n, h = q.shape
+  kv_heads = k.shape[2]
+  at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
+  grouped = q.reshape(batch, t, kv_heads, n // max(kv_heads, 1), h)
+  mask = by_kv_head(mask[:, None] if mask.ndim == 3 else mask, kv_heads)
+  logits = jnp.einsum(
+    "btkgh,bskh->bkgts", grouped, k, preferred_element_type=at_least_float32
+  )
+  logits *= default_scale(q) if scale is None else scale
+  if logits_soft_cap is not None:
+    logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+  if bias is not None:
+    logits += bias
+  logits = jnp.where(mask, logits, -jnp.inf)
+  # A row that sees nothing has lse = -inf, and its weights are 0.  There is no
+  # NaN on the way, in the value or in the gradient: `jax_debug_nans` looks.
+  of_logits = mask.any(axis=-1, keepdims=True)
+  top = jax.lax.stop_gradient(
+    logits.max(axis=-1, keepdims=True, initial=-jnp.inf)
+  )
+  top = jnp.where(of_logits, top, 0.0)
+  total = jnp.exp(logits - top).sum(axis=-1, keepdims=True)
+  finite_lse = top + jnp.log(jnp.where(of_logits, total, 1.0))
+  # Of a row whose lse is NaN, too, the hidden weights are 0.
+  weights = jnp.exp(logits - finite_lse)
+  weights = jnp.where(mask, weights, 0.0)
+  out = jnp.einsum(
+    "bkgts,bskh->btkgh",
+    weights.astype(v.dtype),
+    v,
+    preferred_element_type=at_least_float32,
+  )
+  out = jnp.where(of_logits.transpose(0, 3, 1, 2, 4), out, 0.0)
+  lse = jnp.where(of_logits, finite_lse, -jnp.inf).reshape(batch, n, t)
+  return Outs(out.reshape(q.shape).astype(q.dtype), lse)
+
+
+def by_kv_head(x: jax.Array, kv_heads: int) -> jax.Array:
+  """[B, N or 1, T, S] as [B, K or 1, N / K or 1, T, S]."""
+  if x.shape[1] == 1:
+    return x[:, None]
+  return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
+
+
+def attention(p: Problem, a: Arrays) -> Outs:
+  """The maths of the room's docstring in plain jnp."""
+  q, k = a.q, a.k
+  if a.positions is not None:
+    q, k = (_rotated(p, a, x) for x in (q, k))
+  v, bias, scale = a.v, None, p.scale
+  if a.scale is not None:
+    scale *= a.scale[:, None, None, None, None]
+  if a.segments is not None:
+    bias = _nan_by_finiteness(q, k, v)
+    q, k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v))
+  if a.bias is not None:
+    given = by_kv_head(a.bias, k.shape[2])
+    bias = given if bias is None else bias + given
+  outs = masked_attention(q, k, v, visible(p, a), scale, p.soft_cap, bias)
+  if may_see_nothing(p, a):
+    outs = mean_of_nothing(p, a, outs)
+  return outs if p.return_lse else outs._replace(lse=None)
+
+
+def may_see_nothing(p: Problem, a: Arrays) -> bool:
+  """Whether there may be a query that sees no key."""
+  if a.mask is not None or a.segments is not None:
+    return True
+  return has_window(p, a) and a.q.shape[1] > a.k.shape[1]
+
+
+def mean_of_nothing(p: Problem, a: Arrays, outs: Outs) -> Outs:
+  """The results with the mean of all values for queries that see no key, if
+  the problem wants it; there lse is -inf.
+  """
+  if not p.gives_mean:
+    return outs
+
+  def with_mean(out: jax.Array) -> jax.Array:
+    at_least_float32 = jnp.promote_types(a.v.dtype, jnp.float32)
+    mean = a.v.mean(axis=1, keepdims=True, dtype=at_least_float32)
+    mean = jnp.repeat(mean, out.shape[2] // mean.shape[2], axis=2)
+    nothing = jnp.isneginf(outs.lse).swapaxes(1, 2)[..., None]
+    return jnp.where(nothing, mean.astype(out.dtype), out)
+
+  some = jnp.isneginf(outs.lse).any()
+  out = jax.lax.cond(some, with_mean, lambda out: out, outs.out)
+  return outs._replace(out=out)
+
+
+def _nan_by_finiteness(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """NaN for queries and keys of which an element is not finite, 0 for others.
+
+  What the mask hides must not be a factor, as 0 times NaN is NaN; who sees it
+  is to get NaN through the logits.
+  """
+  (b, t), kv_heads = q.shape[:2], k.shape[2]
+  good_q = jnp.isfinite(q).all(axis=-1).reshape(b, t, kv_heads, -1)
+  good_k = (jnp.isfinite(k) & jnp.isfinite(v)).all(axis=-1)
+  good = good_q.transpose(0, 2, 3, 1)[..., None]
+  good &= good_k.transpose(0, 2, 1)[:, :, None, None, :]
+  return jnp.where(good, 0.0, jnp.nan).astype(jnp.float32)
+
+
+def _rotated(p: Problem, a: Arrays, x: jax.Array) -> jax.Array:
+  if a.base is None:
+    base = p.base_frequency
+    return apply_rope_reference(x, a.positions, base_frequency=base)
+
+  def one(x: jax.Array, positions: jax.Array, base: jax.Array) -> jax.Array:
+    x, positions = x[None], positions[None]
+    return apply_rope_reference(x, positions, base_frequency=base)[0]
+
+  return jax.vmap(one)(x, a.positions, a.base)
+
+
+# --- the public function ------------------------------------------------------
+
+
+@switches.plain
+def flash_attention_reference(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  scale: float | None = None,
+  is_causal: bool = False,
+  segment_ids: SegmentIds = None,
+  local_window_size: Window = None,
+  logits_soft_cap: float | None = None,
+  rope: Rope | None = None,
+  return_lse: bool = False,
+  layout: LayoutName | None = None,
+  head_size: int | None = None,
+  mask: jax.Array | None = None,
+  bias: jax.Array | None = None,
+) -> Any:
+  """The maths of the room's docstring in plain jnp.  The specification."""
+  q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
+  problem, arrays = problem_of(
+    q,
+    k,
+    v,
+    Seen(is_causal, segment_ids, local_window_size, mask),
+    Weights(scale, logits_soft_cap, rope, bias),
+    return_lse=return_lse,
+  )
+  outs = attention(problem, arrays)
+  out = from_btnh(outs.out, layout)
+  return (out, outs.lse) if return_lse else out
