@@ -98,6 +98,8 @@ def test_the_parts_of_the_loss_are_those_of_the_logits():
   params, state = steps.fresh_state(settings)
   measured = steps.make_steps(settings, 400)[0](params, state, batch)[2]
   assert measured.pop("gradient_norm") > 0
+  assert measured.pop("parameter_norm") > 0
+  assert not measured.pop("skipped") | measured.pop("skipped_in_a_row")
   assert measured.keys() == wanted.keys()
   for name, value in wanted.items():
     assert float(measured[name]) == pytest.approx(float(value), rel=1e-5)

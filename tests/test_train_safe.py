@@ -103,6 +103,7 @@ def traced_once():
   loop = room("_train.loop")
   make = functools.cache(loop.make_steps)
   others = dict(data=(), work_dir=None, eval_batches="auto", allow_change=False)
+  others |= dict(profile=None, max_skipped=1)
   others |= dict.fromkeys(("evaluate_every", "save_every", "keep"), 1)
 
   def make_steps(config, valid_vocab_size, layout):
@@ -425,6 +426,123 @@ def test_records_that_cannot_be_written_cost_no_step(
   with pytest.raises(UserError, match="metrics.jsonl: No space .* make room"):
     run(config(tmp_path / "run"))
   assert steps(tmp_path / "run") == [4, 8]
+
+
+# --- steps that are not taken ---
+
+
+def not_a_number(*steps: int) -> Any:
+  """Training batches, those of some steps with weights that are none."""
+  make = room("_data.batches").training_batches
+
+  def batches(*arguments: Any) -> Any:
+    of = make(*arguments)
+
+    def batch(step: int) -> Any:
+      made = dict(of(step))
+      if step in steps:
+        made["weights"] = made["weights"] * np.float32("nan")
+      return made
+
+    return batch
+
+  return batches
+
+
+def test_a_step_without_a_gradient_changes_nothing():
+  """Not a bit of the state; the next one is as if it had not been."""
+  step, guard = room("_train.step"), room("_train.guard")
+  settings = config(pathlib.Path(), skip_spikes=3.0, head="recompute")
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(4, 400, (2, 8), np.int32)
+  ones = np.ones_like(tokens)
+  batch = {"tokens": tokens, "labels": tokens[::-1], "segment_ids": ones}
+  good = {**batch, "weights": np.ones((2, 8), np.float32)}
+  bad = {**batch, "weights": np.full((2, 8), np.nan, np.float32)}
+  train_step, _ = step.make_steps(settings, 400)
+
+  def after(*batches: Any) -> Any:
+    params, state = jax.jit(lambda: step.fresh_state(settings))()
+    measured: Any = None
+    for each in batches:
+      params, state, measured = train_step(params, state, each)
+    return jax.device_get((params, state.adamw, state.guard, measured))
+
+  plain, skipped = after(good, good), after(good, bad, bad, good)
+  for one, two in zip(
+    *map(jax.tree.leaves, (plain[:2], skipped[:2])), strict=True
+  ):
+    np.testing.assert_array_equal(one, two)
+  assert skipped[2] == plain[2]._replace(skipped=2)
+  assert after(bad)[3]["skipped_in_a_row"] == 1
+  # A spike is one after enough norms are known, and is not in their mean.
+  state = guard.fresh_guard()
+  for norm in [2.0] * 9 + [90.0] + [1.0] * 60:
+    taken, state = guard.judge(state, np.float32(1), np.float32(norm), 3.0)
+    assert taken
+  mean = float(state.mean_norm)
+  for norm, wanted in ((3.1 * mean, False), (np.inf, False), (1.0, True)):
+    taken, state = guard.judge(state, np.float32(1), np.float32(norm), 3.0)
+    assert bool(taken) == wanted and float(state.mean_norm) <= mean
+  assert (int(state.skipped), int(state.in_a_row)) == (2, 0)
+  told = json.loads(json.dumps(guard.to_record(state)))
+  assert guard.from_record(told) == state
+  for wrong in (1.0, 0.0, float("inf")):
+    with pytest.raises(UserError, match="skip_spikes: wanted more than 1"):
+      config(pathlib.Path(), skip_spikes=wrong)
+
+
+def test_steps_are_skipped_counted_and_too_many_end_the_run(
+  tmp_path, monkeypatch
+):
+  loop = room("_train.loop")
+  monkeypatch.setattr(loop, "training_batches", not_a_number(2, *range(6, 99)))
+  settings = config(tmp_path / "run", max_skipped=3, profile="3:5")
+  with pytest.raises(UserError, match="step 9; 3 steps in a row"):
+    run(settings)
+  records = read_metrics(settings.directory)
+  assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1, 1, 2, 3, 4, 5]
+  in_a_row = {r["step"]: r.get("skipped_in_a_row") for r in records}
+  assert {k: v for k, v in in_a_row.items() if v} == (
+    {3: 1, 7: 1, 8: 2, 9: 3, 10: 4}
+  )
+  assert np.isnan(records[2]["loss"]) and "NaN" not in (
+    (settings.directory / "metrics.jsonl").read_text()
+  )
+  # The schedule waits for the steps that are taken.
+  rates = [r["learning_rate"] for r in records]
+  assert rates[2] == rates[3] and len({*rates[3:7]}) == 4
+  assert steps(settings.directory)[-1] == 10
+  left = np.load(settings.directory / "skipped-9.npz")
+  assert list(left["step"]) == [7, 8, 9] and left["tokens"].shape == (3, 2, 8)
+  assert np.isnan(left["weights"]).any()
+  assert list((settings.directory / "profile").rglob("*.xplane.pb"))
+  # Where the time went: all of it is in one part or another.
+  parts = [sum(v for k, v in r.items() if k in PARTS) for r in records]
+  between = records[-1]["seconds"] - records[0]["seconds"]
+  assert sum(parts[1:]) == pytest.approx(between, abs=0.3)
+  useful = [r["step_seconds"] for r in records if not in_a_row[r["step"]]]
+  wanted = sum(useful) / records[-1]["wall_seconds"]
+  assert records[-1]["goodput"] == pytest.approx(wanted)
+  # Once the cause is gone, the same command goes on.
+  monkeypatch.undo()
+  assert "10 done" in run(settings)
+  last = read_metrics(settings.directory)[-1]
+  assert (last["step"], last["skipped"]) == (STEPS, 5)
+  assert "skipped_in_a_row" not in last
+  assert last["wall_seconds"] >= last["seconds"]
+
+
+PARTS = [
+  f"{part}_seconds"
+  for part in ("input", "compile", "step", "log", "save", "evaluate", "other")
+]
+
+
+@pytest.mark.parametrize("wrong", ["5", "5:5", "6:5", "a:b", "12:13"])
+def test_what_is_no_window_of_steps_is_refused(wrong):
+  with pytest.raises(UserError, match="profile: wanted"):
+    config(pathlib.Path(), profile=wrong)
 
 
 # --- evaluation ---

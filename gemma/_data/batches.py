@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable, Iterator
 
 import grain
@@ -27,6 +28,26 @@ def training_batches(
     return found
 
   return batch
+
+
+class Ahead:
+  """The batch of a step, made while the step before is taken.
+
+  Args:
+    of: makes the batch of a step; it may be called in another thread.
+  """
+
+  def __init__(self, of: Callable[[int], Batch]):
+    self.of = of
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._next: tuple[int, concurrent.futures.Future[Batch]] | None = None
+
+  def __call__(self, step: int) -> Batch:
+    """Waits for the batch of a step, and begins with the next one's."""
+    made = self._next
+    batch = made[1].result() if made and made[0] == step else self.of(step)
+    self._next = step + 1, self._thread.submit(self.of, step + 1)
+    return batch
 
 
 def evaluation_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:

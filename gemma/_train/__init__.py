@@ -15,7 +15,10 @@ What happens then, and where to read it:
     |   |         the checkpoint and evaluation that are due
     |   |-- .._data   training_batches(...)(step), evaluation_batches(...)
     |   `-- step      loss, its gradient, the update of the parameters; compiled
-    |       `-- optimizer   AdamW, clipping and the learning rate, from optax
+    |       |-- optimizer   AdamW, clipping and the learning rate, from optax
+    |       `-- guard       steps that are not taken: NaN, spikes
+    |-- times     where the time goes; tokens per second, MFU
+    |-- profile   traces some steps
     |-- metrics   the record of each step: metrics.jsonl, TensorBoard
     |-- plot      pictures of the records: loss.png, and `pallas-gemma plot`
     |-- progress  what the terminal shows

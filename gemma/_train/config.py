@@ -12,6 +12,7 @@ from .._errors import UserError
 from .._files import local_path
 from .._seeds import A_SEED, is_seed
 from .mesh import parse
+from .profile import window_of
 
 
 def _require(condition: bool, field: str, wanted: str, got: object) -> None:
@@ -105,6 +106,14 @@ class TrainConfig:
       leave free.
     z_loss: weight of the squared log-normaliser in the training loss; PaLM
       used 1e-4.
+    skip_spikes: a step whose gradient's norm is more than so many times its
+      running mean is not taken; None takes it.  One whose loss or gradient is
+      no finite number is never taken.
+    max_skipped: after so many steps in a row that were not taken the run saves
+      and stops, and leaves their batches in the work directory.
+    profile: START:STOP, such as 10:20: what the devices do from the step after
+      the 10th to the 20th goes to work_dir/profile, for TensorBoard or
+      Perfetto.
     evaluate_every: steps between evaluations on the held-out text; there is one
       at the end too.
     eval_batches: batches of held-out text in each evaluation, the same every
@@ -138,6 +147,9 @@ class TrainConfig:
   held_out: float = 0.1
   head: Literal["auto", "recompute", "chunked"] = "auto"
   z_loss: float = 0.0
+  skip_spikes: float | None = None
+  max_skipped: int = 5
+  profile: str | None = None
   evaluate_every: int = 40
   eval_batches: int | Literal["auto", "all"] = "auto"
   save_every: int = 80
@@ -155,7 +167,7 @@ class TrainConfig:
           local_path(path, name)
     for field in (
       *("steps", "batch_size", "accumulation", "sequence_length"),
-      *("evaluate_every", "save_every", "keep"),
+      *("evaluate_every", "save_every", "keep", "max_skipped"),
     ):
       value = getattr(self, field)
       _require(value >= 1, field, "1 or more", value)
@@ -176,6 +188,15 @@ class TrainConfig:
       "0 or more, and finite",
       self.z_loss,
     )
+    _require(
+      self.skip_spikes is None or 1 < self.skip_spikes <= LARGEST,
+      "skip_spikes",
+      "more than 1, and finite, or None",
+      self.skip_spikes,
+    )
+    if self.profile is not None:
+      start, _ = window_of(self.profile)
+      _require(start < self.steps, "profile", "a step of the run", self.profile)
     parse(self.mesh)
     _require(is_seed(self.seed), "seed", A_SEED, self.seed)
     _require(

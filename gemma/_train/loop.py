@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import math
-import time
+import io
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from .._checkpoint import Checkpoints
+from .._checkpoint import Checkpoints, read_record
 from .._data.batches import (
+  Ahead,
   evaluation_batches,
   training_batches,
   unigram_loss,
 )
 from .._data.rows import Batch
 from .._errors import UserError
-from .._flops import flops_per_token, peak_flops
-from .config import TrainConfig
+from .._files import write_atomically
 from .evaluate import is_evaluated
-from .layout import Layout
+from .guard import OptimizerState, from_record, to_record
 from .metrics import Metrics, Record
 from .optimizer import learning_rate_schedule
+from .profile import Profile
 from .progress import Progress
 from .run import Run
 from .step import State, abstract_state, initial_state, make_steps
+from .times import Clock, Part, Times
 
 
 class Loop:
@@ -44,6 +45,7 @@ class Loop:
     checkpoints: where to restore from and save to.
     metrics: takes the record of each step.
     progress: shows it.
+    profile: traces the steps it is to.
     stops: whether the loop is to end soon; asked between the batches of an
       evaluation.
 
@@ -57,6 +59,7 @@ class Loop:
     checkpoints: Checkpoints,
     metrics: Metrics,
     progress: Progress,
+    profile: Profile,
     stops: Callable[[], bool],
   ):
     config, valid = run.config, run.tokenizer.vocab_size
@@ -65,9 +68,10 @@ class Loop:
     self._checkpoints = checkpoints
     self._metrics = metrics
     self._progress = progress
+    self._profile = profile
     self._stops = stops
-    self._batch = training_batches(
-      run.train_rows, config.batch_size, config.seed
+    self._batch = Ahead(
+      training_batches(run.train_rows, config.batch_size, config.seed)
     )
     self._train_step, self._evaluate_batch = make_steps(
       config, valid, run.layout
@@ -75,8 +79,12 @@ class Loop:
     self._params, self._optimizer_state = _state_of(run, checkpoints)
     self._schedule = learning_rate_schedule(config.optimizer, config.steps)
     self._unigram = unigram_loss(run.train_rows, run.evaluation_rows, valid)
-    self._clock = _Clock(config, run.layout)
+    self._clock = Clock(config, run.layout)
+    self._times = Times()
+    self._step_part: Part = "compile"  # the first step is compiled first
     self._saved = run.done
+    # Why the run cannot go on, once it is known.
+    self._failure: UserError | None = None
     # Losses and gradient norm of the newest step, not read yet.  Reading them
     # waits until the device has computed them, so they are read after the next
     # step has been started: the device always has work.
@@ -98,7 +106,8 @@ class Loop:
       self._run.evaluation_rows, self._run.config.batch_size
     )
     first = self._placed(next(batches))
-    jax.block_until_ready(self._evaluate_batch(self._params, first))
+    with self._times.part("compile"):
+      jax.block_until_ready(self._evaluate_batch(self._params, first))
     self._record = unwritten
     if unwritten and is_evaluated(self._run.config, self.step):
       self._evaluate()
@@ -108,13 +117,17 @@ class Loop:
     """One optimizer step, and the checkpoint and evaluation that are due.
 
     Raises:
-      UserError: if the loss or the gradient is not a finite number, or the disk
-        is full.
+      UserError: if too many steps in a row were not taken, or the disk is full.
     """
-    config, batch = self._run.config, self._placed(self._batch(self.step))
-    self._params, self._optimizer_state, measured = self._train_step(
-      self._params, self._optimizer_state, batch
-    )
+    config = self._run.config
+    self._profile.begin(self.step)
+    with self._times.part("input"):
+      batch = self._placed(self._batch(self.step))
+    with self._times.part(self._step_part):
+      self._params, self._optimizer_state, measured = self._train_step(
+        self._params, self._optimizer_state, batch
+      )
+    self._step_part = "step"
     self.report()  # the step before
     self.step += 1
     self._pending = measured
@@ -123,6 +136,21 @@ class Loop:
     if is_evaluated(config, self.step):
       self._evaluate()
       self.report()
+    if self._profile.is_over(self.step):
+      self.report()
+      self._profile.end()
+    self.check()
+
+  def check(self) -> None:
+    """Saves and ends the run if too many steps in a row were not taken.
+
+    Raises:
+      UserError: then.
+    """
+    if self._failure is not None:
+      self.save()
+      self.report()
+      raise self._failure
 
   def save(self) -> None:
     """Saves a checkpoint of this step, unless there is one.
@@ -134,17 +162,20 @@ class Loop:
     if self.step == self._saved:
       return
     step, loss = self._evaluated or (None, None)
-    try:
-      self._metrics.flush()
-    finally:  # without records, the steps are still worth it
-      self._checkpoints.save(
-        self.step,
-        record={**self._run.record, "metrics": record},
-        loss=loss if step == self.step else None,
-        params=self._params,
-        optimizer=self._optimizer_state,
-      )
-      self._saved = self.step
+    adamw, guard = self._optimizer_state
+    told = {**self._run.record, "guard": to_record(guard), "metrics": record}
+    with self._times.part("save"):
+      try:
+        self._metrics.flush()
+      finally:  # without records, the steps are still worth it
+        self._checkpoints.save(
+          self.step,
+          record=told,
+          loss=loss if step == self.step else None,
+          params=self._params,
+          optimizer=adamw,
+        )
+        self._saved = self.step
     self._clock.pause()
 
   def report(self) -> None:
@@ -152,33 +183,59 @@ class Loop:
     record = self._measure()
     if record is not None:
       self._record = None
-      self._metrics.write(record)
-      self._progress.show(record)
+      with self._times.part("log"):
+        record |= self._times.take()
+        self._progress.show(self._metrics.write(record))
 
   def _measure(self) -> Record | None:
     """Reads the newest step's numbers; returns its record if not written."""
     if self._pending is None:
       return self._record
     config = self._run.config
-    measured = {name: float(x) for name, x in self._pending.items()}
+    with self._times.part("step"):
+      measured = {name: x.item() for name, x in self._pending.items()}
     self._pending = None
-    loss = measured.get("total_loss", measured["loss"])
-    norm = measured["gradient_norm"]
-    if not all(map(math.isfinite, measured.values())):
-      raise UserError(
-        f"loss is {loss}, its gradient {norm}, at step {self.step}; give a "
-        "lower --optimizer.learning-rate or longer --optimizer.warmup-steps "
-        "and another --work-dir (the last checkpoint is of step "
-        f"{self._saved})"
-      )
+    in_a_row = measured.pop("skipped_in_a_row")
+    # Steps that moved the schedule on, before this one.
+    taken = self.step - 1 - (measured["skipped"] - bool(in_a_row))
     self._record = {
       "step": self.step,
       "tokens": self.step * config.batch_size * config.sequence_length,
       **measured,
-      "learning_rate": np.asarray(self._schedule(self.step - 1)).item(),
+      "learning_rate": np.asarray(self._schedule(taken)).item(),
       **self._clock.tick(),
     }
+    if in_a_row:
+      self._record["skipped_in_a_row"] = in_a_row
+    if in_a_row and in_a_row % config.max_skipped == 0:
+      self._failure = self._gives_up(self._record)
     return self._record
+
+  def _gives_up(self, record: Record) -> UserError:
+    """What to say when too many steps in a row were not taken.
+
+    Leaves their batches in the directory.
+    """
+    count = self._run.config.max_skipped
+    newest = range(self.step - count, self.step)
+    batches = [self._batch.of(step) for step in newest]
+    content, named = io.BytesIO(), {"step": np.array(newest) + 1}
+    for name in batches[0]:
+      named[name] = np.stack([batch[name] for batch in batches])
+    np.savez(content, allow_pickle=False, **named)
+    path = self._run.directory / f"skipped-{self.step}.npz"
+    write_atomically(path, content.getvalue())
+    loss, norm = (
+      record.get("total_loss", record["loss"]),
+      record["gradient_norm"],
+    )
+    return UserError(
+      f"loss is {loss:.4g}, its gradient {norm:.4g}, at step {self.step}; "
+      f"{count} steps in a row were not taken (--max-skipped), their batches "
+      f"are in {path}, a checkpoint is saved; give a lower "
+      "--optimizer.learning-rate or longer --optimizer.warmup-steps and "
+      "another --work-dir, or the same command to go on"
+    )
 
   def _placed(self, batch: Batch) -> Any:
     """A batch where it is to lie, each device's rows with it."""
@@ -190,12 +247,13 @@ class Loop:
     losses, weights = 0.0, 0.0
     config, rows = self._run.config, self._run.evaluation_rows
     record, count = self._measure(), -(-len(rows) // config.batch_size)
-    for i, batch in enumerate(evaluation_batches(rows, config.batch_size)):
-      if self._stops():
-        return
-      self._progress.evaluating(i, count)
-      loss, weight = self._evaluate_batch(self._params, self._placed(batch))
-      losses, weights = losses + float(loss), weights + float(weight)
+    with self._times.part("evaluate"):
+      for i, batch in enumerate(evaluation_batches(rows, config.batch_size)):
+        if self._stops():
+          return
+        self._progress.evaluating(i, count)
+        loss, weight = self._evaluate_batch(self._params, self._placed(batch))
+        losses, weights = losses + float(loss), weights + float(weight)
     self._clock.pause()
     self._evaluated = self.step, losses / weights
     self._checkpoints.note_loss(*self._evaluated)
@@ -208,43 +266,9 @@ def _state_of(run: Run, checkpoints: Checkpoints) -> State:
   """New parameters and optimizer state, or those of the run's checkpoint."""
   if not run.done:
     return initial_state(run.config, run.layout)
-  params, optimizer = abstract_state(run.config, run.layout)
-  restored = checkpoints.restore(run.done, params=params, optimizer=optimizer)
-  return restored["params"], restored["optimizer"]
-
-
-class _Clock:
-  """Tokens per second of recent steps; evaluations and saves do not count."""
-
-  def __init__(self, config: TrainConfig, layout: Layout | None):
-    self._tokens = config.batch_size * config.sequence_length
-    self._flops = flops_per_token(config.model, config.sequence_length)
-    peak = peak_flops(jax.devices()[0].device_kind)
-    devices = 1 if layout is None else layout.config.devices
-    self._peak = peak and devices * peak
-    # Of one step: an exponential moving average.
-    self._seconds = 0.0
-    # When the step before ended, if nothing but training has happened since.
-    self._mark: float | None = None
-
-  def pause(self) -> None:
-    """Leaves out the time until the next tick: it is not of training alone."""
-    self._mark = None
-
-  def tick(self) -> dict[str, float]:
-    """Called after each step; returns the rates by the name of their metric.
-
-    The first call only starts the clock: the first step includes compilation.
-    """
-    before, self._mark = self._mark, time.perf_counter()
-    if before is not None:
-      taken = self._mark - before
-      share = 0.1 if self._seconds else 1.0
-      self._seconds += share * (taken - self._seconds)
-    if not self._seconds:
-      return {}
-    speed = self._tokens / self._seconds
-    rates = {"tokens_per_second": speed}
-    if self._peak:
-      rates["model_flops_utilization"] = speed * self._flops / self._peak
-    return rates
+  params, (adamw, _) = abstract_state(run.config, run.layout)
+  restored = checkpoints.restore(run.done, params=params, optimizer=adamw)
+  guard = from_record(read_record(run.directory, run.done).get("guard"))
+  where = None if run.layout is None else run.layout.everywhere
+  guard = jax.device_put(guard, where)
+  return restored["params"], OptimizerState(restored["optimizer"], guard)

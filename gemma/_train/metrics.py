@@ -34,22 +34,31 @@ Record = dict[str, Any]
     seconds               that the run has taken so far, in all its calls:
                           compiling, evaluating and saving included, the time
                           between two calls not
+    wall_seconds          since the run began, that time included
+    goodput               of wall_seconds, the share in which devices took steps
+                          that count: not skipped, nor lost and taken again
+    parameter_norm        after this step
+    skipped               steps that were not taken, so far; see `guard`
+    step_seconds, ...     since the record before, the seconds of each part that
+                          `times` names
 
 and, where it applies,
 
     z_loss, total_loss    with a z-loss: its term, and the sum whose gradient is
                           taken
+    skipped_in_a_row      if this step was not taken: it and those before it
     tokens_per_second     of recent steps; evaluating and saving do not count
+    tokens_per_second_per_device  the same, of each device
     model_flops_utilization  on a device whose highest rate is known
     held_out_loss         of an evaluation after this step, nats per token
     unigram_loss          of the same tokens, by their frequency alone
 
-Records of earlier versions have no tokens, time and seconds, and their loss
-includes the z-loss.
+A number that is not finite is null in the file.  Records of earlier versions
+lack what is newer, and the loss of the first ones includes the z-loss.
 """
 
 # What TensorBoard has by itself.
-_NOT_DRAWN = ("step", "time", "seconds")
+_NOT_DRAWN = ("step", "time", "seconds", "wall_seconds")
 
 
 class Metrics(contextlib.AbstractContextManager):
@@ -66,14 +75,21 @@ class Metrics(contextlib.AbstractContextManager):
 
   def __init__(self, directory: pathlib.Path, *, step: int):
     self._path = directory / _FILE
-    kept = [r for r in read_metrics(directory) if r["step"] <= step]
-    lines = "".join(json.dumps(r) + "\n" for r in kept)
+    there = read_metrics(directory)
+    kept = [r for r in there if r["step"] <= step]
     self._unwritten = b""
     # Seconds of the run before this call.
     self._before = max((r.get("seconds", 0.0) for r in kept), default=0.0)
     self._started = time.monotonic()
+    # When the run began, in Unix time, and its seconds of steps that count.
+    began = [
+      r["time"] - r["wall_seconds"] for r in there if "wall_seconds" in r
+    ]
+    self._began = min(began, default=time.time())
+    self._useful = sum(map(_useful, kept))
+    lines = b"".join(map(_line, kept))
     with self._errors():
-      write_atomically(self._path, lines.encode())
+      write_atomically(self._path, lines)
       self._file = open(self._path, "ab", buffering=0)
     self._board = _Board(directory / "tensorboard", step + 1)
 
@@ -85,15 +101,28 @@ class Metrics(contextlib.AbstractContextManager):
       self._file.close()
       self._board.close()
 
-  def write(self, record: Record) -> None:
-    """Adds a record, with the time; its "step" counts the steps done."""
-    seconds = self._before + time.monotonic() - self._started
-    record = {**record, "time": time.time(), "seconds": seconds}
-    self._unwritten += json.dumps(record).encode() + b"\n"
+  def write(self, record: Record) -> Record:
+    """Adds a record; its "step" counts the steps done.
+
+    Returns:
+      The record with times and goodput.
+    """
+    now = time.time()
+    wall = max(now - self._began, 0.0)
+    self._useful += _useful(record)
+    record = {
+      **record,
+      "time": now,
+      "seconds": self._before + time.monotonic() - self._started,
+      "wall_seconds": wall,
+      "goodput": min(self._useful / wall, 1.0) if wall else 0.0,
+    }
+    self._unwritten += _line(record)
     if len(self._unwritten) > _BUFFER:
       with contextlib.suppress(OSError):  # `flush` tries again, and says so
         self._write()
     self._board.write(record)
+    return record
 
   def flush(self) -> None:
     """Puts all records on disk.
@@ -122,6 +151,21 @@ class Metrics(contextlib.AbstractContextManager):
       ) from error
 
 
+def _useful(record: Record) -> float:
+  """Seconds in which the devices took the step, if it counts."""
+  skipped = "skipped_in_a_row" in record
+  return 0.0 if skipped else record.get("step_seconds", 0.0)
+
+
+def _line(record: Record) -> bytes:
+  """As the file has it: JSON knows no infinity and no NaN."""
+  known = {
+    name: None if isinstance(x, float) and not math.isfinite(x) else x
+    for name, x in record.items()
+  }
+  return json.dumps(known).encode() + b"\n"
+
+
 class _Board:
   """TensorBoard's copy of the metrics; what cannot be written is left out.
 
@@ -141,7 +185,7 @@ class _Board:
   def write(self, record: Record) -> None:
     """Adds a record."""
     for name, number in record.items():
-      if name not in _NOT_DRAWN:
+      if name not in _NOT_DRAWN and math.isfinite(number):
         self._write(step=record["step"], summary=scalar(name, number))
 
   def flush(self) -> None:
@@ -185,7 +229,8 @@ def read_metrics(directory: str | os.PathLike[str]) -> list[Record]:
   """All records of a run, in order; none if there is no file.
 
   A line that is not whole, because the process died while writing it, is left
-  out.  `Record`, in `_train/metrics.py`, says what a record has.
+  out; a number that was not finite is NaN.  `Record`, in `_train/metrics.py`,
+  says what a record has.
   """
   path = local_path(directory, "run") / _FILE
   try:
@@ -199,7 +244,8 @@ def read_metrics(directory: str | os.PathLike[str]) -> list[Record]:
     with contextlib.suppress(ValueError):
       record = json.loads(line)
       if isinstance(record, dict) and isinstance(record.get("step"), int):
-        records.append(record)
+        nan = math.nan
+        records.append({n: nan if x is None else x for n, x in record.items()})
   return records
 
 

@@ -92,13 +92,17 @@ class Progress(contextlib.AbstractContextManager):
         record["held_out_loss"], perplexity(record["held_out_loss"])
       )
     measures = [f"loss {record['loss']:.3f}", self._held_out]
+    skipped = "skipped_in_a_row" in record
+    if skipped:
+      norm = record["gradient_norm"]
+      measures.append(f"not taken: gradient norm {norm:.4g}")
     if "tokens_per_second" in record:
       measures.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if "model_flops_utilization" in record:
       measures.append(f"MFU {record['model_flops_utilization']:.1%}")
     self._measures = tuple(filter(None, measures))
     late = now - self._last_line > _SECONDS_BETWEEN_LINES
-    if evaluated or (late and not self._redraws):
+    if evaluated or skipped or (late and not self._redraws):
       self._last_line = now
       left = self._left()
       self._print("  ".join([self._where(), *self._measures, *left]))

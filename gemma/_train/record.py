@@ -24,13 +24,13 @@ _PACKAGES = "pallas-gemma jax jaxlib flax optax orbax-checkpoint".split()
 
 # What may change without a word, or may not, as it is judged with the identity
 # of the directory ...
-_UNSAID = {"work_dir", "cache_dir", "allow_change"}
+_UNSAID = {"work_dir", "cache_dir", "allow_change", "profile"}
 _UNSAID |= {"held_out", "seed", "batch_size", "sequence_length"}
 # ... and with a line that says so, as it changes no step's result but by
 # rounding.  (Most settings of the model, too, are judged with the identity.)
 # Other settings alter what is learnt, and when.
 _FREE = {"data", "text_field", "tokenizer", "accumulation", "head", "keep"}
-_FREE |= {"evaluate_every", "eval_batches", "save_every", "mesh"}
+_FREE |= {"evaluate_every", "eval_batches", "save_every", "mesh", "max_skipped"}
 _FREE_ROOMS = ("model.", "versions.", "device.")
 
 

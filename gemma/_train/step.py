@@ -23,11 +23,12 @@ from .._seeds import key_of
 from ..ops import KERNELS, LinearCrossEntropyConfig
 from .config import TrainConfig
 from .fit import Head, fitting
+from .guard import OptimizerState, chosen, fresh_guard, judge
 from .layout import Layout
 from .optimizer import make_optimizer
 
 DeviceBatch = dict[str, jax.Array]  # a `data.Batch` inside a compiled function
-State = tuple[Params, optax.OptState]
+State = tuple[Params, OptimizerState]
 
 
 def token_losses(
@@ -164,10 +165,11 @@ def make_steps(
     Two functions.  The first takes (params, optimizer state, batch) and returns
     (params, optimizer state, measured); its first two arguments are donated, so
     that they must not be used again.  `measured` has, by their names in the
-    metrics, "loss", the cross-entropy alone, and "gradient_norm"; with a
-    z-loss also that, "z_loss", and the sum of both, "total_loss", whose
-    gradient is taken.  The second takes (params, batch) and returns the sum of
-    the losses, without z-loss, and the sum of the weights.
+    metrics, "loss", the cross-entropy alone, "gradient_norm", before clipping,
+    "parameter_norm", after the step, "skipped" and "skipped_in_a_row", as
+    `guard` counts them; with a z-loss also that, "z_loss", and the sum of both,
+    "total_loss", whose gradient is taken.  The second takes (params, batch) and
+    returns the sum of the losses, without z-loss, and the sum of the weights.
   """
   abstract = abstract_model(config)
   head: Any = config.head
@@ -194,9 +196,17 @@ def make_steps(
     )
     if config.z_loss:
       measured["total_loss"] = total
-    measured["gradient_norm"] = optax.tree.norm(gradient)
-    updates, state = optimizer.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state, measured
+    norm = measured["gradient_norm"] = optax.tree.norm(gradient)
+    taken, guard = judge(state.guard, total, norm, config.skip_spikes)
+    updates, adamw = optimizer.update(gradient, state.adamw, params)
+    new = optax.apply_updates(params, updates), adamw
+    params, adamw = chosen(taken, new, (params, state.adamw))
+    measured |= {
+      "parameter_norm": optax.tree.norm(params),
+      "skipped": guard.skipped,
+      "skipped_in_a_row": guard.in_a_row,
+    }
+    return params, OptimizerState(adamw, guard), measured
 
   def evaluate(params, batch):
     return losses(params, batch)(0.0).sum(), batch["weights"].sum()
@@ -257,7 +267,8 @@ def fresh_state(config: TrainConfig) -> State:
   """Parameters and optimizer state before the first step."""
   model = Gemma(config.model, rngs=nnx.Rngs(key_of(config.seed)), ops=KERNELS)
   params = model_params(model)
-  return params, make_optimizer(config.optimizer, config.steps).init(params)
+  adamw = make_optimizer(config.optimizer, config.steps).init(params)
+  return params, OptimizerState(adamw, fresh_guard())
 
 
 def initial_state(config: TrainConfig, layout: Layout | None) -> State:

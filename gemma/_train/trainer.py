@@ -34,6 +34,7 @@ from .interrupt import deferred_interrupts
 from .loop import Loop
 from .metrics import Metrics, Record, read_metrics, unwritten_record
 from .plot import plot_losses
+from .profile import Profile
 from .progress import Progress, completed
 from .run import Run, describe_data, open_run
 from .step import abstract_model, device_memory, resolved
@@ -152,18 +153,20 @@ def _train(
       run.directory, step=run.done - 1 if unwritten else run.done
     ) as metrics,
     Progress(run.done, config.steps, console) as progress,
+    Profile(config.profile, run.directory) as profile,
   ):
 
     def stops() -> bool:
       return interruption.signal is not None or output.gone
 
-    loop = Loop(run, checkpoints, metrics, progress, stops)
+    loop = Loop(run, checkpoints, metrics, progress, profile, stops)
     loop.prepare(unwritten)
     while loop.step < config.steps and not stops():
       loop.take_step()
       interruption.holds = True
     loop.save()
     loop.report()
+    loop.check()
   stopped = interruption.signal
   if stopped is None and output.gone and loop.step < config.steps:
     stopped = getattr(signal, "SIGPIPE", signal.SIGTERM)  # not in Windows
