@@ -70,6 +70,7 @@ from ._rms_norm import rms_norm_reference as rms_norm_reference
 from ._rope import OP as _APPLY_ROPE
 from ._rope import Rope as Rope
 from ._rope import RopeConfig as RopeConfig
+from ._rope import RopeFrequencies as RopeFrequencies
 from ._rope import apply_rope as apply_rope
 from ._rope import apply_rope_reference as apply_rope_reference
 from ._row_norm import Norm as Norm

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import _rope
 from .._frame.check import (
   as_array,
   as_floats,
@@ -20,7 +21,6 @@ from .._frame.check import (
   check_shape,
   is_traced,
 )
-from .._rope import Rope, as_base
 from .shapes import LayoutName, to_btnh
 from .spec import Segments
 
@@ -144,20 +144,16 @@ def as_segments(op: str, segment_ids: Any, q: Any, k: Any) -> Segments | None:
   return segments
 
 
-def as_rope(op: str, rope: Any, q: Any, k: Any) -> Rope | None:
+def as_rope(op: str, rope: Any, q: Any, k: Any) -> _rope.Rope | None:
   """From a Rope, or positions alone: int32 positions, a number or traced."""
   if rope is None:
     return None
-  if not isinstance(rope, Rope):
-    rope = Rope(as_array(op, "rope", rope))
   if q.shape[1] != k.shape[1]:
     raise ValueError(
       f"{op}: rope needs as many keys as queries, "
       f"got T = {q.shape[1]}, S = {k.shape[1]}"
     )
-  positions = as_integers(op, "rope.positions", rope.positions)
-  check_shape(op, "rope.positions", positions, q.shape[:2], "[B, T]")
-  return Rope(positions, as_base(op, q.shape[3], rope.base_frequency))
+  return _rope.as_rope(op, rope, q.shape)
 
 
 def as_mask(op: str, mask: Any, q: Any, k: Any) -> jax.Array | None:

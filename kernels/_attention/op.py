@@ -24,7 +24,7 @@ from .._frame.check import (
 from .._frame.kernel import Saved, kernel_op
 from .._frame.op import Op
 from .._frame.sharding import Axes, Split
-from .._rope import Rope, apply_rope
+from .._rope import Rope, apply_rope, rotated_apart
 from . import problems, rotation, tiles
 from .arguments import Seen, Weights, problem_of
 from .backward import backward
@@ -219,7 +219,9 @@ def flash_attention(
       are skipped all the same.
     logits_soft_cap: cap in cap * tanh(logits / cap), after the scale; a number.
     rope: rotates q and k by their positions first; needs T = S.  Its base may
-      be a traced scalar, which has a gradient in the reference alone.
+      be a traced scalar, which has a gradient in the reference alone.  What is
+      not half against half by a base (frequencies, phases, neighbours) is done
+      by `apply_rope` before, with one more pass over q and k.
     return_lse: also return the log of the sum of exponentials.
     layout: how q, k, v and out lie in memory.  None: of the shapes above, as
       XLA likes it; projections write and read them heads first for nothing.
@@ -259,6 +261,9 @@ def flash_attention(
   cap = logits_soft_cap
   cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
   check_positive(op, logits_soft_cap=cap)
+  rope = as_rope(op, rope, q, k)
+  rotate = functools.partial(apply_rope, implementation=implementation)
+  rope, q, k = rotated_apart(rope, rotate, q, k)
   seen = Seen(
     bool(is_causal),
     as_segments(op, segment_ids, q, k),
@@ -268,7 +273,7 @@ def flash_attention(
   weights = Weights(
     None if scale is None else as_scalar(op, "scale", scale),
     cap,
-    as_rope(op, rope, q, k),
+    rope,
     as_bias(op, bias, q, k),
   )
   problem, arrays = problem_of(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._frame import switches
-from .._rope import Rope, apply_rope_reference
+from .._rope import Rope, apply_rope_reference, rotated_apart
 from .arguments import Seen, Weights, problem_of
 from .shapes import LayoutName, from_btnh, to_btnh
 from .spec import (
@@ -230,6 +230,7 @@ def flash_attention_reference(
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
   q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
+  rope, q, k = rotated_apart(rope, apply_rope_reference, q, k)
   problem, arrays = problem_of(
     q,
     k,

@@ -22,7 +22,7 @@ from .._frame.check import (
   check_shape,
   is_traced,
 )
-from .._rope import Rope, as_base
+from .._rope import apply_rope_reference, as_rope, rotated_apart
 from .cache import CacheArray, QuantizedCache
 from .spec import Arrays, Outs, Problem
 
@@ -91,7 +91,7 @@ def checked_arguments(given: Given) -> Given:
     new=None if new is None else _as_new(new, q, values),
     layer=layer,
     page_table=page_table,
-    rope=None if rope is None else _as_rope(rope, q),
+    rope=None if rope is None else as_rope(_OP, rope, q.shape),
     scale=None if scale is None else as_scalar(_OP, "scale", scale),
     local_window_size=as_window(_OP, given.local_window_size),
     logits_soft_cap=cap,
@@ -154,21 +154,17 @@ def _as_new(new: Any, q: jax.Array, values: jax.Array) -> tuple[Any, Any]:
   return pair[0], pair[1]
 
 
-def _as_rope(rope: Any, q: jax.Array) -> Rope:
-  if not isinstance(rope, Rope):
-    rope = Rope(as_array(_OP, "rope", rope))
-  positions = as_integers(_OP, "rope.positions", rope.positions)
-  check_shape(_OP, "rope.positions", positions, q.shape[:2], "[B, T]")
-  return Rope(positions, as_base(_OP, q.shape[3], rope.base_frequency))
-
-
 # --- problems -----------------------------------------------------------------
 
 
 def problem_of(given: Given, **static: Any) -> tuple[Problem, Arrays]:
   """A problem and its arrays, from the arguments of the public functions."""
   q, k_cache, v_cache, lengths, new, layer, page_table = given[:7]
-  rope, scale = given.rope, given.scale
+  # Other rotations than plain ones are XLA's: of few tokens, they cost little.
+  rope, q, new_k = rotated_apart(
+    given.rope, apply_rope_reference, q, None if new is None else new[0]
+  )
+  scale = given.scale
   (batch, t), wide = q.shape[:2], jnp.promote_types(q.dtype, jnp.float32)
 
   def of_batch(value: Any, dtype: Any) -> jax.Array:
@@ -183,7 +179,7 @@ def problem_of(given: Given, **static: Any) -> tuple[Problem, Arrays]:
     table=None if page_table is None else page_table.astype(jnp.int32),
   )
   if new is not None:
-    a = a._replace(new_k=new[0], new_v=new[1])
+    a = a._replace(new_k=new_k, new_v=new[1])
   if is_traced(scale):
     a, scale = a._replace(scale=of_batch(scale, wide)), 1.0
   static["scale"] = default_scale(q) if scale is None else float(scale)

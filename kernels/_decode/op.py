@@ -211,7 +211,8 @@ def decode_attention(
       value will do; of the others one that is no page is an error that
       `checkify` finds, and another page else.  Pages of 128 tokens or more are
       copied at the speed of HBM.
-    rope: rotates q, and the new keys, by their positions first.
+    rope: rotates q, and the new keys, by their positions first; what is not
+      half against half by a base (frequencies, phases, neighbours) by XLA.
     scale: multiplies the logits; None is 1 / sqrt(H).
     local_window_size: (left, right): a query also sees no key more than left
       before it; right does not matter here.
