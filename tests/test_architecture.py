@@ -63,6 +63,7 @@ PUBLIC = {
   *(op.reference.__name__ for op in kernels.OPS),
   "dot_product_attention",
   "feed_forward_with_barrier",  # stands in for feed_forward
+  *("yarn", "longrope"),  # of RopeFrequencies
   "__call__",
 }
 
