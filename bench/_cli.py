@@ -20,8 +20,9 @@ import tyro
 from .run import measured, sweep
 from .run.job import Job
 from .run.row import Result, Row
-from .show import beside, calibration, compare, files, published
+from .show import beside, calibration, compare, files, published, train_step
 from .show import table as tables
+from .suites import gemma_step
 from .suites.program import Program, suite
 
 SUITES = ("registry", "baselines", "gemma")
@@ -83,6 +84,14 @@ class Arguments:
   """Show the cycle model beside published measurements, of kernels of other
   packages too where these are installed, and beside the compiler's own static
   model, and nothing else."""
+
+  train_step: str | None = None
+  """Compile the trainer's whole step for a slice, such as v5e-8 or report-7b,
+  and show one chip's memory, compute, collectives and utilisation, and nothing
+  else."""
+
+  train_model: Literal["2b", "7b"] | None = None
+  """The model of --train-step; default 2b, and 7b for report-7b."""
 
   timeout: float = 900.0
   """Seconds after which a compilation is given up."""
@@ -298,6 +307,29 @@ def _calibrate(arguments: Arguments, console: rich.console.Console) -> None:
   published.show(console, _results(arguments, published.jobs()))
 
 
+def _train_step(arguments: Arguments, console: rich.console.Console) -> None:
+  """Shows a step of training; exits with 1 if it does not compile."""
+  preset = arguments.train_step or ""
+  model = arguments.train_model or ("7b" if preset == "report-7b" else "2b")
+  try:
+    case = gemma_step.case_of(preset, model)
+  except ValueError as error:
+    sys.exit(f"pallas-gemma-bench: {error}")
+  both = {
+    p.implementation: Choice("gemma", p)
+    for p in gemma_step.programs()
+    if p.case == case.name
+  }
+  names = gemma_step.APART, gemma_step.OVERLAPPED
+  rows = estimate(arguments, [both[name] for name in names])
+  _write(arguments, rows)
+  for row in rows:
+    if row.error:
+      sys.exit(f"pallas-gemma-bench: {row.key}: {row.error}")
+  train_step.show(console, *rows)
+  console.print(tables.versions(rows), highlight=False)
+
+
 def main() -> None:
   """Entry point of `pallas-gemma-bench`."""
   arguments = tyro.cli(Arguments, prog="pallas-gemma-bench")
@@ -313,7 +345,9 @@ def main() -> None:
       "pip install 'jax[tpu]' on x86-64 Linux"
     )
   try:
-    if arguments.calibrate:
+    if arguments.train_step is not None:
+      _train_step(arguments, console)
+    elif arguments.calibrate:
       _calibrate(arguments, console)
     elif arguments.compare:
       _compare(arguments, console)

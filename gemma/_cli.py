@@ -35,6 +35,7 @@ commands:
   train    train on text files, or on Python's documentation; resumes by itself
   sample   continue a prompt from a checkpoint
   plot     draw the losses of runs beside each other
+  inspect  show a model's arrays, and where they lie on a mesh of devices
 
 `pallas-gemma COMMAND --help` lists the options of a command.
 """
@@ -213,6 +214,17 @@ def _plot(arguments: list[str]) -> int:
   return 0
 
 
+def _inspect(arguments: list[str]) -> int:
+  from ._options import parse
+  from ._train.inspect import InspectConfig, described
+
+  for line in described(
+    parse(InspectConfig, "pallas-gemma inspect", arguments)
+  ):
+    print(line)
+  return 0
+
+
 def _keep_compiled(directory: pathlib.Path) -> None:
   """Keeps compiled programs in `directory`, so that the next start is faster.
 
@@ -293,4 +305,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
   "train": _train,
   "sample": _sample,
   "plot": _plot,
+  "inspect": _inspect,
 }

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ._config import GemmaConfig
+from ._parts import cast_in_parts, embedding_rows
 from ._remat import AROUND_ATTENTION, Policy
 from .ops import FeedForwardConfig, Norm, Ops, QuantizedWeight, layer_einsum
 
@@ -49,7 +50,7 @@ class Embedder(nnx.Module):
       # before this is summed over the devices: a pass over the whole table, of
       # which each device then keeps its part.
       table = jax.lax.optimization_barrier(table)
-    x = table[tokens].astype(self.dtype)
+    x = embedding_rows(table, tokens).astype(self.dtype)
     # The released model rounds the root to its dtype before it multiplies: in
     # bfloat16 the root is 45.25 for 2B and 55.5 for 7B, where the exact ones
     # are 45.2548 and 55.4256.
@@ -120,14 +121,15 @@ class Block(nnx.Module):
       x = checkpoint_name(x, of_y)
 
     with jax.named_scope("feed_forward"):
-      # The weights are not cast here.  The op casts one tile at a time; a cast
-      # here XLA would move out of the scan, and then hold a second copy of all
-      # layers' weights in memory.
+      # On one device the weights are not cast here.  The op casts one tile at a
+      # time; a cast here XLA would move out of the scan, and then hold a second
+      # copy of all layers' weights in memory.
       x = self.ops.feed_forward(
         x,
-        self.gate[...],
-        self.up[...],
-        self.down[...],
+        *(
+          cast_in_parts(w[...], x.dtype)
+          for w in (self.gate, self.up, self.down)
+        ),
         norm=Norm(self.feed_forward_norm[...], **norm),
         residual=True,
         config=_feed_forward_config(remat),

@@ -15,6 +15,7 @@ from pallas_gemma.bench.show import report
 from pallas_gemma.bench.suites import gemma_decode, gemma_layers, gemma_step
 from pallas_gemma.bench.v5e import AXIS
 from pallas_gemma.gemma import GemmaConfig, flops_per_token
+from pallas_gemma.gemma._train import mesh as meshes
 
 pytestmark = pytest.mark.no_interpreter
 TINY = dataclasses.replace(GemmaConfig.tiny(256), dtype="bfloat16")
@@ -136,7 +137,9 @@ def test_values_reach_a_kernel_on_the_first_chip_of_a_mesh():
   np.testing.assert_array_equal(found["scaled"][0], [10, 11])
 
 
-CASE = gemma_step.Case("tiny", TINY, "v5e:2x4", 128, vocabulary=200)
+CASE = gemma_step.Case(
+  "tiny", TINY, "v5e:2x4", 128, meshes.MeshConfig(fsdp=8), vocabulary=200
+)
 
 
 @v5e.needs_compiler
@@ -157,15 +160,30 @@ def test_a_training_step_is_the_trainers_with_its_state_in_shards():
   assert placement.arguments is not None
   pairs = list(zip(built.specs, placement.arguments, strict=True))
   for spec, partition in pairs:
-    split = [d for d, axis in enumerate(partition) if axis == AXIS]
+    split = [d for d, axis in enumerate(partition) if axis == "fsdp"]
     assert all(spec.shape[d] % 8 == 0 for d in split)
-    assert split or spec.size < 1000, spec
+    assert split or spec.size < 10_000, spec
   table = (TINY.vocab_size, TINY.width)
   assert {p for x, p in pairs if x.shape == table} == {
-    PartitionSpec(None, AXIS)
+    PartitionSpec(None, "fsdp")
   }
   rows = [p for x, p in pairs if x.shape == (8, 128)]
-  assert rows[-4:] == [PartitionSpec(AXIS)] * 4
+  assert rows[-4:] == [PartitionSpec(meshes.ROWS)] * 4
+
+
+@pytest.mark.parametrize("preset, model", [("v5e-256", "2b"), ("v5e-4", "7b")])
+def test_a_preset_is_a_case(preset, model):
+  case = gemma_step.case_of(preset, model)
+  chips = case.mesh.devices // case.mesh.pods
+  rows, columns = case.topology.partition(":")[2].split("x")
+  assert int(rows) * int(columns) == chips
+  assert case.config.batch_size == case.mesh.rows
+  assert f"gemma_train_step/{case.name}/step/pallas-overlapped" in PROGRAMS
+
+
+def test_another_preset_is_refused():
+  with pytest.raises(ValueError, match="train-step: wanted one of v5e-1, "):
+    gemma_step.case_of("v5e-9", "2b")
 
 
 def test_what_counts_as_a_training_steps_work():

@@ -34,7 +34,8 @@ class Row:
     spill_bytes: of which holds registers.
     compile_seconds: that the compilation took.
     steps: HLO instructions, those that cost most first.
-    collectives: communication that the time leaves out.
+    collectives: communication that the time leaves out, each with its time on
+      the links and how much of it nothing covers.
     code: what it takes to load the program, None where it was not seen.
     model_flops: of the model's formula for MFU, None where there is none.
     notes: what could not be decided.
@@ -89,7 +90,8 @@ class Row:
   def mfu(self) -> float | None:
     """Model-FLOPs utilisation: of the chip's 197 TFLOP/s, None where unknown.
 
-    Collectives are no part of the time.
+    Collectives are no part of the time; `pallas-gemma-bench --train-step` tells
+    what they add.
     """
     if not self.seconds or self.model_flops is None:
       return None

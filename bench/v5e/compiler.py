@@ -25,6 +25,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import overlays
+from .links import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +132,16 @@ def recorded(folder: pathlib.Path) -> Iterator[None]:
     os.close(usual)
 
 
-def describe(topology: str = "v5e:1x1") -> Sequence[Any]:
-  """The chips of a slice that is not there."""
+def describe(topology: str = "v5e:1x1", slices: int = 1) -> Sequence[Any]:
+  """The chips of a slice, or of several, that are not there."""
   rows, columns = map(int, topology.partition(":")[2].split("x"))
   # A slice of one chip is no host's usual share, and has to be said.
   bounds = (1, 1, 1) if rows * columns == 1 else None
-  options = {} if bounds is None else {"chips_per_host_bounds": bounds}
+  options: dict[str, Any] = {}
+  if bounds is not None:
+    options["chips_per_host_bounds"] = bounds
+  if slices > 1:
+    options["num_slices"] = slices
   return topologies.get_topology_desc(
     platform="tpu", topology_name=topology, **options
   ).devices
@@ -145,17 +150,23 @@ def describe(topology: str = "v5e:1x1") -> Sequence[Any]:
 AXIS = "chips"  # of the mesh of all chips of a slice
 
 
+def _in_a_row(chips: Sequence[Any]) -> Mesh:
+  return Mesh(list(chips), (AXIS,))
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
   """The chips that a program is compiled for, and how its arrays lie on them.
 
   Attributes:
     topology: a slice, such as "v5e:2x4".
-    arguments: how each argument is split over `AXIS`, the mesh of all its
-      chips; None if each chip has all of them.
+    arguments: how each argument is split over the mesh, by default over `AXIS`
+      of all chips in a row; None if each chip has all of them.
     results: the same of the results, a prefix of their tree.
     donated: indices of the arguments whose memory results may take.
     options: of the compiler, by name, that are not its defaults.
+    slices: how many such slices there are, joined by the network.
+    arrange: makes the mesh of all chips, of which arguments and results tell.
   """
 
   topology: str = "v5e:1x1"
@@ -163,10 +174,19 @@ class Placement:
   results: Any = PartitionSpec()
   donated: tuple[int, ...] = ()
   options: tuple[tuple[str, str], ...] = ()
+  slices: int = 1
+  arrange: Callable[[Sequence[Any]], Mesh] = _in_a_row
 
   def mesh(self) -> Mesh:
-    """All chips of the slice in a row."""
-    return Mesh(list(describe(self.topology)), (AXIS,))
+    """All chips."""
+    return self.arrange(list(describe(self.topology, self.slices)))
+
+  def places(self) -> list[Place]:
+    """Where the chips are, in the order in which a program numbers them."""
+    return [
+      Place(getattr(chip, "slice_index", 0) or 0, *chip.coords[:2])
+      for chip in self.mesh().devices.flat
+    ]
 
 
 ONE_CHIP = Placement()

@@ -12,10 +12,11 @@ import numpy as np
 
 from . import compiler
 from .chip import V5E, V5E_AS_COMPILED
+from .collectives import Collective
 from .compiler import ONE_CHIP, Placement
 from .listing import ListingError, find_listings, parse_listing
 from .machine import count_cycles
-from .module import Collective, Step, estimate_module
+from .module import Step, estimate_module
 from .operands import kernel_operands
 from .overlays import parse_log
 from .program_code import Code
@@ -93,7 +94,13 @@ def estimate(
   cut = parse_log(compiler.compiler_log(folder))
   with jax.sharding.use_abstract_mesh(placement.mesh().abstract_mesh):
     operands = kernel_operands(function, specs, values or [None] * len(specs))
-  total = estimate_module(compiled.text, _listings(folder), operands, cut=cut)
+  total = estimate_module(
+    compiled.text,
+    _listings(folder),
+    operands,
+    cut=cut,
+    places=placement.places(),
+  )
   return Estimate(
     cycles=total.cycles,
     lower_bound=total.lower_bound,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,6 +19,7 @@ _CALLS = re.compile(
   r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 COLLECTIVES = (
@@ -63,6 +65,12 @@ class Instruction:
     return match[1] if match else None
 
   @property
+  def source(self) -> str:
+    """The operation of the program that it is of, empty if it is not told."""
+    match = _SOURCE.search(self.text)
+    return match[1] if match else ""
+
+  @property
   def is_free(self) -> bool:
     """Whether it takes no time: it names, allocates or views memory."""
     return self.opcode in FREE or self.target in FREE_TARGETS
@@ -95,13 +103,15 @@ class Array:
   layout: str
 
   @property
+  def size(self) -> int:
+    """How many elements it has."""
+    return math.prod(map(int, filter(None, self.dims.split(","))))
+
+  @property
   def nbytes(self) -> int:
-    """Its size, without padding."""
-    size = 1
-    for dim in filter(None, self.dims.split(",")):
-      size *= int(dim)
+    """Its size in bytes, without padding."""
     bits = re.search(r"\d+", self.dtype)
-    return size * (int(bits[0]) if bits else 8) // 8
+    return self.size * (int(bits[0]) if bits else 8) // 8
 
   @property
   def in_hbm(self) -> bool:

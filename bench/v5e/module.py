@@ -6,7 +6,7 @@
                   and their end leave, each turn of a loop among them; what is
                   left is waited for
     code          an overlay is loaded while the one before it runs
-    collectives   apart: their links are not modelled
+    collectives   apart, each with its time on the links and what covers it
     duplicates    instructions that compute the same are printed once; the
                   listing of one serves all
 
@@ -20,13 +20,15 @@ import copy
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from . import hlo, listing, machine
 from .chip import V5E, Chip
+from .collectives import Collective, Links
 from .copies import InFlight
+from .links import Place
 from .loading import Part
 from .overlays import PROGRAM, WHOLE, Overlays, place
 from .program_code import Code, CodeSum
@@ -62,16 +64,6 @@ class Step:
   hbm_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  """Communication with other chips, which the total leaves out."""
-
-  name: str
-  opcode: str
-  times: int
-  nbytes: int
-
-
 @dataclasses.dataclass
 class Total:
   """The time of a program, as it adds up.
@@ -101,6 +93,7 @@ def estimate_module(
   operands: Operands | None = None,
   chip: Chip = V5E,
   cut: Overlays | None = None,
+  places: Sequence[Place] = (),
 ) -> Total:
   """The time of a compiled program, from what the compiler printed of it.
 
@@ -110,8 +103,11 @@ def estimate_module(
     operands: values of integer operands by kernel name and operand index.
     chip: what it runs on.
     cut: how it is cut into overlays; None if all of it is loaded already.
+    places: of the chips that it runs on, in the order of the program's numbers.
   """
-  return _Module(module_text, listings, operands or {}, chip, cut).run()
+  module = _Module(module_text, listings, operands or {}, chip, cut)
+  module.links = Links(module.module, places, chip)
+  return module.run()
 
 
 class _Module:
@@ -123,19 +119,21 @@ class _Module:
     chip: Chip,
     cut: Overlays | None,
   ):
-    self._module = hlo.parse(text)
+    self.module = hlo.parse(text)
     self._listings, self._operands, self._chip = listings, operands, chip
     self._counted: dict[tuple[str, Part | None], machine.Cycles | None] = {}
     self._twins: dict[str, str] | None = None
     self._flight = InFlight()
+    self.links = Links(self.module, (), chip)
     self._result = Total()
     self._is_cut = cut is not None
     places = {} if cut is None else self._places(cut)
     self._code = CodeSum(cut or WHOLE, places, chip)
 
   def run(self) -> Total:
-    cycles = self._walk(self._module.entry, 1)
+    cycles = self._walk(self.module.entry, 1)
     self._code.end()
+    self._result.collectives = self.links.met
     between, result = self._code.between, self._result
     cycles += between.cycles
     result.cycles = round(cycles)
@@ -170,14 +168,15 @@ class _Module:
     """Cycles of one run of a computation that runs `times` times in all."""
     return sum(
       self._step(instruction, times)
-      for instruction in self._module.computations[computation]
+      for instruction in self.module.computations[computation]
     )
 
   def _step(self, instruction: hlo.Instruction, times: int) -> float:
     opcode = instruction.opcode
     base = re.sub(r"-(start|done|update)$", "", opcode)
-    if base in hlo.COLLECTIVES or self._module.communicates(instruction):
-      return self._collective(instruction, times)
+    if base in hlo.COLLECTIVES or self.module.communicates(instruction):
+      self.links.meet(instruction, times)
+      return 0.0
     control: Mapping[str, Callable[..., float]] = {
       "while": self._loop,
       "conditional": self._conditional,
@@ -195,7 +194,7 @@ class _Module:
 
   def _loop(self, instruction: hlo.Instruction, times: int) -> float:
     body = instruction.called("body")
-    trips = self._module.trip_count(instruction)
+    trips = self.module.trip_count(instruction)
     if trips is None:
       self._note(f"{instruction.name}: trip count unknown, counted once")
       trips = 1
@@ -203,25 +202,29 @@ class _Module:
       return 0.0
     # What is under way from before the loop uses what its turns leave.
     outside, self._flight = self._flight, InFlight()
+    moving, self.links.under_way = self.links.under_way, InFlight()
     with self._code.loop(instruction.name, trips, times):
       cycles = self._walk(body, times * trips)
     outside.pass_time(trips * self._flight.unused)
-    self._flight = outside
+    moving.pass_time(trips * self.links.under_way.unused)
+    self._flight, self.links.under_way = outside, moving
     return trips * cycles
 
   def _conditional(self, instruction: hlo.Instruction, times: int) -> float:
-    before, flight = self._result, self._flight
+    before, flight, links = self._result, self._flight, self.links
     choices = []
     for branch in instruction.calls:
       self._result, self._flight = Total(), copy.deepcopy(flight)
+      self.links = links.copy()
       with self._code.branch() as route:
         cycles = self._walk(branch, times)
-      choices.append((cycles, self._result, self._flight, route))
-    cycles, taken, self._flight, route = max(choices, key=lambda c: c[0])
+      choices.append((cycles, self._result, self._flight, self.links, route))
+    cycles, taken, self._flight, self.links, route = max(
+      choices, key=lambda c: c[0]
+    )
     self._code.follow(route)
     self._result = before
     before.steps += taken.steps
-    before.collectives += taken.collectives
     before.hbm_bytes += taken.hbm_bytes
     before.notes += taken.notes
     before.lower_bound |= taken.lower_bound
@@ -257,6 +260,7 @@ class _Module:
     self._result.hbm_bytes += times * step.hbm_bytes
     capacity = cycles.total * self._chip.hbm_bytes_per_cycle
     self._flight.pass_time(max(0.0, capacity - step.hbm_bytes))
+    self.links.pass_time(self._chip.seconds(cycles.total))
     return cycles.total
 
   def _start(self, instruction: hlo.Instruction, times: int) -> float:
@@ -275,14 +279,6 @@ class _Module:
   def _done(self, instruction: hlo.Instruction) -> float:
     lacking = sum(self._flight.finish(name) for name in instruction.operands)
     return lacking / self._chip.hbm_bytes_per_cycle
-
-  def _collective(self, instruction: hlo.Instruction, times: int) -> float:
-    if not instruction.opcode.endswith(("-done", "-update")):
-      nbytes = sum(array.nbytes for array in instruction.arrays)
-      self._result.collectives.append(
-        Collective(instruction.name, instruction.opcode, times, nbytes)
-      )
-    return 0.0
 
   # --- listings ---------------------------------------------------------------
 
@@ -333,13 +329,13 @@ class _Module:
     """The instruction whose listing is that of another: itself or its twin."""
     if name in self._listings:
       return name
-    instruction = self._module.instructions.get(name)
+    instruction = self.module.instructions.get(name)
     if instruction is None:
       return None
     if self._twins is None:
       self._twins = {
-        self._module.signature(known): printed
+        self.module.signature(known): printed
         for printed in self._listings
-        if (known := self._module.instructions.get(printed))
+        if (known := self.module.instructions.get(printed))
       }
-    return self._twins.get(self._module.signature(instruction))
+    return self._twins.get(self.module.signature(instruction))

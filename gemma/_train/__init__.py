@@ -22,6 +22,7 @@ What happens then, and where to read it:
     |-- metrics   the record of each step: metrics.jsonl, TensorBoard
     |-- plot      pictures of the records: loss.png, and `pallas-gemma plot`
     |-- progress  what the terminal shows
+    |-- inspect   `pallas-gemma inspect`: what lies where
     `-- interrupt Ctrl-C and `kill`, noted and obeyed after the step
 
 Checkpoints are those of `.._checkpoint`, the model that of `.._model`; neither

@@ -7,6 +7,7 @@ and results lie, and the kernels how they are split (`kernels.sharding`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,8 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
+from .._parts import stored_in_parts
 from .._weights import name_of
 from ..ops import sharding
 from .config import TrainConfig
@@ -61,6 +69,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   else:
     grid = np.array(devices).reshape(config.shape)
   return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def abstract_mesh(config: MeshConfig) -> Any:
+  """The same of devices of no matter which name, to ask what lies where."""
+  names = tuple(field.name for field in dataclasses.fields(config))
+  auto = (AxisType.Auto,) * len(names)
+  return AbstractMesh(config.shape, names, axis_types=auto)
 
 
 def _pod(device: Any) -> Any:
@@ -113,10 +128,18 @@ class Layout:
     """A function whose kernels are split so."""
 
     def run(*args: Any) -> Any:
-      with sharding(self.mesh, self.rules):
+      with sharding(self.mesh, self.rules), self._parts():
         return function(*args)
 
     return run
+
+  def _parts(self) -> contextlib.AbstractContextManager[None]:
+    if self.config.fsdp == 1:
+      return contextlib.nullcontext()
+    vocabulary = "model" if self.config.model > 1 else None
+    return stored_in_parts(
+      self.mesh, rows=ROWS, stored="fsdp", vocabulary=vocabulary
+    )
 
   @property
   def batch(self) -> NamedSharding:

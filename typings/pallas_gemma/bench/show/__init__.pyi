@@ -4,3 +4,4 @@ from bench.show import files as files
 from bench.show import published as published
 from bench.show import report as report
 from bench.show import table as table
+from bench.show import train_step as train_step

@@ -1,0 +1,120 @@
+"""What a step of training takes on a slice: memory, compute, communication."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+from ..run.row import Row
+from ..v5e import V5E
+
+_GIB = 2**30
+_SOURCE = re.compile(
+  r"jit\(\w+\)/|[\w\-]+\(|\)|(?:eval_jaxpr|while|body|closed_call)/"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """The collectives of one kind, of one operation.
+
+  Attributes:
+    kind: what they do.
+    source: the operation.
+    runs: in a step.
+    nbytes: of their arrays, all runs.
+    seconds: on the links alone, all runs.
+    exposed: of these, seconds in which the core waits.
+  """
+
+  kind: str
+  source: str
+  runs: int
+  nbytes: int
+  seconds: float
+  exposed: float
+
+
+def traffic(collectives: Iterable[Mapping[str, Any]]) -> list[Traffic]:
+  """Collectives as a row has them, added up, those that take longest first."""
+  sums: dict[tuple[str, str], list[Mapping[str, Any]]] = (
+    collections.defaultdict(list)
+  )
+  for one in collectives:
+    links = " (DCN)" if one["between_slices"] else ""
+    sums[one["kind"] + links, _short(one["source"])].append(one)
+  found = []
+  for (kind, source), many in sums.items():
+    runs = [int(one["times"]) for one in many]
+    nbytes, seconds, exposed = (
+      sum(n * one[what] for n, one in zip(runs, many, strict=True))
+      for what in ("nbytes", "seconds", "exposed")
+    )
+    found.append(Traffic(kind, source, sum(runs), nbytes, seconds, exposed))
+  return sorted(found, key=lambda t: -t.seconds)
+
+
+def _short(source: str) -> str:
+  """The last parts of the name of an operation."""
+  parts = [p for p in _SOURCE.sub("", source).split("/") if p]
+  return "/".join(parts[-3:]) or "(the compiler's own)"
+
+
+def show(console: rich.console.Console, apart: Row, overlapped: Row) -> None:
+  """Prints what one chip of a slice does in a step.
+
+  Args:
+    console: where.
+    apart: the program in which collectives stand apart, for the cycles.
+    overlapped: the program as a user compiles it, for memory and collectives.
+  """
+  found = traffic(overlapped.collectives)
+  for line in summary(apart, overlapped, found):
+    console.print(line, highlight=False)
+  table = rich.table.Table(box=rich.box.SIMPLE)
+  for heading in ("collective", "of"):
+    table.add_column(heading, overflow="fold")
+  for heading in ("runs", "MiB", "ms on the links", "ms exposed"):
+    table.add_column(heading, justify="right")
+  for t in found:
+    table.add_row(
+      t.kind,
+      t.source,
+      f"{t.runs:,}",
+      f"{t.nbytes / 2**20:,.1f}",
+      f"{t.seconds * 1e3:.2f}",
+      f"{t.exposed * 1e3:.2f}",
+    )
+  console.print(table)
+
+
+def summary(
+  apart: Row, overlapped: Row, found: Sequence[Traffic]
+) -> Iterator[str]:
+  """The lines above the table."""
+  compute = apart.seconds
+  links = sum(t.seconds for t in found)
+  exposed = sum(t.exposed for t in found)
+  at_least = "at least " if apart.lower_bound else ""
+  yield f"{apart.case}: one chip's part of a step, estimated, not measured"
+  for name, row in (("as compiled", overlapped), ("collectives apart", apart)):
+    if row.peak_bytes is not None:
+      yield f"  memory at the peak, {name}: {row.peak_bytes / _GIB:.2f} GiB"
+  yield f"  compute: {at_least}{apart.cycles:,} cycles, {compute * 1e3:.2f} ms"
+  yield (
+    f"  collectives: {links * 1e3:.2f} ms on the links, of which "
+    f"{exposed * 1e3:.2f} ms are exposed"
+  )
+  if apart.model_flops:
+    work = apart.model_flops / V5E.peak_flops
+    yield (
+      f"  MFU: {work / compute:.1%} without exposed communication, "
+      f"{work / (compute + exposed):.1%} with it"
+    )
