@@ -25,7 +25,7 @@ from .show import table as tables
 from .suites import gemma_step
 from .suites.program import Program, suite
 
-SUITES = ("registry", "baselines", "gemma")
+SUITES = ("registry", "baselines", "gemma", "others")
 _WIDTH = 180  # of what goes to a file or a pipe: the tables whole
 
 
