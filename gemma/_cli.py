@@ -161,11 +161,14 @@ def _train(arguments: list[str]) -> int:
 
 
 def _train_and_sample(config: TrainConfig) -> int:
+  from ._processes import count, is_first
   from ._train.metrics import perplexity
   from ._train.trainer import train
 
   _keep_compiled(config.directory)
   result = train(config)
+  if not is_first():
+    return 128 + (result.interrupted_by or -128)
   if result.interrupted_by is not None:
     saved = f"after step {result.step}, which is saved"
     tell(
@@ -178,8 +181,9 @@ def _train_and_sample(config: TrainConfig) -> int:
       f"held-out perplexity {perplexity(result.held_out_loss):,.1f}; guessing "
       f"by frequency alone (unigram): {perplexity(result.unigram_loss):,.1f}"
     )
-  print(f"\na sample from {result.directory}:\n")
-  _print_samples(SampleConfig(checkpoint=result.directory))
+  if count() == 1:  # several would all have to load it
+    print(f"\na sample from {result.directory}:\n")
+    _print_samples(SampleConfig(checkpoint=result.directory))
   print(
     f"\nfor more: pallas-gemma sample --checkpoint {result.directory} "
     "--prompt 'The'"

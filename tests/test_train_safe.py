@@ -553,8 +553,8 @@ def test_a_signal_ends_an_evaluation_and_the_step_is_saved(
 ):
   loop, seen = room("_train.loop"), []
 
-  def batches(rows, size):
-    for batch in evaluation_batches(rows, size):
+  def batches(rows, size, mine):
+    for batch in evaluation_batches(rows, size, mine):
       yield batch
       seen.append(len(rows))
       if len(seen) == 2:  # after one to compile, the first of step 4

@@ -31,7 +31,7 @@ def open_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
   try:
     directory.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"")
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another host may have had our number
   except OSError as error:
     what = "is a file" if directory.is_file() else f"cannot write: {error}"
     raise UserError(

@@ -229,10 +229,15 @@ def read_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
 # --- how they come and go ---
 
 
+def part_folder(directory: pathlib.Path, step: int) -> pathlib.Path:
+  """Where a step is written before it is complete."""
+  return _working(directory) / f"{step}.part"
+
+
 @contextlib.contextmanager
 def new_folder(directory: pathlib.Path, step: int) -> Iterator[pathlib.Path]:
   """An empty one, to write a step in; it does not stay there."""
-  folder = _working(directory) / f"{step}.part"
+  folder = part_folder(directory, step)
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
   try:

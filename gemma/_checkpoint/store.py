@@ -15,9 +15,12 @@ import jax
 
 from .._errors import UserError
 from .._files import local_path
+from .._processes import is_first, together
 from . import steps
 from .arrays import read_arrays, write_arrays
 from .checksums import verify, write_checksums
+
+_SAVING = "saving a checkpoint"
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -26,6 +29,8 @@ class Checkpoints(contextlib.AbstractContextManager):
   At every instant it holds at least one complete step, once it had one: a new
   one counts when all of it is on disk and was read back, and only then are
   older ones removed.  So there must be room for one more than are kept.
+
+  Of several processes all do the same; the first one does what is not in parts.
 
   Args:
     directory: holds `checkpoints/`.
@@ -43,7 +48,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._keep = keep
     # The step saved last, which stays whatever its number.
     self._last = -1
-    steps.clean(self._directory)
+    with together("opening the checkpoints"):
+      if is_first():
+        steps.clean(self._directory)
 
   def __exit__(self, *_) -> None:
     """Nothing is left to do: all that was saved is on disk."""
@@ -69,24 +76,26 @@ class Checkpoints(contextlib.AbstractContextManager):
         is not what was written.  What was there before still is.
     """
     step = step_number(step)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
-    with _disk_errors(self._directory):
-      self._directory.mkdir(parents=True, exist_ok=True)
-      free = shutil.disk_usage(self._directory).free
-      if size > free:
-        detail = f"{size:,} bytes wanted, {free:,} free"
-        raise _no_space(self._directory, detail)
-      with steps.new_folder(self._directory, step) as folder:
-        for name, item in items.items():
+    with _disk_errors(self._directory), contextlib.ExitStack() as stack:
+      with together(_SAVING):
+        folder = steps.part_folder(self._directory, step)
+        if is_first():
+          self._check_room(items)
+          stack.enter_context(steps.new_folder(self._directory, step))
+      for name, item in items.items():
+        with together(_SAVING):
           write_arrays(folder / name, item)
-        if record is not None:
-          steps.write_record(folder, record)
-        write_checksums(folder)
-        if loss is not None:
-          steps.write_loss(folder, loss)
-        steps.publish(folder, self._directory, step)
+      with together(_SAVING):
+        if is_first():
+          if record is not None:
+            steps.write_record(folder, record)
+          write_checksums(folder)
+          if loss is not None:
+            steps.write_loss(folder, loss)
+          steps.publish(folder, self._directory, step)
       self._last = step
-      self._prune()
+      if is_first():
+        self._prune()
 
   def note_loss(self, step: int, loss: float) -> None:
     """Records the held-out loss of a step that was saved before.
@@ -102,7 +111,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     Raises:
       UserError: if the disk is full or cannot be written.
     """
-    folder = steps.complete_folders(self._directory).get(step)
+    folder = None
+    if is_first():
+      folder = steps.complete_folders(self._directory).get(step)
     if folder is not None:
       with _disk_errors(self._directory):
         steps.write_loss(folder, loss)
@@ -115,6 +126,14 @@ class Checkpoints(contextlib.AbstractContextManager):
       UserError: if a file is damaged or an array has another shape.
     """
     return restore(self._directory, step, **abstract)
+
+  def _check_room(self, items: Any) -> None:
+    self._directory.mkdir(parents=True, exist_ok=True)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+    free = shutil.disk_usage(self._directory).free
+    if size > free:
+      detail = f"{size:,} bytes wanted, {free:,} free"
+      raise _no_space(self._directory, detail)
 
   def _prune(self) -> None:
     # Nothing is removed before something was saved in its place.

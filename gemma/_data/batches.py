@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -12,20 +13,31 @@ from .rows import Batch, Rows
 
 
 def training_batches(
-  rows: Rows, batch_size: int, seed: int
+  rows: Rows, batch_size: int, seed: int, mine: np.ndarray | None = None
 ) -> Callable[[int], Batch]:
   """A function from a step's number to its batch.
 
   The batch depends on the rows, the seed and the step alone.
   Each pass over the rows is in another order, which is computed, not stored.
+
+  Args:
+    rows: to draw from.
+    batch_size: rows of a batch.
+    seed: of the order.
+    mine: which of the rows of each batch to make, as one of several processes;
+      None for all.
   """
   source = grain.MapDataset.source(rows).seed(seed)
-  batches = source.shuffle().repeat().batch(batch_size)
+  endless = source.shuffle().repeat()
+  batches = endless.batch(batch_size)
 
   def batch(step: int) -> Batch:
-    found = batches[step]
-    assert found is not None  # only a filter leaves gaps, and there is none
-    return found
+    if mine is None:
+      found = batches[step]
+      assert found is not None  # only a filter leaves gaps, and there is none
+      return found
+    some: list[Any] = [endless[step * batch_size + int(i)] for i in mine]
+    return {name: np.stack([row[name] for row in some]) for name in some[0]}
 
   return batch
 
@@ -50,14 +62,16 @@ class Ahead:
     return batch
 
 
-def evaluation_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+  rows: Rows, batch_size: int, mine: np.ndarray | None = None
+) -> Iterator[Batch]:
   """Every row once, in order.
 
   All batches have `batch_size` rows: the last one is filled up with rows whose
-  weights are 0.
+  weights are 0.  `mine` is as for `training_batches`.
   """
   for start in range(0, len(rows), batch_size):
-    index = np.arange(start, start + batch_size)
+    index = start + (np.arange(batch_size) if mine is None else mine)
     batch = rows[np.minimum(index, len(rows) - 1)]
     batch["weights"] = batch["weights"] * (index < len(rows))[:, None]
     yield batch

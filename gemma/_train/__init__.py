@@ -19,6 +19,7 @@ What happens then, and where to read it:
     |       `-- guard       steps that are not taken: NaN, spikes
     |-- times     where the time goes; tokens per second, MFU
     |-- profile   traces some steps
+    |-- place     batches to the devices, each process's rows alone
     |-- metrics   the record of each step: metrics.jsonl, TensorBoard
     |-- plot      pictures of the records: loss.png, and `pallas-gemma plot`
     |-- progress  what the terminal shows
@@ -28,6 +29,8 @@ What happens then, and where to read it:
 Checkpoints are those of `.._checkpoint`, the model that of `.._model`; neither
 knows of the trainer.  All that it prints goes through `.._output`, and one
 process at a time works in a directory, by `.._lock`.
+
+Of several processes (`.._processes`), one on each host, all do this in step.
 
 Every step is a function of the parameters and the optimizer state before it and
 of the batch, and the batch is a function of the seed and the step's number.

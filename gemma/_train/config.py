@@ -95,6 +95,9 @@ class TrainConfig:
       holds a part of them.  Or a preset: v5e-1, v5e-4, v5e-8, v5e-16, v5e-256,
       and the Gemma report's report-2b and report-7b.  "auto": fsdp over all
       devices that divide the rows, model over the rest.
+    distributed: join the processes of other hosts, as the machine knows them
+      (a TPU pod, Slurm, ...), or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+      and JAX_PROCESS_ID say; where these are set it is so by itself.
     seed: of the initial weights, the held-out choice and the order of rows;
       from 0 to 2^63 - 1.
     held_out: share of the text to evaluate on and never train on, up to 134
@@ -143,6 +146,7 @@ class TrainConfig:
   accumulation: int = 1
   sequence_length: int = 128
   mesh: str = "auto"
+  distributed: bool = False
   seed: int = 0
   held_out: float = 0.1
   head: Literal["auto", "recompute", "chunked"] = "auto"

@@ -23,7 +23,9 @@ from jax.sharding import (
   PartitionSpec,
 )
 
+from .._errors import UserError
 from .._parts import stored_in_parts
+from .._processes import count as count_processes
 from .._weights import name_of
 from ..ops import sharding
 from .config import TrainConfig
@@ -40,9 +42,19 @@ def layout_of(config: TrainConfig) -> Layout | None:
   """
   devices, asked = jax.devices(), parse(config.mesh)
   is_cpu = devices[0].platform == "cpu"
-  count = 1 if asked is None and is_cpu else len(devices)
+  several = jax.process_count() > 1
+  if several and count_processes() == 1:
+    raise UserError(
+      f"JAX runs in {jax.process_count()} processes: give --distributed"
+    )
+  count = 1 if asked is None and is_cpu and not several else len(devices)
   rows = config.batch_size // config.accumulation
   mesh = chosen(asked, count, rows, config.model)
+  if several and mesh.devices != len(devices):
+    raise UserError(
+      f"mesh {mesh}: has {mesh.devices} of {len(devices)} devices; the "
+      f"{jax.process_count()} processes need all of theirs"
+    )
   if mesh.devices == 1:
     return None
   return Layout(make_mesh(mesh, devices[: mesh.devices]), mesh)

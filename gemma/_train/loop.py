@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from typing import Any
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._checkpoint import Checkpoints, read_record
@@ -19,10 +20,12 @@ from .._data.batches import (
 from .._data.rows import Batch
 from .._errors import UserError
 from .._files import write_atomically
+from .._processes import is_first
 from .evaluate import is_evaluated
-from .guard import OptimizerState, from_record, to_record
-from .metrics import Metrics, Record
+from .guard import Guard, OptimizerState, from_record, to_record
+from .metrics import Metrics, Record, Unwritten
 from .optimizer import learning_rate_schedule
+from .place import Placement
 from .profile import Profile
 from .progress import Progress
 from .run import Run
@@ -57,7 +60,7 @@ class Loop:
     self,
     run: Run,
     checkpoints: Checkpoints,
-    metrics: Metrics,
+    metrics: Metrics | Unwritten,
     progress: Progress,
     profile: Profile,
     stops: Callable[[], bool],
@@ -70,9 +73,10 @@ class Loop:
     self._progress = progress
     self._profile = profile
     self._stops = stops
-    self._batch = Ahead(
-      training_batches(run.train_rows, config.batch_size, config.seed)
+    self._placed = Placement(
+      run.layout, (config.batch_size, config.sequence_length)
     )
+    self._batch = Ahead(self._batches(self._placed.rows))
     self._train_step, self._evaluate_batch = make_steps(
       config, valid, run.layout
     )
@@ -102,10 +106,7 @@ class Loop:
         evaluated.
     """
     # Compiled now, when nothing would be lost, and not with steps to save.
-    batches = evaluation_batches(
-      self._run.evaluation_rows, self._run.config.batch_size
-    )
-    first = self._placed(next(batches))
+    first = self._placed(next(self._evaluation_batches()))
     with self._times.part("compile"):
       jax.block_until_ready(self._evaluate_batch(self._params, first))
     self._record = unwritten
@@ -140,6 +141,11 @@ class Loop:
       self.report()
       self._profile.end()
     self.check()
+
+  def stops(self) -> bool:
+    """Whether the loop is to end; of several processes, all are asked."""
+    with self._times.part("step"):  # it waits for nothing but devices
+      return self._stops()
 
   def check(self) -> None:
     """Saves and ends the run if too many steps in a row were not taken.
@@ -218,13 +224,9 @@ class Loop:
     """
     count = self._run.config.max_skipped
     newest = range(self.step - count, self.step)
-    batches = [self._batch.of(step) for step in newest]
-    content, named = io.BytesIO(), {"step": np.array(newest) + 1}
-    for name in batches[0]:
-      named[name] = np.stack([batch[name] for batch in batches])
-    np.savez(content, allow_pickle=False, **named)
     path = self._run.directory / f"skipped-{self.step}.npz"
-    write_atomically(path, content.getvalue())
+    if is_first():
+      _write_batches(path, newest, map(self._batches(), newest))
     loss, norm = (
       record.get("total_loss", record["loss"]),
       record["gradient_norm"],
@@ -237,10 +239,17 @@ class Loop:
       "another --work-dir, or the same command to go on"
     )
 
-  def _placed(self, batch: Batch) -> Any:
-    """A batch where it is to lie, each device's rows with it."""
-    layout = self._run.layout
-    return batch if layout is None else jax.device_put(batch, layout.batch)
+  def _batches(self, mine: np.ndarray | None = None) -> Callable[[int], Batch]:
+    """The batch of a step, or the rows of it that are this process's."""
+    config = self._run.config
+    return training_batches(
+      self._run.train_rows, config.batch_size, config.seed, mine
+    )
+
+  def _evaluation_batches(self) -> Iterator[Batch]:
+    """This process's rows of the batches of an evaluation."""
+    rows, size = self._run.evaluation_rows, self._run.config.batch_size
+    return evaluation_batches(rows, size, self._placed.rows)
 
   def _evaluate(self) -> None:
     """Adds the held-out loss to the newest record, if it is not to stop."""
@@ -248,7 +257,7 @@ class Loop:
     config, rows = self._run.config, self._run.evaluation_rows
     record, count = self._measure(), -(-len(rows) // config.batch_size)
     with self._times.part("evaluate"):
-      for i, batch in enumerate(evaluation_batches(rows, config.batch_size)):
+      for i, batch in enumerate(self._evaluation_batches()):
         if self._stops():
           return
         self._progress.evaluating(i, count)
@@ -270,5 +279,19 @@ def _state_of(run: Run, checkpoints: Checkpoints) -> State:
   restored = checkpoints.restore(run.done, params=params, optimizer=adamw)
   guard = from_record(read_record(run.directory, run.done).get("guard"))
   where = None if run.layout is None else run.layout.everywhere
-  guard = jax.device_put(guard, where)
+  guard = jax.jit(
+    lambda: Guard(*map(jnp.asarray, guard)), out_shardings=where
+  )()
   return restored["params"], OptimizerState(restored["optimizer"], guard)
+
+
+def _write_batches(
+  path: pathlib.Path, done: Sequence[int], batches: Iterable[Batch]
+) -> None:
+  """Leaves the batches of steps, after so many were done, to be looked at."""
+  made, content = list(batches), io.BytesIO()
+  named = {"step": np.array(done) + 1}
+  for name in made[0]:
+    named[name] = np.stack([batch[name] for batch in made])
+  np.savez(content, allow_pickle=False, **named)
+  write_atomically(path, content.getvalue())

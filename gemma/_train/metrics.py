@@ -151,6 +151,20 @@ class Metrics(contextlib.AbstractContextManager):
       ) from error
 
 
+class Unwritten(contextlib.AbstractContextManager):
+  """As `Metrics`, of a process that writes none."""
+
+  def __exit__(self, *_) -> None:
+    """Nothing is left to do."""
+
+  def write(self, record: Record) -> Record:
+    """Gives the record back."""
+    return record
+
+  def flush(self) -> None:
+    """Nothing waits."""
+
+
 def _useful(record: Record) -> float:
   """Seconds in which the devices took the step, if it counts."""
   skipped = "skipped_in_a_row" in record

@@ -25,6 +25,7 @@ _PACKAGES = "pallas-gemma jax jaxlib flax optax orbax-checkpoint".split()
 # What may change without a word, or may not, as it is judged with the identity
 # of the directory ...
 _UNSAID = {"work_dir", "cache_dir", "allow_change", "profile"}
+_UNSAID |= {"distributed"}
 _UNSAID |= {"held_out", "seed", "batch_size", "sequence_length"}
 # ... and with a line that says so, as it changes no step's result but by
 # rounding.  (Most settings of the model, too, are judged with the identity.)

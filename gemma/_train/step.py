@@ -259,8 +259,8 @@ def resolved(
 
 
 def device_memory() -> int | None:
-  """Bytes the first device has for arrays; None if it does not report them."""
-  return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+  """Bytes a device has for arrays; None if it does not report them."""
+  return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def fresh_state(config: TrainConfig) -> State:

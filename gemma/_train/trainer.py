@@ -10,12 +10,13 @@ import dataclasses
 import os
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import rich.console
 
 from .._checkpoint import (
+  CONFIG,
   Checkpoints,
   best_step,
   open_directory,
@@ -23,16 +24,24 @@ from .._checkpoint import (
   read_record,
   set_aside_unfinished,
 )
+from .._errors import UserError
 from .._flops import peak_flops
 from .._lock import locked
 from .._output import Output, reporting
 from .._params import num_parameters
+from .._processes import Poll, is_first, start, together
 from ..ops import describe_ops
 from .config import TrainConfig
 from .evaluate import is_evaluated
 from .interrupt import deferred_interrupts
 from .loop import Loop
-from .metrics import Metrics, Record, read_metrics, unwritten_record
+from .metrics import (
+  Metrics,
+  Record,
+  Unwritten,
+  read_metrics,
+  unwritten_record,
+)
 from .plot import plot_losses
 from .profile import Profile
 from .progress import Progress, completed
@@ -67,24 +76,33 @@ def train(
 ) -> TrainResult:
   """Trains until `config.steps` are done; resumes the run its directory holds.
 
+  Of several processes, each is to call it, with the same config.
+
   Args:
     config: the model, the data, the directory, and for how long.
-    console: where to report; standard output by default.
+    console: where to report; standard output by default.  Only the first of
+      several processes does.
 
   Raises:
     UserError: when the data, the directory or a checkpoint does not fit; the
       message says what to do, and nothing that was there is lost.
   """
+  start(config.distributed)
   existed = os.path.exists(config.directory)
-  directory = open_directory(config.directory)
+  directory = config.directory
   try:
-    with (
-      locked(directory),
-      reporting(console or rich.console.Console()) as (reporter, output),
-    ):
+    with contextlib.ExitStack() as stack:
+      with together("opening the work directory"):
+        directory = open_directory(directory)
+        if is_first():
+          stack.enter_context(locked(directory))
+      console = console or rich.console.Console()
+      if not is_first():
+        console = rich.console.Console(quiet=True)
+      reporter, output = stack.enter_context(reporting(console))
       return _run(config, directory, reporter, output)
   finally:
-    if not existed:  # and nothing came of it
+    if not existed and is_first():  # and nothing came of it
       with contextlib.suppress(OSError):
         directory.rmdir()
 
@@ -98,12 +116,7 @@ def _run(
   def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-  for step, folder in set_aside_unfinished(directory).items():
-    say(
-      f"step {step} is unfinished (it has no checksums.json) and ignored; it "
-      f"is now {folder}"
-    )
-  run = open_run(config, directory, console)
+  run = _opened(config, directory, console, say)
   done, unwritten = run.done, _unwritten(run)
   if done >= config.steps and unwritten is None:
     say(f"{completed(done, config.steps)} in {directory}")
@@ -116,6 +129,8 @@ def _run(
   for line in _describe(run):
     say(line)
   result = _train(run, unwritten, console, output)
+  if not is_first():
+    return result
   try:
     say(f"losses drawn in {plot_losses(directory)}")
   except OSError as error:  # the picture only; all else is saved
@@ -128,6 +143,35 @@ def _run(
       "`sample --step best` takes it"
     )
   return result
+
+
+def _opened(
+  config: TrainConfig,
+  directory: pathlib.Path,
+  console: rich.console.Console,
+  say: Callable[[str], None],
+) -> Run:
+  """The run; of several processes, the first one makes what is not there."""
+  run = None
+  for mine in (is_first(), not is_first()):
+    with together("reading the data"):
+      if not mine:
+        continue
+      if is_first():
+        for step, folder in set_aside_unfinished(directory).items():
+          say(
+            f"step {step} is unfinished (it has no checksums.json) and "
+            f"ignored; it is now {folder}"
+          )
+      elif not (directory / CONFIG).exists():
+        raise UserError(
+          f"work directory {directory}: process {jax.process_index()} does not "
+          "see what the first process wrote there; give one that all hosts "
+          "share"
+        )
+      run = open_run(config, directory, console)
+  assert run is not None
+  return run
 
 
 def _unwritten(run: Run) -> Record | None:
@@ -149,29 +193,38 @@ def _train(
   with (
     deferred_interrupts() as interruption,
     Checkpoints(run.directory, keep=config.keep) as checkpoints,
-    Metrics(
-      run.directory, step=run.done - 1 if unwritten else run.done
-    ) as metrics,
+    _metrics(run.directory, run.done - 1 if unwritten else run.done) as metrics,
     Progress(run.done, config.steps, console) as progress,
-    Profile(config.profile, run.directory) as profile,
+    Profile(config.profile if is_first() else None, run.directory) as profile,
   ):
+    poll, nobody_reads = Poll(), getattr(signal, "SIGPIPE", signal.SIGTERM)
+    told = 0  # by a signal to any of the processes
 
     def stops() -> bool:
-      return interruption.signal is not None or output.gone
+      nonlocal told
+      gone = nobody_reads if output.gone else 0  # no SIGPIPE in Windows
+      told = poll(interruption.signal or gone)
+      return told != 0
 
     loop = Loop(run, checkpoints, metrics, progress, profile, stops)
     loop.prepare(unwritten)
-    while loop.step < config.steps and not stops():
+    while loop.step < config.steps and not loop.stops():
       loop.take_step()
       interruption.holds = True
     loop.save()
     loop.report()
     loop.check()
   stopped = interruption.signal
-  if stopped is None and output.gone and loop.step < config.steps:
-    stopped = getattr(signal, "SIGPIPE", signal.SIGTERM)  # not in Windows
+  if stopped is None and told and loop.step < config.steps:
+    stopped = signal.Signals(told)
+  with together("the records"):
+    pass  # the first process has written them
   result = _result(run.directory, loop.step)
   return dataclasses.replace(result, interrupted_by=stopped)
+
+
+def _metrics(directory: pathlib.Path, step: int) -> Metrics | Unwritten:
+  return Metrics(directory, step=step) if is_first() else Unwritten()
 
 
 def _describe(run: Run) -> Iterator[str]:
@@ -185,7 +238,9 @@ def _describe(run: Run) -> Iterator[str]:
     f"JAX {jax.__version__}{unused}"
   )
   if mesh is not None:
-    yield f"mesh      {mesh}, {mesh.devices} devices"
+    several = jax.process_count()
+    of = f" of {several} processes" if several > 1 else ""
+    yield f"mesh      {mesh}, {mesh.devices} devices{of}"
   model = abstract_model(config)
   for line in describe_ops(model.ops, device.platform):
     yield f"op        {line}"
