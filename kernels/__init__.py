@@ -64,7 +64,6 @@ from ._quantized import QuantizedWeight as QuantizedWeight
 from ._remat import names_of as _names_of
 from ._remat import products_or as _products_or
 from ._rms_norm import OP as _RMS_NORM
-from ._rms_norm import RMSNormConfig as RMSNormConfig
 from ._rms_norm import rms_norm as rms_norm
 from ._rms_norm import rms_norm_reference as rms_norm_reference
 from ._rope import OP as _APPLY_ROPE
@@ -74,6 +73,7 @@ from ._rope import RopeFrequencies as RopeFrequencies
 from ._rope import apply_rope as apply_rope
 from ._rope import apply_rope_reference as apply_rope_reference
 from ._row_norm import Norm as Norm
+from ._row_norm import RMSNormConfig as RMSNormConfig
 
 # To add a kernel: one module or room, its imports above, one entry here.
 OPS: tuple[Op, ...] = (

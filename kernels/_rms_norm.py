@@ -10,8 +10,9 @@ Maths, for every row x in R^D of the input, a scale s in R^D and an offset o
     dx = r * (g - x * mean(g * x) / (mean(x^2) + epsilon))
     ds = sum over rows of dy * x * r
 
-`add_rms_norm`, in `_add_rms_norm.py`, normalises h = x + residual, rounded to
-the inputs' dtype, and returns h too; the kernels here do either.
+Without a scale o + s is 1.  `add_rms_norm`, in `_add_rms_norm.py`, normalises
+h = x + residual, rounded to the wider of their dtypes, and returns h too; the
+kernels here do either, and write y in a dtype of its own.
 
 Traffic: forward reads x and writes y; backward reads x and dy and writes dx
 (r is recomputed: it costs nothing beside the bytes).  With the residual:
@@ -33,7 +34,6 @@ suffices.  ds stays in VMEM from the first tile to the last.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -43,13 +43,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ._frame import switches, tpu
-from ._frame.check import (
-  Implementation,
-  as_floats,
-  check_config,
-  check_implementation,
-  check_shape,
-)
+from ._frame.check import Implementation
 from ._frame.kernel import Saved, kernel_op
 from ._frame.manual import varying_like
 from ._frame.op import Cost, Op, nbytes
@@ -57,13 +51,16 @@ from ._frame.sharding import Axes, Split, leading_dims
 from ._row_norm import (
   BENCHES,
   TESTS,
+  Arrays,
   Norm,
+  Outs,
+  Problem,
   RMSNormConfig,
   RowNorm,
-  as_norm,
   as_rows,
   cases,
   epsilon_operand,
+  problem_of,
 )
 
 # --- specification ------------------------------------------------------------
@@ -72,68 +69,38 @@ from ._row_norm import (
 @switches.plain
 def rms_norm_reference(
   x: jax.Array,
-  scale: jax.Array,
+  scale: jax.Array | None = None,
   *,
   epsilon: float | jax.Array = 1e-6,
   scale_offset: float | jax.Array = 0.0,
+  out_dtype: Any = None,
 ) -> jax.Array:
   """The maths of the module docstring in plain jnp.  The specification."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   x_wide = x.astype(wide)
   mean_square = jnp.mean(x_wide * x_wide, axis=-1, keepdims=True)
   r = jax.lax.rsqrt(mean_square + epsilon)
-  return (x_wide * r * (scale_offset + scale.astype(wide))).astype(x.dtype)
+  gain = 1.0 if scale is None else scale_offset + scale.astype(wide)
+  return (x_wide * r * gain).astype(out_dtype or x.dtype)
 
 
 # --- the problem --------------------------------------------------------------
-
-_VMEM_BYTES = 64 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-  """Everything that is not an array."""
-
-  norm: RowNorm
-  implementation: Implementation
-  config: RMSNormConfig | None
-
-  def rows(self, x: jax.Array) -> int:
-    """Rows per grid step."""
-    config = self.config or RMSNormConfig.fitting(x.shape[-1], x.dtype)
-    return config.rows
-
-  def vmem_bytes(self, x: jax.Array, arrays: int, values: float) -> int:
-    """For tiles of so many operands and, at the worst, float32 values."""
-    lanes, op = tpu.lanes(x.shape[-1]), f"{'add_' * (arrays > 3)}rms_norm"
-    tile = self.rows(x) * lanes
-    needed = int((2 * arrays * x.dtype.itemsize + 4 * values) * tile)
-    needed += 3 * 4 * lanes  # the scale, and its gradient's two buffers
-    return tpu.vmem_to_ask(op, needed, _VMEM_BYTES, f"D = {x.shape[-1]}")
-
-
-class Arrays(NamedTuple):
-  """What the op is given; rms_norm has no residual."""
-
-  x: Any  # [..., D]
-  residual: Any  # [..., D]
-  scale: Any  # [D]
-  epsilon: Any = None  # [] float32, if it is traced
-
-
-class Outs(NamedTuple):
-  """What the op gives; rms_norm has no sum."""
-
-  y: Any  # [..., D], the norm
-  h: Any  # [..., D], x + residual
+# `Problem`, `Arrays` (x, residual, scale, epsilon) and `Outs` (y, h) are those
+# of both ops, in `_row_norm.py`; rms_norm has no residual and no sum h.
 
 
 def reference(p: Problem, a: Arrays) -> Outs:
   """The specification of both ops."""
   h = None if a.residual is None else a.x + a.residual
   x, norm = a.x if h is None else h, p.norm.at(a.epsilon)
-  options = dict(epsilon=norm.epsilon, scale_offset=norm.scale_offset)
-  return Outs(rms_norm_reference(x, a.scale, **options), h)
+  y = rms_norm_reference(
+    x,
+    a.scale,
+    epsilon=norm.epsilon,
+    scale_offset=norm.scale_offset,
+    out_dtype=p.out_dtype,
+  )
+  return Outs(y, h)
 
 
 # --- forward ------------------------------------------------------------------
@@ -145,7 +112,7 @@ def reference(p: Problem, a: Arrays) -> Outs:
 class _ForwardInputs(NamedTuple):
   x: Any  # [rows, D]
   residual: Any  # [rows, D], or None
-  scale: Any  # [1, D]
+  scale: Any  # [1, D], or None
   epsilon: Any  # [1, 1], or None if it is static
 
 
@@ -158,6 +125,14 @@ def _float32(ref: Any) -> jax.Array:
   return ref[...].astype(jnp.float32)
 
 
+def _whole(ref: Any) -> Any:
+  return None if ref is None else ref[...]
+
+
+def _as_row(scale: Any) -> Any:
+  return None if scale is None else scale[None, :]
+
+
 def _forward_kernel(i: _ForwardInputs, o: _ForwardOutputs, *, norm: RowNorm):
   x = _float32(i.x)
   if i.residual is not None:
@@ -165,29 +140,32 @@ def _forward_kernel(i: _ForwardInputs, o: _ForwardOutputs, *, norm: RowNorm):
     o.h[...] = h.astype(o.h.dtype)
     x = _float32(o.h)  # the norm is that of the sum as it is returned
   # x * rsqrt(mean(x^2) + epsilon) * (offset + scale)
-  y = norm.at(i.epsilon).of(x, i.scale[...])
+  y = norm.at(i.epsilon).of(x, _whole(i.scale))
   o.y[...] = y.astype(o.y.dtype)
 
 
 def forward(p: Problem, a: Arrays) -> Outs:
   """One kernel, with the addition or without."""
   x, residual = as_rows(a.x), as_rows(a.residual)
-  (n, d), rows = x.shape, p.rows(x)
+  has, d = residual is not None, x.shape[1]
+  of_sum = jnp.promote_types(x.dtype, residual.dtype) if has else x.dtype
+  h = varying_like(x, x.shape, of_sum)
+  n, rows = x.shape[0], p.rows(h)
   epsilon, one = epsilon_operand(a.epsilon)
   tile = pl.BlockSpec((rows, d), lambda i: (i, 0))
   whole = pl.BlockSpec((1, d), lambda i: (0, 0))
-  has = residual is not None
-  vmem = p.vmem_bytes(x, 4 if has else 2, 1)
-  out = varying_like(x, x.shape, x.dtype)
+  gain = None if a.scale is None else whole
+  vmem = p.vmem_bytes(h, 4 if has else 2, 1)
+  y = varying_like(x, x.shape, p.dtype_of(h))
   (outs,) = pl.pallas_call(
     functools.partial(_forward_kernel, norm=p.norm),
     name="add_rms_norm_fwd" if has else "rms_norm_fwd",
     grid=(pl.cdiv(n, rows),),
-    in_specs=[_ForwardInputs(tile, tile if has else None, whole, one)],
+    in_specs=[_ForwardInputs(tile, tile if has else None, gain, one)],
     out_specs=[_ForwardOutputs(tile, tile if has else None)],
-    out_shape=[_ForwardOutputs(out, out if has else None)],
+    out_shape=[_ForwardOutputs(y, h if has else None)],
     compiler_params=tpu.compiler_params(vmem),
-  )(_ForwardInputs(x, residual, a.scale[None, :], epsilon))
+  )(_ForwardInputs(x, residual, _as_row(a.scale), epsilon))
   return Outs(*jax.tree.map(lambda y: y.reshape(a.x.shape), outs))
 
 
@@ -195,20 +173,22 @@ def forward(p: Problem, a: Arrays) -> Outs:
 # One grid step: a tile of rows, whole.
 #   1. gradients  dx of the tile, and every row's part of dscale
 #   2. add        the gradient that reaches h = x + residual by other ways
-#   3. sum        dscale over rows, in the block that stays for all steps
+#   3. narrow     the same gradient again, if one of the inputs is narrower
+#   4. sum        dscale over rows, in the block that stays for all steps
 
 
 class _BackwardInputs(NamedTuple):
   x: Any  # [rows, D], of rms_norm; the sum h, of add_rms_norm
-  scale: Any  # [1, D]
+  scale: Any  # [1, D], or None
   epsilon: Any  # [1, 1], or None if it is static
   dy: Any  # [rows, D]
   dh: Any  # [rows, D], or None
 
 
 class _BackwardOutputs(NamedTuple):
-  dx: Any  # [rows, D]
-  dscale: Any  # [1, D] float32, the same block for every grid step
+  dx: Any  # [rows, D] of x's dtype, or the sum's
+  dnarrow: Any  # [rows, D] of a narrower input of the sum, or None
+  dscale: Any  # [1, D] float32, the same block for every grid step, or None
 
 
 def _backward_kernel(
@@ -218,10 +198,14 @@ def _backward_kernel(
   x, dy = _float32(i.x), _float32(i.dy)
   # g = dy * (offset + scale),  r = rsqrt(mean(x^2) + epsilon)
   # r * (g - x * mean(g * x) * r^2)   and   dy * x * r
-  dx, dscale = norm.at(i.epsilon).gradients(x, i.scale[...], dy)
+  dx, dscale = norm.at(i.epsilon).gradients(x, _whole(i.scale), dy)
   if i.dh is not None:
     dx += _float32(i.dh)
   o.dx[...] = dx.astype(o.dx.dtype)
+  if o.dnarrow is not None:
+    o.dnarrow[...] = dx.astype(o.dnarrow.dtype)
+  if o.dscale is None:
+    return
 
   @pl.when(step == 0)
   def _():
@@ -244,25 +228,32 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   shape, x = x.shape, as_rows(x)
   (n, width), rows = x.shape, p.rows(x)
   epsilon, one = epsilon_operand(saved.arrays.epsilon)
-  vmem = p.vmem_bytes(x, 4 if has else 3, 3.5)
+  vmem = p.vmem_bytes(x, (4 if has else 3) + (p.narrow is not None), 3.5)
   tile = pl.BlockSpec((rows, width), lambda i: (i, 0))
   whole = pl.BlockSpec((1, width), lambda i: (0, 0))
+  gain = None if scale is None else whole
+  like = functools.partial(varying_like, x)
+  types = _BackwardOutputs(
+    like(x.shape, x.dtype),
+    None if p.narrow is None else like(x.shape, p.narrow[1]),
+    None if scale is None else like((1, width), jnp.float32),
+  )
   (grads,) = pl.pallas_call(
     functools.partial(_backward_kernel, norm=p.norm, n=n),
     name="add_rms_norm_bwd" if has else "rms_norm_bwd",
     grid=(pl.cdiv(n, rows),),
-    in_specs=[_BackwardInputs(tile, whole, one, tile, tile if has else None)],
-    out_specs=[_BackwardOutputs(tile, whole)],
-    out_shape=[
-      _BackwardOutputs(
-        varying_like(x, x.shape, x.dtype),
-        varying_like(x, (1, width), jnp.float32),
-      )
-    ],
+    in_specs=[_BackwardInputs(tile, gain, one, tile, tile if has else None)],
+    out_specs=[_BackwardOutputs(tile, types.dnarrow and tile, gain)],
+    out_shape=[types],
     compiler_params=tpu.compiler_params(vmem),
-  )(_BackwardInputs(x, scale[None, :], epsilon, as_rows(d.y), as_rows(d.h)))
+  )(_BackwardInputs(x, _as_row(scale), epsilon, as_rows(d.y), as_rows(d.h)))
   dx = grads.dx.reshape(shape)
-  return Arrays(dx, dx if has else None, grads.dscale[0].astype(scale.dtype))
+  given = Arrays(dx, dx if has else None, None)
+  if scale is not None:
+    given = given._replace(scale=grads.dscale[0].astype(scale.dtype))
+  if p.narrow is None:
+    return given
+  return given._replace(**{p.narrow[0]: grads.dnarrow.reshape(shape)})
 
 
 # --- the op ------------------------------------------------------------------
@@ -274,7 +265,8 @@ def split(p: Problem, a: Arrays) -> Split:
   rows = leading_dims(a.x.ndim - 1) + "D"
   added = None if a.residual is None else rows
   epsilon = None if a.epsilon is None else ""
-  arrays = Arrays(rows, added, "D", epsilon)
+  scale = None if a.scale is None else "D"
+  arrays = Arrays(rows, added, scale, epsilon)
   return Split(arrays, Outs(rows, added), over="BTD")
 
 
@@ -284,7 +276,7 @@ def around(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Axes]) -> Outs:
     return op(p, a)
   h = a.x if a.residual is None else a.x + a.residual
   y = p.norm.at(a.epsilon).of_split(h.astype(jnp.float32), a.scale, axes["D"])
-  return Outs(y.astype(h.dtype), None if a.residual is None else h)
+  return Outs(y.astype(p.dtype_of(h)), None if a.residual is None else h)
 
 
 _rms_norm = kernel_op(
@@ -300,38 +292,14 @@ _rms_norm = kernel_op(
 # --- public -------------------------------------------------------------------
 
 
-def problem_of(
-  op: str,
-  x: Any,
-  residual: Any,
-  norm: Norm,
-  implementation: Implementation,
-  config: RMSNormConfig | None,
-) -> tuple[Problem, Arrays]:
-  """What either op is given, checked."""
-  check_implementation(op, implementation)
-  check_config(op, config, RMSNormConfig)
-  (x,) = as_floats(op, x=x)
-  if x.ndim == 0:
-    raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-  row_norm, scale, epsilon = as_norm(op, x, norm)
-  problem = Problem(row_norm, implementation, config)
-  if residual is None:
-    return problem, Arrays(x, None, scale, epsilon)
-  (residual,) = as_floats(op, residual=residual)
-  check_shape(op, "residual", residual, x.shape, "the shape of x")
-  dtype = jnp.promote_types(x.dtype, residual.dtype)
-  arrays = x.astype(dtype), residual.astype(dtype)
-  return problem, Arrays(*arrays, scale, epsilon)
-
-
 @switches.plain
 def rms_norm(
   x: jax.Array,
-  scale: jax.Array,
+  scale: jax.Array | None = None,
   *,
   epsilon: float | jax.Array = 1e-6,
   scale_offset: float | jax.Array = 0.0,
+  out_dtype: Any = None,
   implementation: Implementation = None,
   config: RMSNormConfig | None = None,
 ) -> jax.Array:
@@ -341,25 +309,28 @@ def rms_norm(
 
   Args:
     x: [..., D] float32, bfloat16 or float16.
-    scale: [D] float32, bfloat16 or float16.
+    scale: [D] float32, bfloat16 or float16, whatever x is; None for none, y = x
+      / rms(x), and then without an offset.
     epsilon: added to the mean square, in the units of x squared; it may be
       traced, and so may the offset, but the kernel has no gradient for it.
     scale_offset: added to the scale: 1.0 for Gemma, where a stored zero means
       an identity scale; 0.0 for Llama.
+    out_dtype: of the result, float32, bfloat16 or float16; None is x's.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes; None picks them from the shape.
 
   Returns:
-    [..., D] of x's dtype.  The arithmetic is float32.
+    [..., D] of x's dtype, or `out_dtype`.  The arithmetic is float32.
 
   Raises:
-    ValueError: on a scale of another shape than (D,), another dtype, or a
-      negative epsilon.
+    ValueError: on a scale of another shape than (D,), another dtype, an offset
+      without a scale, or a negative epsilon.
   """
-  norm = Norm(scale, epsilon, scale_offset)
-  problem = problem_of("rms_norm", x, None, norm, implementation, config)
-  return _rms_norm(*problem).y
+  norm, op = Norm(scale, epsilon, scale_offset), "rms_norm"
+  given = problem_of(op, x, None, norm, out_dtype, implementation, config)
+  y = _rms_norm(*given).y
+  return y if out_dtype is None else y.astype(out_dtype)
 
 
 # --- registration -------------------------------------------------------------

@@ -1,12 +1,12 @@
 """RMSNorm of whole rows in VMEM, for its own kernels and for others' input.
 
-`_rms_norm.py` has the maths and the derivation.  Everything here is float32.
+`_rms_norm.py` has the maths and the derivation.  All arithmetic is float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,13 @@ from jax.experimental import pallas as pl
 
 from ._frame import tpu
 from ._frame.check import (
+  Implementation,
   as_array,
+  as_floats,
   as_scalar,
+  check_config,
   check_float,
+  check_implementation,
   check_shape,
   register_with_numbers,
 )
@@ -28,12 +32,13 @@ class Norm:
   """RMSNorm that an op takes of its input where it reads it.
 
   Attributes:
-    scale: [D] float32, bfloat16 or float16.
+    scale: [D] float32, bfloat16 or float16, whatever the input is; None for
+      none, as the norms of queries and keys may be.
     epsilon: added to the mean square, in the units of the input squared.
     scale_offset: added to the scale: 1.0 for Gemma, 0.0 for Llama.
   """
 
-  scale: jax.Array
+  scale: jax.Array | None = None
   epsilon: Any = 1e-6
   scale_offset: Any = 0.0
 
@@ -43,22 +48,27 @@ register_with_numbers(Norm, ["scale"], ["epsilon", "scale_offset"])
 
 def as_norm(
   op: str, x: jax.Array, norm: Norm, prefix: str = ""
-) -> tuple[RowNorm, jax.Array, jax.Array | None]:
+) -> tuple[RowNorm, jax.Array | None, jax.Array | None]:
   """A norm that fits x: what is static of it, its scale, a traced epsilon.
 
   A traced offset becomes part of the scale.  `prefix` is how errors call it.
   """
-  name = f"{prefix}scale"
-  scale = as_array(op, name, norm.scale)
-  check_float(op, **{name: scale})
-  check_shape(op, name, scale, x.shape[-1:], "x's last dimension")
+  name, scale = f"{prefix}scale", norm.scale
+  if scale is not None:
+    scale = as_array(op, name, scale)
+    check_float(op, **{name: scale})
+    check_shape(op, name, scale, x.shape[-1:], "x's last dimension")
   epsilon = as_scalar(op, f"{prefix}epsilon", norm.epsilon)
   offset = as_scalar(op, f"{prefix}scale_offset", norm.scale_offset)
   if isinstance(epsilon, float) and not epsilon >= 0:
     raise ValueError(
       f"{op}: {prefix}epsilon must not be negative, got {epsilon}"
     )
-  if not isinstance(offset, float):
+  if scale is None and not (isinstance(offset, float) and offset == 0):
+    raise ValueError(
+      f"{op}: {prefix}scale_offset must be 0 without a scale, got {offset}"
+    )
+  if scale is not None and not isinstance(offset, float):
     scale, offset = scale.astype(jnp.float32) + offset, 0.0
   if isinstance(epsilon, float):
     return RowNorm(epsilon, offset), scale, None
@@ -83,13 +93,13 @@ class RowNorm:
       return self
     return dataclasses.replace(self, epsilon=epsilon[...])
 
-  def of(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-    """The norm of x [rows, D] with a scale [1, D]."""
+  def of(self, x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """The norm of x [rows, D] with a scale [1, D], or none."""
     r = jax.lax.rsqrt(self._mean_square(x))
     return x * r * self._gain(scale)
 
   def of_split(
-    self, x: jax.Array, scale: jax.Array, axes: tuple[str, ...]
+    self, x: jax.Array, scale: jax.Array | None, axes: tuple[str, ...]
   ) -> jax.Array:
     """The norm of rows of which every device has a part [..., D / devices].
 
@@ -100,7 +110,7 @@ class RowNorm:
     return x * jax.lax.rsqrt(squares / width + self.epsilon) * self._gain(scale)
 
   def gradients(
-    self, x: jax.Array, scale: jax.Array, dy: jax.Array
+    self, x: jax.Array, scale: jax.Array | None, dy: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """dx [rows, D], and each row's part of dscale [rows, D]."""
     mean_square = self._mean_square(x)
@@ -118,7 +128,9 @@ class RowNorm:
   def _mean_square(self, x: jax.Array) -> jax.Array:
     return jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon
 
-  def _gain(self, scale: jax.Array) -> jax.Array:
+  def _gain(self, scale: jax.Array | None) -> Any:
+    if scale is None:
+      return 1.0
     return self.scale_offset + scale.astype(jnp.float32)
 
 
@@ -167,6 +179,113 @@ class RMSNormConfig:
     row_bytes = tpu.lanes(width) * jnp.dtype(dtype).itemsize
     rows = _TILE_BYTES // row_bytes // 16 * 16
     return cls(rows=min(max(rows, 16), 1024))
+
+
+# --- the problem of rms_norm and add_rms_norm ---------------------------------
+
+_VMEM_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Everything that is not an array.
+
+  Attributes:
+    norm: what is static of the norm.
+    implementation: as the caller gave it.
+    config: tile sizes, None for the op's own choice.
+    out_dtype: of the norm; None is that of x, or of the sum.
+    narrow: which of "x" and "residual" is narrower than their sum, and its
+      dtype; None if both are of one.
+  """
+
+  norm: RowNorm
+  implementation: Implementation
+  config: RMSNormConfig | None
+  out_dtype: Any = None
+  narrow: tuple[str, Any] | None = None
+
+  def dtype_of(self, x: jax.Array) -> Any:
+    """Of the norm of x, or of the sum x."""
+    return self.out_dtype or x.dtype
+
+  def widest(self, x: jax.Array) -> jnp.dtype:
+    """Of the arrays of a kernel with x, or with the sum x."""
+    return max(x.dtype, jnp.dtype(self.dtype_of(x)), key=lambda d: d.itemsize)
+
+  def rows(self, x: jax.Array) -> int:
+    """Rows per grid step."""
+    config = self.config or RMSNormConfig.fitting(x.shape[-1], self.widest(x))
+    return config.rows
+
+  def vmem_bytes(self, x: jax.Array, arrays: int, values: float) -> int:
+    """For tiles of so many operands and, at the worst, float32 values."""
+    lanes, op = tpu.lanes(x.shape[-1]), f"{'add_' * (arrays > 3)}rms_norm"
+    tile = self.rows(x) * lanes
+    needed = int((2 * arrays * self.widest(x).itemsize + 4 * values) * tile)
+    needed += 3 * 4 * lanes  # the scale, and its gradient's two buffers
+    return tpu.vmem_to_ask(op, needed, _VMEM_BYTES, f"D = {x.shape[-1]}")
+
+
+class Arrays(NamedTuple):
+  """What the op is given; rms_norm has no residual."""
+
+  x: Any  # [..., D]
+  residual: Any  # [..., D]
+  scale: Any  # [D], or None
+  epsilon: Any = None  # [] float32, if it is traced
+
+
+class Outs(NamedTuple):
+  """What the op gives; rms_norm has no sum."""
+
+  y: Any  # [..., D], the norm
+  h: Any  # [..., D], x + residual
+
+
+def problem_of(
+  op: str,
+  x: Any,
+  residual: Any,
+  norm: Norm,
+  out_dtype: Any,
+  implementation: Implementation,
+  config: RMSNormConfig | None,
+) -> tuple[Problem, Arrays]:
+  """What either op is given, checked."""
+  check_implementation(op, implementation)
+  check_config(op, config, RMSNormConfig)
+  out_dtype = as_out_dtype(op, out_dtype)
+  (x,) = as_floats(op, x=x)
+  if x.ndim == 0:
+    raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+  row_norm, scale, epsilon = as_norm(op, x, norm)
+  problem = Problem(row_norm, implementation, config, out_dtype)
+  if residual is None:
+    return problem, Arrays(x, None, scale, epsilon)
+  (residual,) = as_floats(op, residual=residual)
+  check_shape(op, "residual", residual, x.shape, "the shape of x")
+  of_sum = jnp.promote_types(x.dtype, residual.dtype)
+  for name, array in dict(x=x, residual=residual).items():
+    if array.dtype == jnp.bfloat16 != of_sum:  # float16 goes by float32
+      problem = dataclasses.replace(problem, narrow=(name, array.dtype))
+  return problem, Arrays(x, residual, scale, epsilon)
+
+
+def as_out_dtype(op: str, out_dtype: Any) -> Any:
+  """What the kernels write, in float32 what a TPU does not compute with."""
+  if out_dtype is None:
+    return None
+  try:
+    dtype = jnp.dtype(out_dtype)
+  except TypeError:
+    dtype = None
+  if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    raise ValueError(
+      f"{op}: out_dtype must be float32, bfloat16, float16 or None, got "
+      f"{out_dtype!r}"
+    )
+  return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
 # --- problems of the ops of their own -----------------------------------------

@@ -153,6 +153,14 @@ def test_norm(residuals):
   )
 
 
+@pytest.mark.no_interpreter
+def test_a_norm_may_have_no_scale():
+  arrays = draw(8, 72, 40)
+  for function in (geglu, geglu_reference):
+    want = function(*arrays, norm=Norm(jnp.ones(72)))
+    np.testing.assert_allclose(function(*arrays, norm=Norm()), want, rtol=1e-6)
+
+
 # --- mutants ------------------------------------------------------------------
 
 PROBLEM = SPEC.Problem(

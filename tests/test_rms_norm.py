@@ -46,29 +46,50 @@ widths = st.one_of(
   rows=st.integers(1, 70),
   width=widths,
   dtype=dtypes,
-  scale_dtype=dtypes,
+  residual_dtype=dtypes,
+  out_dtype=st.one_of(st.none(), dtypes),
+  scale_dtype=st.one_of(st.none(), dtypes),
   offset=st.sampled_from([0.0, 1.0]),
   epsilon=st.sampled_from([1e-6, 1e-5, 0.1]),
   tile=st.sampled_from([16, 32, 64]),
   add=st.booleans(),
 )
 def test_any_shape_meets_the_bar(
-  rows, width, dtype, scale_dtype, offset, epsilon, tile, add
+  rows,
+  width,
+  dtype,
+  residual_dtype,
+  out_dtype,
+  scale_dtype,
+  offset,
+  epsilon,
+  tile,
+  add,
 ):
-  kwargs = {"epsilon": epsilon, "scale_offset": offset}
+  has_scale = scale_dtype is not None
+  kwargs = {"epsilon": epsilon, "scale_offset": offset * has_scale}
   function = add_rms_norm if add else rms_norm
   reference = getattr(kernels, f"{function.__name__}_reference")
-  x = ((rows, width), dtype)
+
+  def plain(x, *others):
+    # The truth is not rounded.
+    own = None if x.dtype == jnp.float64 else out_dtype
+    return reference(x, *others, out_dtype=own, **kwargs)
+
+  shapes = [((rows, width), dtype)]
+  shapes += [((rows, width), residual_dtype)] * add
+  shapes += [((width,), scale_dtype)] * has_scale
   seeds = range(-(-64 // width))  # enough sums in dscale for its statistics
   numerics.assert_agrees(
     functools.partial(
       function,
       implementation="pallas",
       config=RMSNormConfig(rows=tile),
+      out_dtype=out_dtype,
       **kwargs,
     ),
-    functools.partial(reference, **kwargs),
-    *(draw(x, *[x] * add, ((width,), scale_dtype), seed=i) for i in seeds),
+    plain,
+    *(draw(*shapes, seed=i) for i in seeds),
   )
 
 
@@ -315,6 +336,8 @@ def test_compiles_for_eight_chips():
   [
     ((8, 128), (64,), {}, r"scale must be \(128,\).*got \(64,\)"),
     ((), (1,), {}, "at least one dimension, got a scalar"),
+    ((8, 128), None, {"scale_offset": 1.0}, "must be 0 without a scale"),
+    ((8, 128), None, {"out_dtype": int}, "out_dtype must be float32"),
     ((8, 128), (128,), {"epsilon": -1.0}, "epsilon must not be negative"),
     (
       (8, 128),
@@ -326,7 +349,8 @@ def test_compiles_for_eight_chips():
 )
 def test_bad_input_is_refused(x, scale, kwargs, message):
   with pytest.raises(ValueError, match=f"rms_norm: .*{message}"):
-    rms_norm(jnp.zeros(x), jnp.zeros(scale), **kwargs)
+    scale = None if scale is None else jnp.zeros(scale)
+    rms_norm(jnp.zeros(x), scale, **kwargs)
 
 
 def test_other_dtypes_are_refused():
@@ -344,10 +368,60 @@ def test_residual_must_match():
     add_rms_norm(x, jnp.zeros((4, 128)), jnp.zeros(128))
 
 
-def test_of_two_dtypes_the_sum_has_the_wider():
-  x = jnp.ones((8, 128))
-  normed, total = add_rms_norm(x.astype(jnp.bfloat16), x, jnp.zeros(128))
-  assert normed.dtype == total.dtype == jnp.float32
+@pytest.mark.parametrize("out", [None, "bfloat16", jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+  "x, residual",
+  [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float16")],
+)
+def test_dtypes_are_those_of_plain_jnp(x, residual, out):
+  """Of results and gradients; the sum has the wider of two."""
+  arrays = draw(*[((8, 128), dtype) for dtype in (x, residual)])
+
+  def run(implementation):
+    norm = functools.partial(
+      add_rms_norm, out_dtype=out, implementation=implementation
+    )
+    results, vjp = jax.vjp(norm, *arrays)
+    return *results, *vjp(results)
+
+  got, want = (run(way) for way in ("pallas", "xla"))
+  assert [g.dtype for g in got] == [w.dtype for w in want]
+  for g, w in zip(got, want, strict=True):
+    g, w = (np.asarray(a, np.float32) for a in (g, w))
+    np.testing.assert_allclose(g, w, rtol=2e-2, atol=2e-2)
+
+
+def test_without_a_scale_and_split_widths():
+  """A device with a part of each row; a stream in float32."""
+  x, residual = draw(((8, 128), jnp.bfloat16), ((8, 128), jnp.float32))
+  norm = functools.partial(ADD_KERNEL, scale_offset=0.0, out_dtype="bfloat16")
+  want = norm(x, residual)
+  mesh = mesh_of(AxisType.Explicit)
+  put = functools.partial(
+    jax.device_put, device=NamedSharding(mesh, PartitionSpec("data", "model"))
+  )
+  with jax.set_mesh(mesh):
+    got = jax.jit(norm)(put(x), put(residual))
+  for g, w in zip(got, want, strict=True):
+    assert g.dtype == w.dtype
+    g, w = (np.asarray(a, np.float32) for a in (g, w))
+    np.testing.assert_allclose(g, w, rtol=1e-2)
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+def test_a_stream_in_float32_is_read_and_written_as_it_is():
+  """Nothing but the kernels touches it."""
+
+  def run(x, residual):
+    norm = functools.partial(add_rms_norm, out_dtype=jnp.bfloat16)
+    y, vjp = jax.vjp(norm, x, residual)
+    return y, vjp(y)
+
+  x = jax.ShapeDtypeStruct((1000, 2048), jnp.bfloat16)
+  residual = jax.ShapeDtypeStruct((1000, 2048), jnp.float32)
+  text = v5e.compile(run, x, residual).as_text() or ""
+  assert "add_rms_norm_bwd" in text and " convert(" not in text
 
 
 @pytest.mark.parametrize("rows", [0, -16, 12])

@@ -142,6 +142,8 @@ def _checked(
       f"got {type(norm).__name__}"
     )
   row_norm, scale, epsilon = as_norm(op, x, norm, "norm.")
+  if scale is None:  # the kernels have one
+    scale = jnp.ones(x.shape[-1:], jnp.float32)
   p = dataclasses.replace(p, norm=row_norm)
   return p, arrays._replace(scale=scale, epsilon=epsilon)
 
