@@ -29,6 +29,7 @@ from ._add_rms_norm import (
 )
 from ._attention import FLASH_ATTENTION as _FLASH_ATTENTION
 from ._attention import FlashAttentionConfig as FlashAttentionConfig
+from ._attention import context_order as context_order
 from ._attention import dot_product_attention as dot_product_attention
 from ._attention import flash_attention as flash_attention
 from ._attention import flash_attention_reference as flash_attention_reference

@@ -628,12 +628,11 @@ def test_split_over_a_mesh(how, kv_heads):
     np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)
 
 
-def test_split_length_is_refused():
+def test_a_split_head_size_is_refused():
   mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
   with jax.set_mesh(mesh):
-    sharding = NamedSharding(mesh, PartitionSpec(None, "model"))
-    q, k, v = draw(1, 64, 64, 2, 1, 64)
-    q = jax.device_put(q, sharding)
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "model"))
+    q, k, v = (jax.device_put(x, sharding) for x in draw(1, 64, 64, 2, 1, 64))
     with pytest.raises(ValueError, match="flash_attention: can be split over"):
       jax.jit(KERNEL)(q, k, v)
 

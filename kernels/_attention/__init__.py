@@ -65,10 +65,14 @@ Read in this order; each page stands on those before it:
     op         the public function and its registration
     problems   what it costs; those of tests and of models
     dot_product  `jax.nn.dot_product_attention`, by this op
+    ring_order an order of tokens for devices that share a sequence
+    ring       attention over these devices
+    ring_parts one step of it
 """
 
 from .dot_product import dot_product_attention as dot_product_attention
 from .op import FLASH_ATTENTION as FLASH_ATTENTION
 from .op import flash_attention as flash_attention
 from .reference import flash_attention_reference as flash_attention_reference
+from .ring_order import context_order as context_order
 from .tiles import FlashAttentionConfig as FlashAttentionConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from .spec import (
   Segments,
   Window,
   default_scale,
+  has_window,
   segments_of,
   sides,
 )
@@ -70,7 +72,10 @@ def problem_of(
       hides = left < q.shape[1] - 1
       hides |= right < k.shape[1] - 1 and not seen.is_causal
       static["window"] = (left, right) if hides else None
-  return Problem(**static), _with_mask(arrays, seen.mask)
+  problem = Problem(**static)
+  if not problem.is_causal and not has_window(problem, arrays):
+    problem = dataclasses.replace(problem, context_parts=1)
+  return problem, _with_mask(arrays, seen.mask)
 
 
 def _with_mask(a: Arrays, mask: Any) -> Arrays:

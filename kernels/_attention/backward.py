@@ -336,8 +336,7 @@ def _run(
     out_shape=[
       Outputs(
         varying_like(q, q.shape, dq_dtype),
-        varying_like(q, k.shape, k.dtype),
-        varying_like(q, v.shape, v.dtype),
+        *[varying_like(q, k.shape, call.problem.gradient_type(k.dtype))] * 2,
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
@@ -386,7 +385,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   whole = tiles.backward_call(p, sizes)
   calls = spans.of_call(whole, tiles.backward_keys(whole, sizes))
   if calls == [whole]:
-    dq_dtype = a.q.dtype if a.scale is None else jnp.float32
+    dq_dtype = p.gradient_type(a.q.dtype if a.scale is None else jnp.float32)
     grads = _run(whole, a, outs, d, dq_dtype, saved.places)
   else:
     by_head = functools.partial(whole.layout.to_lse, shape=a.q.shape)
@@ -396,5 +395,6 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   if a.scale is not None:
     d_scale = (a.q.astype(jnp.float32) * dq).sum(axis=(1, 2, 3))
     dq *= a.scale[:, None, None, None]
-  grads = grads._replace(q=dq.astype(a.q.dtype), scale=d_scale)
+  dq = dq.astype(p.gradient_type(a.q.dtype))
+  grads = grads._replace(q=dq, scale=d_scale)
   return rotation.back(p, grads, saved.arrays, a)

@@ -34,7 +34,7 @@ class Scratch(NamedTuple):
 
 def scratch(call: Call, dtype: Any) -> Scratch:
   """What to ask the compiler for."""
-  layout = call.layout
+  layout, dtype = call.layout, call.problem.gradient_type(dtype)
   shape: tuple[int, ...] = (call.padded_keys, layout.head_size)
   if layout.kind == "pairs":
     shape = (layout.together // words.per_word(dtype), *shape)

@@ -16,11 +16,14 @@ from .._frame.check import (
   as_array,
   as_floats,
   as_integers,
+  as_number,
   as_segment_ids,
   as_whole_number,
+  check_positive,
   check_shape,
   is_traced,
 )
+from .ring_order import check_parts
 from .shapes import LayoutName, to_btnh
 from .spec import Segments
 
@@ -91,6 +94,13 @@ def as_qkv(
   return q.astype(dtype), k.astype(dtype), v.astype(dtype)
 
 
+def as_cap(op: str, cap: Any) -> float | None:
+  """A positive number, or None for no soft cap."""
+  cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
+  check_positive(op, logits_soft_cap=cap)
+  return cap
+
+
 def as_window(op: str, window: Any) -> tuple[Any, Any] | None:
   """(left, right), each an integer, traced, or None for no limit.
 
@@ -142,6 +152,14 @@ def as_segments(op: str, segment_ids: Any, q: Any, k: Any) -> Segments | None:
       op, f"{name} segment_ids", ids, array.shape[:2], f"[B, length] of {name}s"
     )
   return segments
+
+
+def as_parts(op: str, context_parts: Any, q: Any, k: Any) -> int:
+  """Of how many parts the tokens' order is."""
+  check_parts(op, q.shape[1], context_parts)
+  if context_parts > 1:
+    check_shape(op, "k", k, (k.shape[0], q.shape[1], *k.shape[2:]), "q's T")
+  return context_parts
 
 
 def as_rope(op: str, rope: Any, q: Any, k: Any) -> _rope.Rope | None:

@@ -46,6 +46,7 @@ class Sizes:
     has_window: whether there is a local window.
     is_rotated: whether the kernel rotates q and k.
     has_pairs: whether two kv heads come together, as words; see `words`.
+    is_partial: whether gradients are float32; see `Problem`.
   """
 
   t: int
@@ -59,6 +60,7 @@ class Sizes:
   has_window: bool = False
   is_rotated: bool = False
   has_pairs: bool = False
+  is_partial: bool = False
 
   @classmethod
   def of(cls, q: Any, k: Any) -> Sizes:
@@ -76,6 +78,7 @@ class Sizes:
       has_segments=a.segments is not None,
       has_window=has_window(p, a),
       is_rotated=a.positions is not None,
+      is_partial=p.is_partial,
     )
 
   @property
@@ -139,7 +142,8 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   fixed = x.copies * (3 * of_rows + wide)
   fixed += wide  # dq, transposed
   # k and v; dk and dv, and their sums in float32.
-  per_key = x.key_bytes + x.kv_heads_inside * 2 * (x.itemsize + 4) * h
+  leaving = 4 if x.is_partial else x.itemsize
+  per_key = x.key_bytes + x.kv_heads_inside * 2 * (leaving + 4) * h
   # A span of a window may end anywhere.
   is_ragged = x.t % config.block_q_bwd != 0 or x.has_window
   if x.has_segments:

@@ -15,22 +15,22 @@ from .._frame import room, switches
 from .._frame.check import (
   Implementation,
   as_array,
-  as_number,
   as_scalar,
   check_config,
   check_implementation,
-  check_positive,
 )
 from .._frame.kernel import Saved, kernel_op
 from .._frame.op import Op
 from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope, rotated_apart
-from . import problems, rotation, tiles
+from . import problems, ring, rotation, tiles
 from .arguments import Seen, Weights, problem_of
 from .backward import backward
 from .door import (
   as_bias,
+  as_cap,
   as_mask,
+  as_parts,
   as_qkv,
   as_rope,
   as_segments,
@@ -47,6 +47,7 @@ from .reference import (
   may_see_nothing,
   mean_of_nothing,
 )
+from .ring_order import in_context, in_time
 from .shapes import LayoutName, from_btnh
 from .spec import Arrays, Outs, Problem, SegmentIds, Segments, Window
 from .stores import stored
@@ -86,23 +87,33 @@ def _split(p: Problem, a: Arrays) -> Split:
       base=None if a.base is None else "B",
     ),
     Outs("BTNH", "BNT" if p.return_lse else None),
-    over="BN",
+    over="BTN",
     fewer="K",
     follows=("K", "N"),
+    alike=("S", "T"),
   )
 
 
 def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
-  """One device's batch elements and heads."""
+  """One device's batch elements and heads, and its part of the tokens."""
+  ring_axes = axes.get("T", ())
+  if p.context_parts > 1 and not ring_axes:
+    whole = dataclasses.replace(p, context_parts=1)
+    outs = _on_device(op, whole, in_time(a, p.context_parts), axes)
+    return in_context(outs, p.context_parts)
   a = _with_own_kv_heads(a, axes)
-  p = dataclasses.replace(p, config=tiles.choose(p, a))
   if not p.scale > 0:  # the kernels take a maximum before they scale
     sign = np.sign(p.scale).astype(a.q.dtype)
     a = a._replace(q=a.q * sign)
     p = dataclasses.replace(p, scale=abs(p.scale) or 1.0)
+  if ring_axes:
+    a = a if a.positions is None else rotation.by_op(p, a)
+    outs = ring.attend(p, a, ring_axes)
+    return outs._replace(lse=outs.lse * p.unit if p.return_lse else None)
+  p = dataclasses.replace(p, config=tiles.choose(p, a))
   known_base = a.positions is not None and a.base is None
   if known_base and not rotation.is_inside(p, a):
-    a = _rotated_before(p, a)  # else the passes do it
+    a = rotation.by_op(p, a)  # else the passes do it
   outs = op(p, a)
   if not (p.return_lse or p.gives_mean):
     return outs._replace(lse=None)
@@ -120,19 +131,6 @@ def _with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
     return a
   k, v = (jnp.take(x, heads, axis=2, mode="clip") for x in (a.k, a.v))
   return a._replace(k=k, v=v)
-
-
-def _rotated_before(p: Problem, a: Arrays) -> Arrays:
-  q, k = (
-    apply_rope(
-      x,
-      a.positions,
-      base_frequency=p.base_frequency,
-      implementation=p.implementation,
-    )
-    for x in (a.q, a.k)
-  )
-  return a._replace(q=q, k=k, positions=None)
 
 
 _flash = kernel_op(
@@ -187,6 +185,7 @@ def flash_attention(
   return_lse: bool = False,
   layout: LayoutName | None = None,
   head_size: int | None = None,
+  context_parts: int = 1,
   mask: jax.Array | None = None,
   bias: jax.Array | None = None,
   implementation: Implementation = None,
@@ -234,6 +233,9 @@ def flash_attention(
       8, if T or S is no multiple of 8 and H is not 128, or if VMEM does not
       hold all keys of two kv heads.
     head_size: H, with "BT(NH)"; None with the others.
+    context_parts: n, if tokens are in the order of `context_order(T, n)`; of
+      which is_causal and the window know the time.  Over a mesh that splits T
+      among n devices all of them have equal work then.
     mask: booleans [B, N, T, S], or 1 in place of some, True where a query sees
       a key, of those that the arguments above leave visible.  One of keys
       alone, [B, 1, 1, S], goes by segment ids.  There is no kernel for others:
@@ -258,9 +260,7 @@ def flash_attention(
   dtype = as_array(op, "q", q).dtype
   check_layout(op, layout, head_size)
   q, k, v = as_qkv(op, q, k, v, layout, head_size)
-  cap = logits_soft_cap
-  cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
-  check_positive(op, logits_soft_cap=cap)
+  cap = as_cap(op, logits_soft_cap)
   rope = as_rope(op, rope, q, k)
   rotate = functools.partial(apply_rope, implementation=implementation)
   rope, q, k = rotated_apart(rope, rotate, q, k)
@@ -284,6 +284,7 @@ def flash_attention(
     weights,
     return_lse=bool(return_lse),
     layout=layout,
+    context_parts=as_parts(op, context_parts, q, k),
     implementation=implementation,
     config=config,
   )

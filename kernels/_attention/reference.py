@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from .._frame import switches
 from .._rope import Rope, apply_rope_reference, rotated_apart
 from .arguments import Seen, Weights, problem_of
+from .ring_order import context_order
 from .shapes import LayoutName, from_btnh, to_btnh
 from .spec import (
   Arrays,
@@ -26,8 +27,8 @@ from .spec import (
 
 
 def visible_pairs(
-  q_index: jax.Array,
-  k_index: jax.Array,
+  q_index: Any,
+  k_index: Any,
   is_causal: bool,
   local_window_size: Window,
 ) -> jax.Array:
@@ -66,7 +67,8 @@ def visible(p: Problem, a: Arrays) -> jax.Array:
   (b, t), s, window = a.q.shape[:2], a.k.shape[1], p.window
   if a.window is not None:  # of each batch element, beside [T, S]
     window = a.window[:, 0, None, None], a.window[:, 1, None, None]
-  mask = visible_pairs(jnp.arange(t), jnp.arange(s), p.is_causal, window)
+  q, k = (context_order(n, p.context_parts) for n in (t, s))
+  mask = visible_pairs(q, k, p.is_causal, window)
   if a.segments is not None:
     of_q, of_k = a.segments.q[:, :, None], a.segments.k[:, None, :]
     mask = mask & (of_q == of_k) & (of_k != 0)
@@ -144,7 +146,7 @@ def attention(p: Problem, a: Arrays) -> Outs:
   if a.scale is not None:
     scale *= a.scale[:, None, None, None, None]
   if a.segments is not None:
-    bias = _nan_by_finiteness(q, k, v)
+    bias = nan_by_finiteness(q, k, v)
     q, k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v))
   if a.bias is not None:
     given = by_kv_head(a.bias, k.shape[2])
@@ -181,7 +183,7 @@ def mean_of_nothing(p: Problem, a: Arrays, outs: Outs) -> Outs:
   return outs._replace(out=out)
 
 
-def _nan_by_finiteness(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def nan_by_finiteness(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """NaN for queries and keys of which an element is not finite, 0 for others.
 
   What the mask hides must not be a factor, as 0 times NaN is NaN; who sees it
@@ -225,6 +227,7 @@ def flash_attention_reference(
   return_lse: bool = False,
   layout: LayoutName | None = None,
   head_size: int | None = None,
+  context_parts: int = 1,
   mask: jax.Array | None = None,
   bias: jax.Array | None = None,
 ) -> Any:
@@ -238,6 +241,7 @@ def flash_attention_reference(
     Seen(is_causal, segment_ids, local_window_size, mask),
     Weights(scale, logits_soft_cap, rope, bias),
     return_lse=return_lse,
+    context_parts=context_parts,
   )
   outs = attention(problem, arrays)
   out = from_btnh(outs.out, layout)

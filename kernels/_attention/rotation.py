@@ -56,6 +56,22 @@ def back(p: Problem, grads: Arrays, a: Arrays, made: Arrays) -> Arrays:
   return grads._replace(q=q, k=k)
 
 
+def by_op(p: Problem, a: Arrays) -> Arrays:
+  """q and k rotated by `apply_rope`, an op of its own with its own gradient."""
+  # A traced base is the same for all elements of the batch.
+  base = p.base_frequency if a.base is None else a.base[0]
+  q, k = (
+    _rope.apply_rope(
+      x,
+      a.positions,
+      base_frequency=base,
+      implementation=p.implementation,
+    )
+    for x in (a.q, a.k)
+  )
+  return a._replace(q=q, k=k, positions=None, base=None)
+
+
 def _rotated(
   p: Problem, a: Arrays, x: jax.Array, sign: Literal[1, -1] = 1
 ) -> jax.Array:

@@ -105,7 +105,8 @@ def added(
 ) -> Arrays:
   """As `_run`, span by span, lse [B, N, T]; dq is added up in float32."""
   dq = jnp.zeros(a.q.shape, jnp.float32)
-  dk, dv = jnp.zeros_like(a.k), jnp.zeros_like(a.v)
+  of_keys = calls[0].problem.gradient_type(a.k.dtype)
+  dk, dv = (jnp.zeros(x.shape, of_keys) for x in (a.k, a.v))
   for call in calls:
     of_call = [part_of_outs(x, call) for x in (outs, d)]
     new = run(call, part_of(a, call), *of_call, jnp.float32)

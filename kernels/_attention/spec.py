@@ -117,6 +117,8 @@ class Problem(Logits):
       as `jax.nn.dot_product_attention` does, and not 0.
     layout: how the caller's arrays lie in memory; `Arrays` is always [B, T, N,
       H], of which XLA makes the caller's, and nothing is moved.
+    context_parts: of how many parts the tokens' order is, see `ring_order`.
+    is_partial: whether it is of some of the rows and keys; see `ring`.
     implementation: as the caller gave it.
     config: tile sizes, None for the op's own choice.
   """
@@ -127,8 +129,14 @@ class Problem(Logits):
   return_lse: bool = False
   gives_mean: bool = False
   layout: LayoutName | None = None
+  context_parts: int = 1
+  is_partial: bool = False
   implementation: Implementation = None
   config: FlashAttentionConfig | None = None
+
+  def gradient_type(self, dtype: Any) -> Any:
+    """Of gradients as the backward kernel gives them; parts are added up."""
+    return jnp.float32 if self.is_partial else dtype
 
   @property
   def tiles(self) -> FlashAttentionConfig:

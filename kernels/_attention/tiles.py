@@ -217,7 +217,8 @@ class Call:
   @property
   def sees_itself(self) -> bool:
     """Whether, but for segments, every query sees the key of its index."""
-    return self.shift == 0 and self.t <= self.s
+    aligned = self.shift == 0 and self.t <= self.s
+    return aligned and not self.problem.is_partial
 
   @property
   def queries(self) -> slice:

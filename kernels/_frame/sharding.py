@@ -111,6 +111,8 @@ class Split:
     fewer: letters that are split over as many of their axes as divide them, as
       heads that are fewer than the devices.
     follows: a letter of these, and the one whose axes it takes.
+    alike: a letter that is split as another one is, and that one, which the
+      first alone must not be.
   """
 
   arrays: Any
@@ -120,6 +122,7 @@ class Split:
   alone: str = ""
   fewer: str = ""
   follows: tuple[str, str] | None = None
+  alike: tuple[str, str] | None = None
 
 
 # Letters of the leading dimensions of an activation.
@@ -317,6 +320,14 @@ def _allowed(op: str, where: _Where, split: Split) -> dict[str, Axes]:
   own = found.pop(follower, ())
   if own:
     found.setdefault(leader, own)
+  second, first = split.alike or ("", "")
+  if found.get(first):
+    of_second = found.pop(second, ()) or found[first]
+    if of_second != found[first]:
+      raise ValueError(
+        f"{op}: wanted the same mesh axes for {first} and {second}, got "
+        f"{found[first]} and {of_second}; use jax.sharding.reshard"
+      )
   for letter, names in found.items():
     if letter in split.gathers:
       _check_divides(op, where, letter, names)
@@ -344,6 +355,9 @@ def _allowed(op: str, where: _Where, split: Split) -> dict[str, Axes]:
     lead = axes.get(leader, ())
     has_own = own and own == lead[: len(own)]
     axes[follower] = _that_divide(where, follower, own if has_own else lead)
+  if axes.get(first):
+    axes[second] = axes[first]
+    _check_divides(op, where, second, axes[second])
   return axes
 
 
