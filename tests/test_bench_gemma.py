@@ -150,10 +150,8 @@ def test_a_training_step_is_the_trainers_with_its_state_in_shards():
   with jax.sharding.use_abstract_mesh(mesh):
     state, measured = results(built)
   leaves = jax.tree.leaves(state)
-  assert {name: x.shape for name, x in measured.items()} == {
-    "loss": (),
-    "gradient_norm": (),
-  }
+  assert {"loss", "gradient_norm"} <= set(measured)
+  assert {x.shape for x in measured.values()} == {()}
   assert [x.shape for x in leaves] == [
     built.specs[i].shape for i in placement.donated
   ]
