@@ -1,5 +1,6 @@
 """The way from files to batches: nothing lost, nothing leaked."""
 
+import importlib
 import itertools
 import json
 import pathlib
@@ -24,6 +25,8 @@ from pallas_gemma.gemma import (
 )
 from pallas_gemma.gemma._data import copies, spans, texts, windows
 from pallas_gemma.gemma._data import split as split_module
+
+mixture = importlib.import_module("pallas_gemma.gemma._data.mixture")
 
 # --- packing ---
 
@@ -453,3 +456,73 @@ def test_rows_that_are_taken_are_those_rows():
   assert some.num_labels == int(weights.sum()) < rows.num_labels
   counts = np.bincount(labels[weights > 0], minlength=64)
   np.testing.assert_array_equal(some.label_counts(64), counts)
+
+
+# --- packing and mixtures -----------------------------------------------------
+
+
+def test_rows_are_almost_all_text():
+  """At least 98 % from 50 rows on: the last one alone has padding."""
+  for lengths, length in ([[300] * 40, 128], [[1] * 999, 20], [[9999], 128]):
+    rows = pack(numbered(lengths), length)
+    real = float((rows.segment_ids > 0).mean())
+    assert rows.use == pytest.approx(real) and real >= 0.98
+
+
+@hypothesis.given(
+  st.lists(
+    st.tuples(st.sampled_from([0, 0.1, 1, 7]), st.sampled_from([0.1, 2, 30])),
+    min_size=2,
+    max_size=4,
+  ).filter(lambda w: sum(a for a, _ in w) > 0),
+  st.integers(1, 9),
+)
+def test_every_step_has_its_rows_and_every_text_its_share(weights, size):
+  steps = 30
+  quotas = mixture.Quotas([mixture.Weight(*w) for w in weights], steps, size)
+  owed, before = np.zeros(len(weights)), quotas.before(0)
+  assert not before.any()
+  for step in range(steps):
+    shares = quotas.shares(step)
+    assert shares.sum() == pytest.approx(1)
+    owed += size * shares
+    after = quotas.before(step + 1)
+    assert (after >= before).all() and (after - before).sum() == size
+    assert np.abs(after - owed).max() < len(weights)
+    before = after
+  first, last = np.array(weights).T
+  np.testing.assert_allclose(quotas.shares(0), first / first.sum())
+  np.testing.assert_allclose(quotas.shares(steps - 1), last / last.sum())
+
+
+def test_a_batch_of_a_mixture_is_a_function_of_its_step():
+  texts = [pack([np.arange(a, a + 1000)], 10) for a in (1, 5001)]
+  weights = [mixture.Weight(3, 1), mixture.Weight(1, 3)]
+
+  def batches(mine=None):
+    quotas = mixture.Quotas(weights, 50, 4)
+    return mixture.mixed_batches(texts, quotas, 3, mine)
+
+  one, later, mine = batches(), batches(), batches(np.array([1, 2]))
+  seen = [0, 0]
+  firsts: list[list[int]] = [[], []]
+  wanted = later(49)  # out of order
+  for step in range(50):
+    batch = one(step)
+    if step == 49:
+      np.testing.assert_array_equal(batch["tokens"], wanted["tokens"])
+    assert batch["tokens"].shape == (4, 10)
+    for row in batch["tokens"]:
+      text = int(row[0] > 5000)
+      seen[text] += 1
+      firsts[text].append(int(row[0]))
+    part = mine(step)
+    for name, value in batch.items():
+      np.testing.assert_array_equal(part[name], value[[1, 2]])
+  assert seen == [100, 100]
+  # Each row once in a pass, and not in the order of the text.
+  for rows in firsts:
+    assert len({*rows}) == 100 and rows != sorted(rows)
+  empty = pack([np.arange(1, 9)], 10).take(np.arange(0))
+  with pytest.raises(UserError, match="mix: text 2 of 2 has no row"):
+    mixture.mixed_batches([texts[0], empty], mixture.Quotas(weights, 9, 4), 0)

@@ -3,11 +3,13 @@
 import bz2
 import csv
 import gzip
+import importlib
 import io
 import json
 import lzma
 import os
 import pathlib
+import sys
 
 import hypothesis
 import pytest
@@ -172,7 +174,8 @@ BAD = {
   "not gzip": ("a.txt.gz", b"text", "damaged archive"),
   "damaged bz2": ("a.txt.bz2", b"BZh9text", "damaged archive"),
   "zstd": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "Zstandard, .* zstd -d"),
-  "parquet": ("a.parquet", b"PAR1", "Parquet, .* write JSONL"),
+  "parquet": ("a.parquet", b"PAR1", "not Parquet .* get it anew"),
+  "array record": ("a.arrayrecord", b"x" * 99, "not ArrayRecord, or without"),
   "tar": ("a.tar.gz", b"x", "a tar archive, .* unpack it"),
   "PDF": ("a.pdf", b"%PDF", "PDF, .* convert it"),
   "UTF-16": ("a.txt", "text".encode("utf-16"), "UTF-16, not UTF-8 text"),
@@ -226,3 +229,79 @@ def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / "a.txt")
   (tmp_path / "b.txt").write_text("b")
   assert texts_of(tmp_path) == ["b"]
+
+
+# --- what a library reads -----------------------------------------------------
+
+
+def write_records(folder: pathlib.Path, records: list[bytes]) -> pathlib.Path:
+  name = "array_record.python.array_record_module"  # it ships no types
+  path = folder / "a.arrayrecord"
+  writer = importlib.import_module(name).ArrayRecordWriter(
+    str(path), "group_size:2"
+  )
+  for record in records:
+    writer.write(record)
+  writer.close()
+  return path
+
+
+def write_table(folder: pathlib.Path, **columns: list) -> pathlib.Path:
+  import pyarrow
+  import pyarrow.parquet
+
+  path = folder / "a.parquet"
+  pyarrow.parquet.write_table(pyarrow.table(columns), path)
+  return path
+
+
+def test_records_of_libraries_are_documents(tmp_path):
+  assert texts_of(write_table(tmp_path, text=[*TEXTS, None], id=[*"1234"])) == (
+    TEXTS
+  )
+  many = [f"text {i}" for i in range(3000)]  # of several blocks
+  assert texts_of(write_table(tmp_path, body=many), text_field="body") == many
+  as_json = json.dumps({"text": TEXTS[1]})
+  records = [TEXTS[0], as_json, TEXTS[2], "{no JSON"]
+  path = write_records(tmp_path, [r.encode() for r in records])
+  assert texts_of(path) == [*TEXTS, "{no JSON"]
+  assert texts_of(path, text_field=None) == records
+  corpus = read_corpus([tmp_path], text_field="text")  # a folder of both
+  assert len(corpus.documents) == 4 and "no column 'text'" in corpus.skipped
+
+
+def test_records_that_are_no_text_are_refused(tmp_path):
+  table = write_table(tmp_path, n=[1, 2])
+  for field, message in (
+    ("text", r"no column 'text' \(it has: n\); give --text-field"),
+    ("n", r"field 'n' is not text in a row \(but int\)"),
+    (None, "Parquet is no text as it stands; give --text-field"),
+  ):
+    with pytest.raises(UserError, match=message):
+      read_corpus([table], text_field=field)
+  for record, message in (
+    (b"\xff", r"not UTF-8 text \(byte 0\) in record 2"),
+    (b"a\0", "binary, not text in record 2"),
+    (b'{"a": 1}', r"no field 'text' in record 2 \(it has: a\)"),
+  ):
+    with pytest.raises(UserError, match=message):
+      read_corpus([write_records(tmp_path, [b"text", record])])
+
+
+@pytest.mark.parametrize(
+  "module, name, extra",
+  [
+    ("pyarrow", "a.parquet", "parquet"),
+    ("array_record", "a.arrayrecord", "arrayrecord"),
+  ],
+)
+def test_a_library_that_is_not_there_is_named(
+  module, name, extra, tmp_path, monkeypatch
+):
+  (tmp_path / name).write_bytes(b"PAR1")
+  for known in [m for m in sys.modules if m.partition(".")[0] == module]:
+    monkeypatch.delitem(sys.modules, known)
+  monkeypatch.setitem(sys.modules, module, None)
+  message = f"needs {module}; pip install 'pallas-gemma.{extra}.'"
+  with pytest.raises(UserError, match=message):
+    read_corpus([tmp_path / name])

@@ -103,7 +103,7 @@ def traced_once():
   loop = room("_train.loop")
   make = functools.cache(loop.make_steps)
   others = dict(data=(), work_dir=None, eval_batches="auto", allow_change=False)
-  others |= dict(profile=None, max_skipped=1)
+  others |= dict(profile=None, max_skipped=1, mix=())
   others |= dict.fromkeys(("evaluate_every", "save_every", "keep"), 1)
 
   def make_steps(config, valid_vocab_size, layout):
@@ -543,6 +543,46 @@ PARTS = [
 def test_what_is_no_window_of_steps_is_refused(wrong):
   with pytest.raises(UserError, match="profile: wanted"):
     config(pathlib.Path(), profile=wrong)
+
+
+# --- mixtures ---
+
+
+def test_texts_are_mixed_as_asked_for(tmp_path):
+  other = TEXT.with_name("_output.py")
+  settings = config(
+    tmp_path / "run", data=(TEXT, other), mix=("3:1", "1:3"), steps=6
+  )
+  printed = run(settings)
+  assert f"mix       {TEXT}: 75.0% of the first step, 25.0% of" in printed
+  assert "packed: 99" in printed or "packed: 100" in printed
+  # Each text's rows are its own, but for one at the border.
+  opened = room("_train.run").open_run(settings, settings.directory)
+  one, two = opened.train_rows.parts()
+  assert len(one) + len(two) == len(opened.train_rows)
+  decode = opened.tokenizer.decode
+  for rows, path in ((one, TEXT), (two, other)):
+    text = path.read_text()
+    found = [decode(row.tolist()) in text for row in rows.tokens[1:-1]]
+    assert sum(found) > 0.8 * len(found)  # others have a copy or an end in them
+  with pytest.raises(UserError, match="other settings .* mix 3:1 1:3 -> 1 1"):
+    run(dataclasses.replace(settings, mix=("1", "1"), steps=7))
+
+
+@pytest.mark.parametrize(
+  "mix, message",
+  [
+    (("1",), "a weight for each of several --data, got 1 weights for 2"),
+    (("1", "x"), "wanted weights such as 2, or 1:3 .* got 'x'"),
+    (("1", "-1"), "wanted weights"),
+    (("0", "0:1"), "of which one is more than 0"),
+    (("1", "1:2:3"), "wanted weights"),
+    (("1", "nan"), "wanted weights"),
+  ],
+)
+def test_weights_that_are_none_are_refused(mix, message):
+  with pytest.raises(UserError, match=f"mix: .*{message}"):
+    config(pathlib.Path(), data=(TEXT, TEXT), mix=mix)
 
 
 # --- evaluation ---

@@ -6,6 +6,8 @@
     .csv .tsv          one document a row: a column, by the name in the header
     .ipynb             the sources of a notebook's cells
     .html .htm         what a reader sees
+    .parquet           one document a row: a column
+    .arrayrecord       one document a record: a text, or a JSON object's field
     .gz .bz2 .xz       any of these, compressed
 
 All text is UTF-8.  A byte order mark is dropped; line ends stay as they are.  A
@@ -31,7 +33,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
+from . import records
 from .html import visible_text
+from .not_text import NotText, field_of, names_of
 
 _BLOCK = 1 << 20  # bytes
 
@@ -54,8 +58,6 @@ _CONVERT = "which is not read; convert it to JSONL or UTF-8 text"
 # What is text, but in a form that is not read: why, and what to do.
 _REFUSED = {
   ".zst": "Zstandard, which is not read; unpack it first: zstd -d FILE",
-  ".parquet": "Parquet, which is not read; write JSONL: pandas.read_parquet("
-  "FILE).to_json(OUT, orient='records', lines=True)",
   ".arrow": f"Arrow, {_CONVERT}",
   ".feather": f"Feather, {_CONVERT}",
   ".avro": f"Avro, {_CONVERT}",
@@ -69,27 +71,11 @@ _REFUSED = {
 }
 
 
-class NotText(Exception):
-  """A file has no text that can be read.
-
-  Args:
-    reason: in a few words, the same for all files of this kind.
-    where: the place in this file, and what was found there.
-    advice: what the user can do.
-  """
-
-  def __init__(
-    self, reason: str, where: str = "", advice: str = "give UTF-8 text files"
-  ):
-    super().__init__(f"{reason}{where}; {advice}")
-    self.reason = reason
-    self.where = where
-
-
 def has_text_suffix(path: pathlib.Path) -> bool:
   """Whether a file in a folder is looked at."""
   suffix = _suffix(path)
-  return suffix in _PLAIN or suffix in _READERS or suffix in _REFUSED
+  known = (_PLAIN, _READERS, _RECORDS, _REFUSED)
+  return any(suffix in suffixes for suffixes in known)
 
 
 def documents(
@@ -100,7 +86,8 @@ def documents(
   Args:
     path: a file.
     text_field: the field of a JSON object, or the column of a table, that holds
-      the text.  None: JSON, tables, notebooks and HTML are text as they stand.
+      the text.  None: JSON, tables, notebooks, HTML and records are text as
+      they stand.
 
   Raises:
     NotText: now or while the pieces are read.
@@ -110,6 +97,7 @@ def documents(
     reason, _, advice = _REFUSED[suffix].partition("; ")
     raise NotText(reason, advice=advice)
   read = _READERS.get(suffix, _whole) if text_field is not None else _whole
+  read = _RECORDS.get(suffix, read)
   with (
     _said_in_words(),
     _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file,
@@ -203,7 +191,7 @@ def _jsonl(file: BinaryIO, suffix: str, field: str) -> Iterator[Iterable[str]]:
       raise NotText(
         "not JSON", f" in line {number} ({error})", "mend the line"
       ) from error
-    yield [_field(record, field, f"line {number}")]
+    yield [field_of(record, field, f"line {number}")]
 
 
 def _json(file: BinaryIO, suffix: str, field: str) -> Iterator[Iterable[str]]:
@@ -213,16 +201,18 @@ def _json(file: BinaryIO, suffix: str, field: str) -> Iterator[Iterable[str]]:
     if not isinstance(record, dict) or field not in record:
       raise NotText(
         f"neither an array of records nor an object with {field!r}",
-        f" (its fields: {_names(record)})" if isinstance(record, dict) else "",
+        f" (its fields: {names_of(record)})"
+        if isinstance(record, dict)
+        else "",
         "write one JSON object a line, as .jsonl, or give --text-field",
       )
-    yield [_field(record, field, "the object")]
+    yield [field_of(record, field, "the object")]
   else:
     values.skip()
     number, end = 0, values.peek() == "]"
     while not end:
       number += 1
-      yield [_field(values.take(), field, f"record {number}")]
+      yield [field_of(values.take(), field, f"record {number}")]
       end = values.peek() == "]"
       if not end and values.peek() != ",":
         raise NotText("not JSON", f" after record {number}", "mend the file")
@@ -348,34 +338,12 @@ def _html(file: BinaryIO, suffix: str, field: str) -> Iterator[Iterable[str]]:
   yield [visible_text(_pieces(file))]
 
 
-def _field(record: Any, field: str, where: str) -> str:
-  """The text of a record."""
-  if isinstance(record, str):
-    return record
-  if not isinstance(record, dict) or field not in record:
-    kind = type(record).__name__
-    has = _names(record) if isinstance(record, dict) else f"a JSON {kind}"
-    raise NotText(
-      f"no field {field!r}",
-      f" in {where} (it has: {has})",
-      "give --text-field one of its fields",
-    )
-  text = record[field]
-  if text is None:
-    return ""
-  if not isinstance(text, str):
-    raise NotText(
-      f"field {field!r} is not text",
-      f" in {where} (but {type(text).__name__})",
-      "give --text-field another field",
-    )
-  return text
-
-
-def _names(record: dict[str, Any]) -> str:
-  return ", ".join(record)[:200] or "nothing"
-
-
+# What is no text as it stands, whatever the field.
+_RECORDS: dict[str, Callable[..., Iterator[Iterable[str]]]] = {
+  ".parquet": records.parquet,
+  ".arrayrecord": records.array_record,
+  ".array_record": records.array_record,
+}
 _READERS: dict[str, Callable[..., Iterator[Iterable[str]]]] = {
   ".jsonl": _jsonl,
   ".ndjson": _jsonl,

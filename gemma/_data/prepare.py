@@ -44,12 +44,14 @@ class Summary:
     characters: in all of them.
     fingerprint: of the texts in their order, as `Corpus.fingerprint`.
     skipped: names of files that were not read, by the reason.
+    parts: where in the text each of the given paths ends, in bytes.
   """
 
   documents: int
   characters: int
   fingerprint: str
   skipped: Skipped
+  parts: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,7 @@ class TextFiles:
     cache: where results are kept.
     folder: for scratch, as long as this is used.
     watch: is told what takes time.
+    apart: whether the tokens of each path are to follow each other.
 
   Attributes:
     summary: what text there is.
@@ -96,7 +99,9 @@ class TextFiles:
     cache: Cache,
     folder: pathlib.Path,
     watch: Watch = silent,
+    apart: bool = False,
   ):
+    self._apart = apart
     self._paths, self._text_field, self._seed = paths, text_field, seed
     self._cache, self._folder, self._watch = cache, folder, watch
     self._texts: Texts | None = None
@@ -105,7 +110,8 @@ class TextFiles:
     files = [source.path for source in sources if source.path is not None]
     name = f"files/{self._files_key(files, skipped)}.json"
     known = self._cache.read_json(name) if files else None
-    if known is not None:
+    # (That of an earlier version does not know the parts.)
+    if known is not None and (not apart or known.get("parts")):
       self.summary = Summary(**known)
       return
     begun = time.time()
@@ -148,7 +154,11 @@ class TextFiles:
       raise no_text(self._paths, skipped)
     self._texts = texts
     return Summary(
-      len(texts.ends), int(texts.characters.sum()), texts.fingerprint, skipped
+      len(texts.ends),
+      int(texts.characters.sum()),
+      texts.fingerprint,
+      skipped,
+      texts.parts,
     )
 
   def _text(self) -> Texts:
@@ -183,6 +193,7 @@ class TextFiles:
       UserError: if there is too little text.
     """
     split = [FORMAT, self.summary.fingerprint, self._seed, fraction]
+    parts = list(self.summary.parts) if self._apart else []
     found: tuple[Spans, Spans, Report] | None = None
     if tokenizer is None:
       name = key_of([*split, vocab_size, sentencepiece.__version__])
@@ -194,7 +205,7 @@ class TextFiles:
         model = Tokenizer.train(learning, vocab_size).model
         self._cache.write_model(name, model)
       tokenizer = Tokenizer(model)
-    key = key_of([*split, digest(tokenizer.model)])
+    key = key_of([*split, digest(tokenizer.model), *parts])
     entry = self._cache.read_entry(key)
     if entry is None:
       found = found or split_texts(self._text(), fraction, self._watch)
@@ -220,30 +231,37 @@ class TextFiles:
     counts = []
     with self._cache.making_entry(key, meta) as folder:
       for name, spans in (("train", train), ("held_out", held_out)):
+        whole = [spans]
+        if self._apart and name == "train":
+          whole = spans.apart(self.summary.parts)
         path = folder / f"{name}.bin"
-        size, count = self._write_tokens(path, spans, tokenizer, done)
-        meta[name] = {"size": size, "documents": spans.num_documents}
+        ends, count = self._write_tokens(path, whole, tokenizer, done)
+        meta[name] = {"size": ends[-1], "documents": spans.num_documents}
+        if len(whole) > 1:
+          meta[name]["parts"] = ends
         counts.append(count)
       np.save(folder / "counts.npy", np.stack(counts))
 
   def _write_tokens(
     self,
     path: pathlib.Path,
-    spans: Spans,
+    parts: Sequence[Spans],
     tokenizer: Tokenizer,
     done: Callable[[int], None],
-  ) -> tuple[int, np.ndarray]:
-    """Encodes spans into a file; how many tokens, and how often each."""
-    size, vocabulary = 0, tokenizer.vocab_size
+  ) -> tuple[list[int], np.ndarray]:
+    """Encodes parts into a file; where each ends, and how often each id is."""
+    size, ends, vocabulary = 0, [], tokenizer.vocab_size
     counts = np.zeros(vocabulary, np.int64)
     bit = begins_bit(token_dtype(vocabulary))
     with open(path, "wb") as file:
-      for stored, of_bytes in encoded(self._text(), spans, tokenizer):
-        file.write(stored.tobytes())
-        size += len(stored)
-        counts += count_labels(stored & (bit - 1), stored >= bit, vocabulary)
-        done(of_bytes)
-    return size, counts
+      for spans in parts:
+        for stored, of_bytes in encoded(self._text(), spans, tokenizer):
+          file.write(stored.tobytes())
+          size += len(stored)
+          counts += count_labels(stored & (bit - 1), stored >= bit, vocabulary)
+          done(of_bytes)
+        ends.append(size)
+    return ends, counts
 
 
 @contextlib.contextmanager
@@ -253,10 +271,11 @@ def text_files(
   seed: int,
   cache: Cache,
   watch: Watch = silent,
+  apart: bool = False,
 ) -> Iterator[TextFiles]:
   """`TextFiles`, whose scratch is removed in the end."""
   with full_disk_is_said(cache), cache.scratch() as folder:
-    text = TextFiles(paths, text_field, seed, cache, folder, watch)
+    text = TextFiles(paths, text_field, seed, cache, folder, watch, apart)
     try:
       yield text
     finally:

@@ -119,12 +119,14 @@ class Source:
     path: of the file.
     text: of what has no file.
     named: the user gave this file's own name.
+    part: which of the given paths it belongs to.
   """
 
   name: str
   path: pathlib.Path | None = None
   text: str = ""
   named: bool = False
+  part: int = 0
 
   def documents(self, text_field: str | None) -> Iterator:
     """Each document as an iterable of pieces of its text."""
@@ -203,13 +205,14 @@ def find_sources(
 
     for name, text in sorted(topics.topics.items()):
       yield Source(name, text=text)
-  for path in (local_path(path, "data") for path in paths):
+  for part, path in enumerate(local_path(path, "data") for path in paths):
     if not path.exists():
       raise UserError(f"data {path}: no such file or folder; check --data")
     if path.is_dir():
-      yield from _folder(path, skipped)
+      for source in _folder(path, skipped):
+        yield dataclasses.replace(source, part=part)
     else:
-      yield Source(str(path), path, named=True)
+      yield Source(str(path), path, named=True, part=part)
 
 
 def _folder(root: pathlib.Path, skipped: Skipped) -> Iterator[Source]:

@@ -57,6 +57,7 @@ class Tokens:
     documents: how many there are.
     label_counts: int64 [vocabulary], how often each id is a label; None if
       nobody has counted yet.
+    parts: the token after the last of each part, if there are parts.
   """
 
   content: Bytes
@@ -64,6 +65,7 @@ class Tokens:
   size: int
   documents: int
   label_counts: np.ndarray | None = None
+  parts: Sequence[int] = ()
 
   def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """The ids from `start` to `stop`, int32, and where documents begin."""
@@ -101,6 +103,23 @@ class Rows:
     self.sequence_length = sequence_length
     self.pad_id = pad_id
     self.chosen = chosen
+
+  @property
+  def use(self) -> float:
+    """The share of the rows' tokens that is text and not padding."""
+    rows = -(-self.source.size // self.sequence_length)
+    return self.source.size / max(rows * self.sequence_length, 1)
+
+  def parts(self) -> list[Rows]:
+    """The rows of each part of the tokens, those that begin in it.
+
+    A row that reaches into the next part is of the former.
+    """
+    ends = [-(-end // self.sequence_length) for end in self.source.parts]
+    edges = [0, *ends]
+    return [
+      self.take(np.arange(a, b)) for a, b in zip(edges, ends, strict=False)
+    ]
 
   def take(self, index: np.ndarray) -> Rows:
     """The rows of these numbers."""

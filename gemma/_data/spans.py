@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -43,6 +43,15 @@ class Spans:
   def __getitem__(self, index: np.ndarray) -> Spans:
     """Some of them."""
     return Spans(self.document[index], self.start[index], self.end[index])
+
+  def apart(self, ends: Sequence[int]) -> list[Spans]:
+    """Those of each part of the text, in their order.
+
+    Args:
+      ends: the byte after the last of each part.
+    """
+    part = np.searchsorted(np.asarray(ends), self.start, "right")
+    return [self[part == i] for i in range(len(ends))]
 
   def joined(self, other: Spans) -> Spans:
     """These, then those."""

@@ -94,6 +94,8 @@ class Texts:
     draws: uint64 [documents], by which they are ordered: a hash of text and
       seed.
     fingerprint: of the texts in their order, as `Corpus.fingerprint`.
+    parts: the byte after the last of what each path gave that the user named,
+      as far as there is text.
   """
 
   content: Bytes
@@ -101,6 +103,7 @@ class Texts:
   characters: np.ndarray
   draws: np.ndarray
   fingerprint: str
+  parts: tuple[int, ...] = ()
 
   @property
   def starts(self) -> np.ndarray:
@@ -197,6 +200,7 @@ def write_texts(
   Raises:
     UserError: as `read_corpus`.
   """
+  parts: list[int] = []
   with open(path, "wb") as file:
     writer = Writer(file.write, seed)
     for source in sources:
@@ -212,5 +216,9 @@ def write_texts(
         file.seek(writer.size)
       else:
         note_empty(source, count, some, skipped)
+      # Paths before this one that had no source end where it begins.
+      parts += [mark[1]] * (source.part - len(parts))
+      parts[source.part :] = [writer.size]
     file.truncate(writer.size)
-  return writer.texts(FileBytes(path))
+  texts = writer.texts(FileBytes(path))
+  return dataclasses.replace(texts, parts=tuple(parts))

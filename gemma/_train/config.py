@@ -12,6 +12,7 @@ from .._errors import UserError
 from .._files import local_path
 from .._seeds import A_SEED, is_seed
 from .mesh import parse
+from .mix import check as check_mix
 from .profile import window_of
 
 
@@ -71,11 +72,15 @@ class TrainConfig:
 
   Attributes:
     data: text files, and folders read whole: plain text, .jsonl, .json, .csv,
-      .tsv, .ipynb, .html, also as .gz, .bz2 or .xz.  Default: the documentation
-      that comes with Python (pydoc_data.topics, some 480,000 characters).
-    text_field: the field of JSON and JSONL objects, and the column of .csv and
-      .tsv, that holds the text.  None: these, .ipynb and .html are text as they
-      stand.
+      .tsv, .ipynb, .html, also as .gz, .bz2 or .xz; .parquet and .arrayrecord.
+      Default: the documentation that comes with Python (pydoc_data.topics, some
+      480,000 characters).
+    mix: how much of each step each of --data gets, by a weight for each, such
+      as 2 1; or 2:1 1:1 for weights that go from the first step to the last on
+      a line.  Default: by the amount of text, in one order.
+    text_field: the field of JSON and JSONL objects, and the column of .csv,
+      .tsv and .parquet, that holds the text.  None: these, .ipynb and .html are
+      text as they stand, but for .parquet.
     cache_dir: token ids of the text go here, and another run on the same text
       finds them (2 to 4 bytes a token; may be deleted).  Default:
       $PALLAS_GEMMA_CACHE, $XDG_CACHE_HOME/pallas-gemma or
@@ -137,6 +142,7 @@ class TrainConfig:
   """
 
   data: tuple[pathlib.Path, ...] = ()
+  mix: tuple[str, ...] = ()
   text_field: str | None = "text"
   cache_dir: pathlib.Path | None = None
   work_dir: pathlib.Path | None = None
@@ -202,6 +208,7 @@ class TrainConfig:
       start, _ = window_of(self.profile)
       _require(start < self.steps, "profile", "a step of the run", self.profile)
     parse(self.mesh)
+    check_mix(self.mix, len(self.data))
     _require(is_seed(self.seed), "seed", A_SEED, self.seed)
     _require(
       self.batch_size % self.accumulation == 0,

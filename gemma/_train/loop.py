@@ -17,6 +17,7 @@ from .._data.batches import (
   training_batches,
   unigram_loss,
 )
+from .._data.mixture import mixed_batches
 from .._data.rows import Batch
 from .._errors import UserError
 from .._files import write_atomically
@@ -241,10 +242,11 @@ class Loop:
 
   def _batches(self, mine: np.ndarray | None = None) -> Callable[[int], Batch]:
     """The batch of a step, or the rows of it that are this process's."""
-    config = self._run.config
-    return training_batches(
-      self._run.train_rows, config.batch_size, config.seed, mine
-    )
+    config, rows = self._run.config, self._run.train_rows
+    quotas = self._run.quotas()
+    if quotas is not None:
+      return mixed_batches(rows.parts(), quotas, config.seed, mine)
+    return training_batches(rows, config.batch_size, config.seed, mine)
 
   def _evaluation_batches(self) -> Iterator[Batch]:
     """This process's rows of the batches of an evaluation."""

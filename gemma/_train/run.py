@@ -21,6 +21,7 @@ from .._checkpoint import (
 )
 from .._data.cache import open_cache
 from .._data.copies import describe_copies
+from .._data.mixture import Quotas, Weight
 from .._data.prepare import Prepared, Summary, text_files
 from .._data.rows import Rows
 from .._data.watch import Shown
@@ -29,6 +30,7 @@ from .._tokenizer import Tokenizer
 from .config import TrainConfig
 from .evaluate import evaluation_rows
 from .layout import Layout, layout_of
+from .mix import parse as parse_mix
 from .record import Change, changes, check_changes, settings
 
 
@@ -64,6 +66,13 @@ class Run:
   held_out_rows: Rows
   evaluation_rows: Rows
 
+  def quotas(self) -> Quotas | None:
+    """What each text gets of each step; None if they are one."""
+    if not self.config.mix:
+      return None
+    weights = [Weight(*parse_mix(text)) for text in self.config.mix]
+    return Quotas(weights, self.config.steps, self.config.batch_size)
+
 
 def open_run(
   config: TrainConfig,
@@ -92,6 +101,7 @@ def open_run(
       config.seed,
       open_cache(config.cache_dir, directory),
       watch,
+      apart=bool(config.mix),
     ) as text,
   ):
     identity = _identity(config) | _data_identity(config, text.summary)
@@ -203,5 +213,18 @@ def describe_data(run: Run) -> Iterator[str]:
   ):
     labels = tokens.size - tokens.documents
     yield f"{name}  {labels:,} tokens of {tokens.documents:,} documents"
+  yield (
+    f"rows      {len(run.train_rows):,} of {run.config.sequence_length:,} "
+    f"tokens, packed: {run.train_rows.use:.2%} of them are text"
+  )
+  quotas = run.quotas()
+  if quotas is not None:
+    taken = quotas.before(run.config.steps)
+    for i, rows in enumerate(run.train_rows.parts()):
+      yield (
+        f"mix       {run.config.data[i]}: {quotas.shares(0)[i]:.1%} of the "
+        f"first step, {quotas.shares(run.config.steps - 1)[i]:.1%} of the "
+        f"last; {taken[i] / max(len(rows), 1):.1f} passes in all"
+      )
   yield from describe_copies(run.data.report)
   yield f"tokens    {run.data.size / 1e6:,.1f} MB in {run.data.directory}"
