@@ -14,7 +14,7 @@ import numpy as np
 
 from .._frame.op import Case, Cost, Integers, nbytes
 from .._rope import Rope
-from .shapes import LayoutName, from_btnh, to_btnh
+from .shapes import LayoutName, shape_in, to_btnh
 from .spec import Window, sides
 
 # --- cost ---------------------------------------------------------------------
@@ -80,10 +80,10 @@ def _rope_at(shape: tuple[int, int]) -> Any:
 def _case(name, shape, dtype=jnp.bfloat16, s=None, **kwargs) -> Case:
   """Of shape (B, T, N, K, H) and S keys, T of them by default."""
   b, t, n, k, h = shape
-  of_layout = functools.partial(from_btnh, layout=kwargs.get("layout"))
+  layout = kwargs.get("layout")
   q, kv = (
-    jax.eval_shape(of_layout, jax.ShapeDtypeStruct((b, *dims, h), dtype))
-    for dims in ((t, n), (s or t, k))
+    jax.ShapeDtypeStruct(shape_in(dims, layout), dtype)
+    for dims in ((b, t, n, h), (b, s or t, k, h))
   )
   if kwargs.get("layout") == "BT(NH)":
     kwargs["head_size"] = h

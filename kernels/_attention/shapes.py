@@ -24,3 +24,13 @@ def from_btnh(x: Any, layout: LayoutName | None) -> Any:
   if layout == "BNTH":
     return x.swapaxes(1, 2)
   return x.reshape(*x.shape[:2], -1) if layout == "BT(NH)" else x
+
+
+def shape_in(
+  shape: tuple[int, int, int, int], layout: LayoutName | None
+) -> tuple[int, ...]:
+  """The shape of what `from_btnh` makes of [B, T, N, H]."""
+  b, t, n, h = shape
+  if layout == "BNTH":
+    return b, n, t, h
+  return (b, t, n * h) if layout == "BT(NH)" else shape
