@@ -30,6 +30,7 @@ def page(name):
 
 
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
+OPERANDS = page("operands")
 LAYOUT, ARGUMENTS = page("layout"), page("arguments")
 MEMORY, ROTATION = page("memory"), page("rotation")
 SPANS, FINITE = page("spans"), page("finite")
@@ -201,7 +202,7 @@ def the_last_alone(ref, at, new, *, starts):
   ref[at] = new
 
 
-LOOP_IN_PAIRS, FIRST_AND_END = BLOCKS._loop_in_pairs, BLOCKS._first_and_end
+LOOP_IN_PAIRS, FIRST_AND_END = BLOCKS._loop_in_pairs, OPERANDS._first_and_end
 ADD_DECAYED, TO_LANES = FORWARD._add_decayed, TPU.columns_to_lanes
 # A problem, and the step that is wrong.  Where the results show it, the
 # gradients are not asked for.
@@ -241,7 +242,10 @@ FORWARD_MUTANTS = {
     "segments",
     (BLOCKS, "_same_segment", lambda ids: ids.rows == ids.keys),
   ),
-  "a block too few": ("segments", (BLOCKS, "_first_and_end", a_block_too_few)),
+  "a block too few": (
+    "segments",
+    (OPERANDS, "_first_and_end", a_block_too_few),
+  ),
   "rows that see nothing": (
     "segments",
     (FORWARD, "_minus_infinity_where_masked", lambda lse, m: lse),
@@ -468,7 +472,7 @@ def test_blocks_of_other_segments_are_skipped():
   layout = LAYOUT.Layout("packed", 1, 1, 128, 64)
   call = TILES.Call(problem, 1, 1, 128, 128, 128, 0, 512, 0, 512, layout)
   ids = ids_of(128, 256, 100, 28)
-  bounds, *_ = BLOCKS.segment_operands(call, SPEC.Segments(ids, ids))
+  bounds, *_ = OPERANDS.segment_operands(call, SPEC.Segments(ids, ids))
   assert bounds.reshape(-1, 2).tolist() == [[0, 1], [1, 3], [1, 3], [3, 4]]
 
 

@@ -18,6 +18,7 @@ Visible, from query i to key j (positions in the arrays, not `rope`'s):
     is_causal                        j <= i
     local_window_size=(left, right)  i - left <= j <= i + right, both inclusive
     segment_ids                      equal, and not 0 (padding)
+    mask                             as it says
 
 Traffic: q, k, v and o once, and backward these, do, dq, dk and dv once; lse is
 one float32 per row, di is recomputed.  With T^2 / 2 visible pairs of H = 256
@@ -54,12 +55,15 @@ Read in this order; each page stands on those before it:
     finite     what is not a number, behind a mask
     heads      which kv heads a device needs, over a mesh
     stores     what lies in stacks, in a scan over layers
+    masks      a mask that is an array
     blocks     which keys a block of queries meets, and the mask
+    operands   segment ids and positions, as the kernels have them
     softmax    its steps in a forward kernel, those of decode attention too
     words      copies of [B, T, N, H] as it is, two heads at a time
     pairs      what comes and goes around a grid step of two kv heads
     forward    the kernel
     departure  how dk and dv leave for HBM
+    backward_refs  what it is given
     backward   the kernel
     door       what the public functions are given, checked
     op         the public function and its registration

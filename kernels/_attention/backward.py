@@ -34,61 +34,23 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
-from .._sincos import phases, rotate, width
+from .._sincos import phases, rotate
 from . import (
   blocks,
-  departure,
   finite,
+  masks,
   memory,
+  operands,
   pairs,
   rotation,
   spans,
   stores,
   tiles,
 )
+from .backward_refs import Inputs, Outputs, State, state_of
 from .departure import Departure
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
-
-
-class Inputs(NamedTuple):
-  """Refs, in the kernel; R = block_q G rows; None where a problem has none."""
-
-  q: Any  # R rows of H, as the layout has them
-  k: Any  # [S, H], the same for all blocks of queries
-  v: Any  # [S, H]
-  out: Any  # as q
-  dout: Any  # as q
-  lse: Any  # [1, R] in units of `Problem.unit`
-  dlse: Any  # [1, R] likewise
-  segments: blocks.SegmentRefs | None
-  rope: blocks.RopeRefs | None
-
-
-class Outputs(NamedTuple):
-  """Refs, in the kernel."""
-
-  dq: Any  # as q
-  dk: Any  # all keys of all kv heads, in HBM: the layout has them
-  dv: Any  # likewise
-
-
-class State(NamedTuple):
-  """Scratch; the sums are float32."""
-
-  lse: Any  # [1, R] of this block; inf where a row sees nothing
-  di: Any  # [1, R]
-  dq_transposed: Any  # [H, R] of this block
-  dk: Any  # [S, H] of all blocks so far
-  dv: Any  # [S, H] likewise
-  q: Any  # [R, H] rotated, finite; None if it is as it comes
-  dout: Any  # [R, H] finite; None if it is as it comes
-  departure: departure.Scratch
-  k: Any  # [S, H] rotated as far as the grid has come; or None
-  sin: Any  # [S, W], see `_sincos.width`; or None
-  cos: Any  # [S, W], or None
-  pairs: pairs.Scratch | None
-
 
 # --- the kernel ---------------------------------------------------------------
 
@@ -120,8 +82,12 @@ def _kernel(
       _attend(block, i, s, tile)
 
   def on_others(key0: Any, masked: bool) -> None:
+    if masked and s.mask is not None:
+      masks.load_column(call, i.mask, key0, s.mask)
     _attend(block, i, s, Tile(key0, call.block_kv, 0, masked))
 
+  if s.mask is not None:
+    s.mask.column[0] = -1
   block.start(on_diagonal, functools.partial(_start_dq, s))
   block.for_other_keys(on_others)
   _finish_dq(block, i, o, s)
@@ -226,7 +192,7 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   logits = block.logits(tpu.dot(k, q, tpu.NT))
   weights = jnp.exp2((logits - s.lse[:, here]) * p.to_base_2)
   if tile.masked:
-    mask = _mask(block, i, tile, logits.shape)
+    mask = _mask(block, i, s, tile, logits.shape)
     weights = jnp.where(mask, weights, 0.0)
   dv = tpu.dot(weights.astype(dout.dtype), dout, tpu.NN)
   dlogits = weights * _minus_di(tpu.dot(v, dout, tpu.NT), s, here)
@@ -247,8 +213,11 @@ def _taken(call: Call, ref: Any, scratch: Any, here: Any) -> jax.Array:
 
 
 def _mask(
-  block: blocks.Block, i: Inputs, tile: Tile, shape: tuple[int, ...]
+  block: blocks.Block, i: Inputs, s: State, tile: Tile, shape: tuple[int, ...]
 ) -> jax.Array:
+  if s.mask is not None:
+    words = masks.column_at(s.mask.words, tile.key0)
+    return masks.visible(words, shape[0], 0)
   ids = None
   if i.segments is not None:
     keys = tpu.lanes_to_column(i.segments.of_keys(tile.key0, tile.width))
@@ -317,12 +286,15 @@ def _run(
   layout = call.layout
   (q, k, v), (row, whole, lane) = tiles.operands(call, a)
   out, dout = map(layout.of_queries, (outs.out, d.out))
-  bounds, ids, id_specs = blocks.segment_operands(call, a.segments)
+  bounds, ids, id_specs = operands.segment_operands(call, a.segments)
   mixed = finite.mixed_segments(call, a.segments, bounds)
-  rope, rope_specs = blocks.rope_operands(call, a)
-  inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope)
-  specs = Inputs(row, whole, whole, row, row, lane, lane, id_specs, rope_specs)
-  operands, specs, layer = stores.read(places, inputs, specs)
+  rope, rope_specs = operands.rope_operands(call, a)
+  words, of_words = masks.operands_of(call, a.masks)
+  plan = masks.plan_of(call, a.masks and a.masks.backward)
+  of_lanes = lane, lane, id_specs, rope_specs, of_words
+  inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope, words)
+  specs = Inputs(row, whole, whole, row, row, *of_lanes)
+  refs, specs, layer = stores.read(places, inputs, specs)
   (gradients,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_bwd",
@@ -331,7 +303,7 @@ def _run(
       grid=layout.grid(a.q.shape[0], pl.cdiv(call.t, call.block_q)),
       in_specs=[specs],
       out_specs=[Outputs(row, *[pl.BlockSpec(memory_space=pl.ANY)] * 2)],
-      scratch_shapes=[_state(call, inputs, dq_dtype)],
+      scratch_shapes=[state_of(call, inputs, dq_dtype)],
     ),
     out_shape=[
       Outputs(
@@ -340,33 +312,9 @@ def _run(
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
-  )(blocks.Scalars.of(bounds, a, mixed, layer), operands)
+  )(blocks.Scalars.of(bounds, a, plan, mixed, layer), refs)
   dk, dv = (layout.to_keys(x, a.k.shape) for x in gradients[1:])
   return Arrays(layout.to_queries(gradients.dq, a.q.shape), dk, dv)
-
-
-def _state(call: Call, i: Inputs, dq_dtype: Any) -> State:
-  """Types of the scratch for these operands."""
-  layout, s, h = call.layout, call.padded_keys, call.layout.head_size
-  is_rotated = i.rope is not None
-  by_lane = pltpu.VMEM((1, call.rows), jnp.float32)
-  of_keys = layout.of_each_head((s, h))
-  of_rows = pltpu.VMEM((call.rows, h), i.q.dtype)
-  of_phases = pltpu.VMEM((s, width(h)), jnp.float32)
-  return State(
-    lse=by_lane,
-    di=by_lane,
-    dq_transposed=pltpu.VMEM((h, call.rows), jnp.float32),
-    dk=pltpu.VMEM(of_keys, jnp.float32),
-    dv=pltpu.VMEM(of_keys, jnp.float32),
-    q=of_rows if call.has_ragged_end or is_rotated else None,
-    dout=of_rows if call.has_ragged_end else None,
-    departure=departure.scratch(call, i.k.dtype),
-    k=pltpu.VMEM(of_keys, i.k.dtype) if is_rotated else None,
-    sin=of_phases if is_rotated else None,
-    cos=of_phases if is_rotated else None,
-    pairs=pairs.scratch(call, 3, i.q.dtype, dq_dtype),
-  )
 
 
 # --- the pass -----------------------------------------------------------------
@@ -381,6 +329,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     d: the cotangents of these.
   """
   a, outs = rotation.before(p, saved.arrays), saved.outs
+  a = masks.prepared(p, a)
   sizes = memory.Sizes.of_problem(p, a)
   whole = tiles.backward_call(p, sizes)
   calls = spans.of_call(whole, tiles.backward_keys(whole, sizes))

@@ -14,6 +14,7 @@ the first and the last that can share an id with the queries; all are masked.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,10 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from .._frame import tpu
-from .._rope import rope_timescale
-from .._sincos import timescales
-from .spec import Arrays, Segments
+from . import masks
+from .spec import Arrays
 from .tiles import Call
 
 # --- by position --------------------------------------------------------------
@@ -84,10 +83,16 @@ class Scalars(NamedTuple):
   scale: Any  # [B] float32
   window: Any  # [2 B]: left and right of each batch element
   layer: Any  # [1] int32, of what lies in stacks
+  plan: Any  # see `masks.plan_of`
 
   @classmethod
   def of(
-    cls, segment_bounds: Any, a: Arrays, mixed: Any = None, layer: Any = None
+    cls,
+    segment_bounds: Any,
+    a: Arrays,
+    plan: Any,
+    mixed: Any = None,
+    layer: Any = None,
   ) -> Scalars:
     """The operands."""
     scale, window = a.scale, a.window
@@ -97,6 +102,7 @@ class Scalars(NamedTuple):
       scale if scale is None else scale.astype(jnp.float32),
       window if window is None else window.reshape(-1),
       layer if layer is None else layer.reshape(1),
+      plan,
     )
 
 
@@ -115,6 +121,7 @@ class Block:
     kv_blocks: the first and the end of the kv blocks that can share a segment;
       or None.
     mixed: whether ids hide some of these from some queries; or None.
+    plan: of a mask, and where in it the block's part starts; or None.
   """
 
   call: Call
@@ -123,12 +130,13 @@ class Block:
   scale: Any
   kv_blocks: tuple[Any, Any] | None
   mixed: Any
+  plan: tuple[Any, Any] | None
 
   @classmethod
   def of_step(cls, call: Call, scalars: Scalars) -> Block:
     """That of the running grid step."""
     window, scale = call.problem.window, None
-    kv_blocks = mixed = None
+    kv_blocks = mixed = plan = None
     if any(x is not None for x in scalars):
       batch = call.layout.batch(pl.program_id(0))
       if scalars.window is not None:
@@ -140,8 +148,12 @@ class Block:
         kv_blocks = _pair(scalars.segment_bounds, place)
       if scalars.mixed is not None:
         mixed = scalars.mixed[place] != 0
+      if scalars.plan is not None:
+        part = masks.part_of(call, pl.program_id(0))
+        place = part * pl.num_programs(1) + pl.program_id(1)
+        plan = scalars.plan, place * (2 + pl.cdiv(call.s, call.block_kv))
     q0 = pl.program_id(1) * call.block_q
-    return cls(call, q0, window, scale, kv_blocks, mixed)
+    return cls(call, q0, window, scale, kv_blocks, mixed, plan)
 
   @property
   def own_keys(self) -> Any:
@@ -172,6 +184,13 @@ class Block:
     def loop(low: Any, high: Any, masked: bool) -> None:
       jax.lax.fori_loop(low, high, lambda i, _: one(i, masked), None)
 
+    if self.plan is not None:
+      ref, at = self.plan
+      full, visited = ref[at], ref[at + 1]
+      _loop_in_pairs(0, full, lambda i: one(ref[at + 2 + i], False))
+      loop_over = functools.partial(jax.lax.fori_loop, full, visited)
+      loop_over(lambda i, _: one(ref[at + 2 + i], True), None)
+      return
     first, full_first, full_last, last = bounds_of(call, self.q0, self.window)
     has_masked_end = True
     if call.has_diagonal:
@@ -277,121 +296,3 @@ def _before(row: jax.Array, ahead: jax.Array, factor: int) -> jax.Array:
 
 def _same_segment(ids: TileIds) -> jax.Array:
   return (ids.rows == ids.keys) & (ids.keys != 0)
-
-
-# --- segment ids as operands --------------------------------------------------
-
-
-class SegmentRefs(NamedTuple):
-  """What a kernel has of segment ids."""
-
-  rows: Any  # [1, R]
-  keys: Any  # [S / LANES, 1, LANES]
-
-  def of_keys(self, key0: Any, width: int) -> jax.Array:
-    """[1, width], from key0 on."""
-    first = key0 >> _log2(tpu.LANES)
-    return jnp.concatenate(
-      [self.keys[first + i] for i in range(width // tpu.LANES)], axis=1
-    )
-
-
-def segment_operands(
-  call: Call, segments: Segments | None
-) -> tuple[jax.Array | None, SegmentRefs | None, SegmentRefs | None]:
-  """Bounds for `Block`, operands, block specs; all None without segments."""
-  if segments is None:
-    return None, None, None
-  keys = padded_ids(segments.k, call.key_unit)
-  operands = SegmentRefs(
-    call.layout.repeated(segments.q)[:, None, :],
-    keys.reshape(keys.shape[0], -1, 1, tpu.LANES),
-  )
-  specs = SegmentRefs(
-    pl.BlockSpec(
-      (None, 1, call.rows),
-      lambda b, i, *_: (call.layout.batch(b), 0, i),
-    ),
-    pl.BlockSpec(
-      (None, *operands.keys.shape[1:]),
-      lambda b, i, *_: (call.layout.batch(b), 0, 0, 0),
-    ),
-  )
-  return segment_bounds(call, segments), operands, specs
-
-
-def segment_bounds(call: Call, segments: Segments) -> jax.Array:
-  """For every batch element and q block, the first kv block whose ids can meet
-  its own, and the end: [2 B n_q].
-  """
-  low_q, high_q = _id_range(padded_ids(segments.q, call.block_q), call.block_q)
-  low_k, high_k = _id_range(
-    padded_ids(segments.k, call.key_unit), call.block_kv
-  )
-  meet = (low_q[:, :, None] <= high_k[:, None, :]) & (
-    low_k[:, None, :] <= high_q[:, :, None]
-  )
-  first, end = _first_and_end(meet)
-  return jnp.stack([first, end], axis=-1).astype(jnp.int32).reshape(-1)
-
-
-def _first_and_end(meet: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Of the true ones along the last axis; (0, 0) if there are none."""
-  first = jnp.argmax(meet, axis=2)
-  end = meet.shape[2] - jnp.argmax(meet[:, :, ::-1], axis=2)
-  return first, jnp.where(meet.any(axis=2), end, 0)
-
-
-def padded_ids(ids: jax.Array, unit: int) -> jax.Array:
-  """Padding's id up to a whole number of blocks."""
-  return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % unit)))
-
-
-def _id_range(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-  """Least and greatest id of every block, padding aside; an empty range if
-  there is nothing else."""
-  ids = ids.reshape(ids.shape[0], -1, block)
-  top = jnp.iinfo(jnp.int32).max
-  low = jnp.min(jnp.where(ids == 0, top, ids), axis=2)
-  return low, jnp.max(jnp.where(ids == 0, -top, ids), axis=2)
-
-
-# --- positions as operands ----------------------------------------------------
-
-
-class RopeRefs(NamedTuple):
-  """What a kernel needs to rotate."""
-
-  positions: Any  # [1, block_q]
-  timescale: Any  # [1, W], see `_sincos.timescales`
-
-
-def rope_operands(
-  call: Call, a: Arrays
-) -> tuple[RopeRefs | None, RopeRefs | None]:
-  """Operands and block specs; None without positions [B, T]."""
-  if a.positions is None:
-    return None, None
-  base, half = call.problem.base_frequency, _half(a)
-  of_positions = pl.BlockSpec(
-    (None, 1, call.block_q),
-    lambda b, i, *_: (call.layout.batch(b), 0, i),
-  )
-  positions = a.positions[:, None, :]
-  if a.base is None:
-    timescale = timescales(rope_timescale(half, base, jnp.float32)[None, :])
-    of_timescale = pl.BlockSpec(timescale.shape, lambda b, i, *_: (0, 0))
-  else:  # one for each element of the batch
-    by_batch = rope_timescale(half, a.base[:, None, None], jnp.float32)
-    timescale = timescales(by_batch)
-    of_timescale = pl.BlockSpec(
-      (None, *timescale.shape[1:]),
-      lambda b, i, *_: (call.layout.batch(b), 0, 0),
-    )
-  specs = RopeRefs(of_positions, of_timescale)
-  return RopeRefs(positions, timescale), specs
-
-
-def _half(a: Arrays) -> int:
-  """The number of frequencies, H / 2."""
-  return a.q.shape[-1] // 2

@@ -80,8 +80,8 @@ def dot_product_attention(
       There is no kernel for it: it goes by plain jnp, with [N, T, S] in memory,
       and `implementation="pallas"` refuses it.
     mask: booleans that broadcast to [B, N, T, S], True where a query sees a
-      key.  One of keys alone, [B, 1, 1, S], costs next to nothing; there is no
-      kernel for others, likewise.  Of flax, which has masks of numbers, what is
+      key.  Blocks that see nothing are skipped.  One of keys alone, [B, 1, 1,
+      S], costs next to nothing.  Of flax, which has masks of numbers, what is
       not 0 is seen.
     scale: multiplies the logits; None is 1 / sqrt(H).
     is_causal: query i sees keys 0 to i.

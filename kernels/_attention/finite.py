@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
-from . import blocks, reference
+from . import blocks, operands, reference
 from .layout import Layout, Rows
 from .spec import Outs, Problem, Segments
 from .tiles import Call
@@ -128,9 +128,9 @@ def mixed_segments(call: Call, segments: Segments | None, bounds: Any) -> Any:
   """
   if segments is None:
     return None
-  q = blocks.padded_ids(segments.q, call.block_q)
+  q = operands.padded_ids(segments.q, call.block_q)
   q = q.reshape(q.shape[0], -1, 1, call.block_q)
-  k = blocks.padded_ids(segments.k, call.key_unit)
+  k = operands.padded_ids(segments.k, call.key_unit)
   k = k.reshape(k.shape[0], 1, -1, call.block_kv)
   first, end = jnp.split(bounds.reshape(*q.shape[:2], 2), 2, axis=2)
   block = jnp.arange(k.shape[2])

@@ -26,7 +26,17 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
-from . import blocks, finite, memory, pairs, rotation, spans, tiles
+from . import (
+  blocks,
+  finite,
+  masks,
+  memory,
+  operands,
+  pairs,
+  rotation,
+  spans,
+  tiles,
+)
 from .softmax import MASKED, lse_of, reciprocal, row_maximum, sum_by_lane
 from .spec import Arrays, Outs, Problem
 from .tiles import Call
@@ -38,8 +48,9 @@ class Inputs(NamedTuple):
   q: Any  # R rows of H, as the layout has them
   k: Any  # [S, H], the same for all blocks of queries
   v: Any  # [S, H]
-  segments: blocks.SegmentRefs | None
-  rope: blocks.RopeRefs | None
+  segments: operands.SegmentRefs | None
+  rope: operands.RopeRefs | None
+  mask: Any  # [S / 4096, block_q or R, LANES] int32, see `masks`
 
 
 class Outputs(NamedTuple):
@@ -212,6 +223,9 @@ def _q(call: Call, i: Inputs, s: State, g: Any) -> jax.Array:
 def _mask(
   block: blocks.Block, i: Inputs, s: State, g: Any, key0: Any, shape: Any
 ) -> jax.Array:
+  if i.mask is not None:
+    words = masks.by_rows(block.call, i.mask, key0, g.start, g.size)
+    return masks.visible(words, shape[1], 1)
   ids = None
   if i.segments is not None:
     rows = tpu.across(s.ids[g, :], shape[1])
@@ -263,16 +277,20 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   """out [B, T, N, H], and lse by row, [B K, 1, rows]."""
   (q, k, v), specs = tiles.operands(call, arrays)
   batch = arrays.q.shape[0]
-  bounds, ids, id_specs = blocks.segment_operands(call, arrays.segments)
-  rope, rope_specs = blocks.rope_operands(call, arrays)
-  inputs = Inputs(q, k, v, ids, rope)
+  bounds, ids, id_specs = operands.segment_operands(call, arrays.segments)
+  rope, rope_specs = operands.rope_operands(call, arrays)
+  words, word_spec = masks.operands_of(call, arrays.masks)
+  inputs = Inputs(q, k, v, ids, rope, words)
+  plan = masks.plan_of(call, arrays.masks and arrays.masks.forward)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_fwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=call.layout.grid(batch, pl.cdiv(call.t, call.block_q)),
-      in_specs=[Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs)],
+      in_specs=[
+        Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs, word_spec)
+      ],
       out_specs=[Outputs(specs.q, specs.lanes)],
       scratch_shapes=[_state(call, inputs, out_dtype)],
     ),
@@ -287,7 +305,7 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
       )
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
-  )(blocks.Scalars.of(bounds, arrays), inputs)
+  )(blocks.Scalars.of(bounds, arrays, plan), inputs)
   return Outs(call.layout.to_queries(outs.out, arrays.q.shape), outs.lse)
 
 
@@ -322,7 +340,7 @@ def forward(p: Problem, a: Arrays) -> Outs:
     out [B, T, N, H], and lse by row, [B K, 1, rows], in units of
     `Problem.unit`.
   """
-  a = rotation.before(p, a)
+  a = masks.prepared(p, rotation.before(p, a))
   sizes = memory.Sizes.of_problem(p, a)
   whole = tiles.forward_call(p, sizes)
   keys = tiles.forward_keys(whole, sizes)

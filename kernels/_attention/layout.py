@@ -180,6 +180,18 @@ class Layout:
       x = x.reshape(*x.shape[:2], -1, self.chunk).swapaxes(1, 2)
     return x.reshape(b * self.kv_heads, 1, -1)
 
+  def of_rows(self, x: jax.Array) -> jax.Array:
+    """[B, N, T, ...] in the order of rows, [B K, rows, ...]."""
+    b, n, t, *rest = x.shape
+    x = x.reshape(b * self.kv_heads, self.group, t, *rest)
+    if self.is_by_token:
+      x = x.swapaxes(1, 2)
+    else:
+      ends = [(0, 0)] * 2 + [(0, -t % self.chunk)] + [(0, 0)] * len(rest)
+      x = jnp.pad(x, ends)
+      x = x.reshape(*x.shape[:2], -1, self.chunk, *rest).swapaxes(1, 2)
+    return x.reshape(b * self.kv_heads, -1, *rest)
+
   def to_lse(self, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse, to [B, N, T], given q's shape [B, T, N, H]."""
     b, t, n, _ = shape

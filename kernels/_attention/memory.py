@@ -17,7 +17,7 @@ programs for v5e; `tests/test_flash_attention_memory.py` compiles next to it.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._frame import tpu
 from .._sincos import width
@@ -28,6 +28,22 @@ if TYPE_CHECKING:
 
 # What the kernels ask of the compiler, and the model plans with.
 VMEM_BYTES = 120 << 20
+
+
+# Of how many keys a column of a mask's words has the bits; see `masks`.
+MASK_KEYS = 32 * tpu.LANES
+
+
+class MaskShape(NamedTuple):
+  """Of a mask that is an array.
+
+  Attributes:
+    repeats: how many elements of the batch share one.
+    by_head: whether query heads have their own.
+  """
+
+  repeats: int
+  by_head: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +63,7 @@ class Sizes:
     is_rotated: whether the kernel rotates q and k.
     has_pairs: whether two kv heads come together, as words; see `words`.
     is_partial: whether gradients are float32; see `Problem`.
+    mask: of a mask that is an array.
   """
 
   t: int
@@ -61,6 +78,7 @@ class Sizes:
   is_rotated: bool = False
   has_pairs: bool = False
   is_partial: bool = False
+  mask: MaskShape | None = None
 
   @classmethod
   def of(cls, q: Any, k: Any) -> Sizes:
@@ -79,6 +97,7 @@ class Sizes:
       has_window=has_window(p, a),
       is_rotated=a.positions is not None,
       is_partial=p.is_partial,
+      mask=_mask_shape(a),
     )
 
   @property
@@ -112,12 +131,29 @@ class Sizes:
   @property
   def is_masked(self) -> bool:
     """Whether there are masks beside the diagonal's."""
-    return self.has_segments or self.has_window
+    return self.has_segments or self.has_window or self.mask is not None
+
+  def mask_bytes(self, block_q: int) -> tuple[int, int]:
+    """Of the words of a block of queries, in two buffers: of the last column,
+    that may be of few keys, and per key.
+    """
+    if self.mask is None:
+      return 0, 0
+    rows = block_q * (self.group if self.mask.by_head else 1)
+    column = 2 * rows * tpu.LANES * 4
+    return column, -(-column // MASK_KEYS)
 
   @property
   def is_float32(self) -> bool:
     """Products of float32 take its factors apart, in many more tiles."""
     return self.itemsize == 4
+
+
+def _mask_shape(a: Arrays) -> MaskShape | None:
+  if a.mask is None:
+    return None
+  repeats = a.q.shape[0] // a.mask.shape[0]
+  return MaskShape(repeats, a.mask.shape[1] > 1)
 
 
 def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
@@ -130,6 +166,8 @@ def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
     fixed, per_key = fixed + rows * tpu.LANES * 4, per_key + 2 * 4
   if x.is_rotated:  # q and k, rotated
     fixed, per_key = fixed + q, per_key + x.kv_heads_inside * h * x.itemsize
+  of_mask = x.mask_bytes(config.block_q)
+  fixed, per_key = fixed + of_mask[0], per_key + of_mask[1]
   spilled_tiles = 6 if x.is_float32 else 3
   return fixed + spilled_tiles * rows * config.block_kv * 4, per_key
 
@@ -151,6 +189,10 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   if x.is_rotated:  # k rotated, and the sine and cosine
     per_key += x.kv_heads_inside * h * x.itemsize
     per_key += 2 * tpu.lanes(width(x.head_size)) * 4
+  of_mask = x.mask_bytes(config.block_q_bwd)
+  fixed, per_key = fixed + of_mask[0], per_key + of_mask[1]
+  if x.mask is not None:  # a column of it, rows in lanes
+    fixed += rows * tpu.LANES * 4
   fixed += (is_ragged or x.is_rotated) * of_rows + is_ragged * of_rows  # q, do
   tiles_of_logits = 2 + 2 * x.is_masked
   spilled = tiles_of_logits * rows * config.block_kv_bwd * 4

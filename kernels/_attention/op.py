@@ -23,7 +23,7 @@ from .._frame.kernel import Saved, kernel_op
 from .._frame.op import Op
 from .._frame.sharding import Axes, Split
 from .._rope import Rope, apply_rope, rotated_apart
-from . import problems, ring, rotation, tiles
+from . import masks, problems, ring, rotation, tiles
 from .arguments import Seen, Weights, problem_of
 from .backward import backward
 from .door import (
@@ -85,6 +85,7 @@ def _split(p: Problem, a: Arrays) -> Split:
       scale=None if a.scale is None else "B",
       window=None if a.window is None else "B-",
       base=None if a.base is None else "B",
+      mask=None if a.mask is None else _mask_letters(a),
     ),
     Outs("BTNH", "BNT" if p.return_lse else None),
     over="BTN",
@@ -94,6 +95,12 @@ def _split(p: Problem, a: Arrays) -> Split:
   )
 
 
+def _mask_letters(a: Arrays) -> str:
+  parts, heads = a.mask.shape[:2]
+  batch = "B" if parts == a.q.shape[0] else "-"
+  return batch + ("N" if heads == a.q.shape[2] else "-") + "--"
+
+
 def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
   """One device's batch elements and heads, and its part of the tokens."""
   ring_axes = axes.get("T", ())
@@ -101,7 +108,12 @@ def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
     whole = dataclasses.replace(p, context_parts=1)
     outs = _on_device(op, whole, in_time(a, p.context_parts), axes)
     return in_context(outs, p.context_parts)
-  a = _with_own_kv_heads(a, axes)
+  if ring_axes and a.mask is not None:
+    raise ValueError(
+      f"flash_attention: mask must be None with T split over {ring_axes}, got "
+      f"shape {a.mask.shape}"
+    )
+  p, a = masks.folded(p, _with_own_kv_heads(a, axes))
   if not p.scale > 0:  # the kernels take a maximum before they scale
     sign = np.sign(p.scale).astype(a.q.dtype)
     a = a._replace(q=a.q * sign)
@@ -156,14 +168,18 @@ def attend(op: str, p: Problem, a: Arrays) -> Outs:
   Raises:
     ValueError: if it is to be the kernel and there is none.
   """
-  for name, array in (("mask", a.mask), ("bias", a.bias)):
-    if array is not None:
-      if p.implementation == "pallas":
-        raise ValueError(
-          f"{op}: {name} must be None with implementation='pallas', got shape "
-          f"{array.shape}; pass None or 'xla'"
-        )
-      p = dataclasses.replace(p, implementation="xla")
+  if a.bias is not None:
+    if p.implementation == "pallas":
+      raise ValueError(
+        f"{op}: bias must be None with implementation='pallas', got shape "
+        f"{a.bias.shape}; pass None or 'xla'"
+      )
+    p = dataclasses.replace(p, implementation="xla")
+  if a.mask is not None and p.context_parts > 1:
+    raise ValueError(
+      f"{op}: mask must be None with context_parts > 1, got shape "
+      f"{a.mask.shape}"
+    )
   return _flash(p, a)
 
 
@@ -238,11 +254,13 @@ def flash_attention(
       among n devices all of them have equal work then.
     mask: booleans [B, N, T, S], or 1 in place of some, True where a query sees
       a key, of those that the arguments above leave visible.  One of keys
-      alone, [B, 1, 1, S], goes by segment ids.  There is no kernel for others:
-      they go by the reference, with [N, T, S] in memory, and
-      implementation="pallas" refuses them.
+      alone, [B, 1, 1, S], goes by segment ids.  Of others the kernels skip
+      blocks that hide everything, and compute those that hide nothing without
+      a mask; it takes T S / 8 bytes more, for all heads that share it.  What it
+      hides must be finite, also where segment_ids hide it.
     bias: floats of such a shape, added to the logits, after the soft cap.
-      There is no kernel for it, likewise.
+      There is no kernel for it: it goes by the reference, with [N, T, S] in
+      memory, and implementation="pallas" refuses it.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes; None picks them from the shape.

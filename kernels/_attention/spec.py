@@ -47,6 +47,7 @@ class Arrays(NamedTuple):
   base: Any = None  # [B] float32
   mask: Any = None  # [B or 1, N or 1, T, S] booleans
   bias: Any = None  # [B or 1, N or 1, T or 1, S or 1]
+  masks: Any = None  # what kernels have in the place of `mask`, see `masks`
 
 
 class Outs(NamedTuple):

@@ -14,7 +14,7 @@ from .._frame import tpu
 from .._frame.tuned import power_of_two, tuned_config
 from . import memory
 from .layout import Layout
-from .memory import Sizes
+from .memory import MASK_KEYS, MaskShape, Sizes
 from .spec import Arrays, Problem, has_window
 
 # --- configuration ------------------------------------------------------------
@@ -125,6 +125,7 @@ def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
     mask = "causal" if p.is_causal else "full"
     mask += "_window" if has_window(p, a) else ""
     mask += "" if a.segments is None else "_segments"
+    mask = mask if a.mask is None else "array"
     found = tuned_config(
       "flash_attention",
       heads=n,
@@ -136,7 +137,11 @@ def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
     )
     config = FlashAttentionConfig(**found) if found else None
   config = config or FlashAttentionConfig.fitting(group, h, a.q.dtype)
-  return config.clipped(t, s, group)
+  config = config.clipped(t, s, group)
+  if a.mask is not None:  # no block has keys of two columns
+    most = min(config.block_kv, MASK_KEYS), min(config.block_kv_bwd, MASK_KEYS)
+    config = dataclasses.replace(config, block_kv=most[0], block_kv_bwd=most[1])
+  return config
 
 
 # --- calls --------------------------------------------------------------------
@@ -158,6 +163,7 @@ class Call:
     first_k: index of its first key.
     s: how many keys it has; the arrays of keys may be padded beyond.
     layout: how it finds them.
+    mask: of a mask that is an array.
   """
 
   problem: Problem
@@ -171,6 +177,7 @@ class Call:
   first_k: int
   s: int
   layout: Layout
+  mask: MaskShape | None = None
 
   @property
   def shift(self) -> int:
@@ -218,7 +225,7 @@ class Call:
   def sees_itself(self) -> bool:
     """Whether, but for segments, every query sees the key of its index."""
     aligned = self.shift == 0 and self.t <= self.s
-    return aligned and not self.problem.is_partial
+    return aligned and not self.problem.is_partial and self.mask is None
 
   @property
   def queries(self) -> slice:
@@ -251,7 +258,7 @@ def backward_call(p: Problem, x: Sizes) -> Call:
 def _whole(p: Problem, x: Sizes) -> tuple[Any, ...]:
   """All queries and keys, and how they lie."""
   layout = Layout.of(p, x.kv_heads, x.group, x.head_size)
-  return 0, x.t, 0, x.s, layout
+  return 0, x.t, 0, x.s, layout, x.mask
 
 
 def _in_pairs(call: Call, x: Sizes, bytes_of: Any) -> Call:
@@ -259,6 +266,8 @@ def _in_pairs(call: Call, x: Sizes, bytes_of: Any) -> Call:
   layout = call.layout.in_pairs(call.problem)
   # A copy ends between registers where these lie beside each other.
   whole = call.t % tpu.SUBLANES == 0 and call.s % tpu.SUBLANES == 0
+  if call.mask is not None and call.mask.by_head:
+    return call
   if layout is None or not (whole or x.head_size == tpu.LANES):
     return call
   fixed, per_key = bytes_of(call.problem.tiles, _sizes(x, layout))
@@ -273,13 +282,20 @@ def _sizes(x: Sizes, layout: Layout) -> Sizes:
 def forward_keys(call: Call, x: Sizes) -> int:
   """How many keys one call of the forward holds."""
   sums = memory.forward_bytes(call.problem.tiles, _sizes(x, call.layout))
-  return memory.keys_that_fit("forward", *sums, call.key_unit)
+  return _keys_that_fit("forward", sums, call)
 
 
 def backward_keys(call: Call, x: Sizes) -> int:
   """How many keys one call of the backward holds."""
   sums = memory.backward_bytes(call.problem.tiles, _sizes(x, call.layout))
-  return memory.keys_that_fit("backward", *sums, call.key_unit)
+  return _keys_that_fit("backward", sums, call)
+
+
+def _keys_that_fit(name: str, sums: tuple[int, int], call: Call) -> int:
+  keys = memory.keys_that_fit(name, *sums, call.key_unit)
+  if call.mask is None or keys >= call.s:
+    return keys
+  return memory.keys_that_fit(name, *sums, MASK_KEYS)
 
 
 # --- the operands -------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""What a kernel has beside q, k and v: segment ids and positions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from .._frame import tpu
+from .._rope import rope_timescale
+from .._sincos import timescales
+from .spec import Arrays, Segments
+from .tiles import Call
+
+# --- segment ids as operands --------------------------------------------------
+
+
+class SegmentRefs(NamedTuple):
+  """What a kernel has of segment ids."""
+
+  rows: Any  # [1, R]
+  keys: Any  # [S / LANES, 1, LANES]
+
+  def of_keys(self, key0: Any, width: int) -> jax.Array:
+    """[1, width], from key0 on."""
+    first = key0 >> (tpu.LANES.bit_length() - 1)
+    return jnp.concatenate(
+      [self.keys[first + i] for i in range(width // tpu.LANES)], axis=1
+    )
+
+
+def segment_operands(
+  call: Call, segments: Segments | None
+) -> tuple[jax.Array | None, SegmentRefs | None, SegmentRefs | None]:
+  """Bounds for `Block`, operands, block specs; all None without segments."""
+  if segments is None:
+    return None, None, None
+  keys = padded_ids(segments.k, call.key_unit)
+  operands = SegmentRefs(
+    call.layout.repeated(segments.q)[:, None, :],
+    keys.reshape(keys.shape[0], -1, 1, tpu.LANES),
+  )
+  specs = SegmentRefs(
+    pl.BlockSpec(
+      (None, 1, call.rows),
+      lambda b, i, *_: (call.layout.batch(b), 0, i),
+    ),
+    pl.BlockSpec(
+      (None, *operands.keys.shape[1:]),
+      lambda b, i, *_: (call.layout.batch(b), 0, 0, 0),
+    ),
+  )
+  return segment_bounds(call, segments), operands, specs
+
+
+def segment_bounds(call: Call, segments: Segments) -> jax.Array:
+  """For every batch element and q block, the first kv block whose ids can meet
+  its own, and the end: [2 B n_q].
+  """
+  low_q, high_q = _id_range(padded_ids(segments.q, call.block_q), call.block_q)
+  low_k, high_k = _id_range(
+    padded_ids(segments.k, call.key_unit), call.block_kv
+  )
+  meet = (low_q[:, :, None] <= high_k[:, None, :]) & (
+    low_k[:, None, :] <= high_q[:, :, None]
+  )
+  first, end = _first_and_end(meet)
+  return jnp.stack([first, end], axis=-1).astype(jnp.int32).reshape(-1)
+
+
+def _first_and_end(meet: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Of the true ones along the last axis; (0, 0) if there are none."""
+  first = jnp.argmax(meet, axis=2)
+  end = meet.shape[2] - jnp.argmax(meet[:, :, ::-1], axis=2)
+  return first, jnp.where(meet.any(axis=2), end, 0)
+
+
+def padded_ids(ids: jax.Array, unit: int) -> jax.Array:
+  """Padding's id up to a whole number of blocks."""
+  return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % unit)))
+
+
+def _id_range(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+  """Least and greatest id of every block, padding aside; an empty range if
+  there is nothing else."""
+  ids = ids.reshape(ids.shape[0], -1, block)
+  top = jnp.iinfo(jnp.int32).max
+  low = jnp.min(jnp.where(ids == 0, top, ids), axis=2)
+  return low, jnp.max(jnp.where(ids == 0, -top, ids), axis=2)
+
+
+# --- positions as operands ----------------------------------------------------
+
+
+class RopeRefs(NamedTuple):
+  """What a kernel needs to rotate."""
+
+  positions: Any  # [1, block_q]
+  timescale: Any  # [1, W], see `_sincos.timescales`
+
+
+def rope_operands(
+  call: Call, a: Arrays
+) -> tuple[RopeRefs | None, RopeRefs | None]:
+  """Operands and block specs; None without positions [B, T]."""
+  if a.positions is None:
+    return None, None
+  base, half = call.problem.base_frequency, _half(a)
+  of_positions = pl.BlockSpec(
+    (None, 1, call.block_q),
+    lambda b, i, *_: (call.layout.batch(b), 0, i),
+  )
+  positions = a.positions[:, None, :]
+  if a.base is None:
+    timescale = timescales(rope_timescale(half, base, jnp.float32)[None, :])
+    of_timescale = pl.BlockSpec(timescale.shape, lambda b, i, *_: (0, 0))
+  else:  # one for each element of the batch
+    by_batch = rope_timescale(half, a.base[:, None, None], jnp.float32)
+    timescale = timescales(by_batch)
+    of_timescale = pl.BlockSpec(
+      (None, *timescale.shape[1:]),
+      lambda b, i, *_: (call.layout.batch(b), 0, 0),
+    )
+  specs = RopeRefs(of_positions, of_timescale)
+  return RopeRefs(positions, timescale), specs
+
+
+def _half(a: Arrays) -> int:
+  """The number of frequencies, H / 2."""
+  return a.q.shape[-1] // 2
