@@ -13,6 +13,17 @@ from ._errors import UserError
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
+def remote_url(path: str | os.PathLike[str]) -> str | None:
+  """gs://bucket/x of such a path, also as `pathlib` leaves it; else None."""
+  text = os.fspath(path)
+  if isinstance(text, bytes):
+    text = os.fsdecode(text)
+  if match := _SCHEME.match(text.lstrip()):
+    rest = text.lstrip()[match.end() :].lstrip("/")
+    return f"{match[1]}://{rest}"
+  return None
+
+
 def local_path(
   path: str | os.PathLike[str], what: str = "path"
 ) -> pathlib.Path:
@@ -28,16 +39,13 @@ def local_path(
   Raises:
     UserError: for SCHEME://..., such as gs://, s3:// and https://.
   """
-  text = os.fspath(path)
-  if isinstance(text, bytes):
-    text = os.fsdecode(text)
-  if match := _SCHEME.match(text.lstrip()):
-    scheme, rest = match[1], text.lstrip()[match.end() :].lstrip("/")
+  url = remote_url(path)
+  if url is not None:
     raise UserError(
-      f"{what} {scheme}://{rest}: remote paths are not supported yet; mount it "
-      "or copy it to this machine, and give the local path"
+      f"{what} {url}: remote paths are not supported yet, but for --data; "
+      "mount it or copy it to this machine, and give the local path"
     )
-  return pathlib.Path(text)
+  return pathlib.Path(os.fsdecode(path))
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:

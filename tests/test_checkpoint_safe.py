@@ -1,6 +1,7 @@
 """There is always a complete checkpoint, and nothing is lost in silence."""
 
 import dataclasses
+import errno
 import importlib
 import io
 import json
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -31,7 +33,6 @@ from pallas_gemma.gemma import (
   best_step,
   load_checkpoint,
   main,
-  read_corpus,
   read_metrics,
   read_record,
   save_checkpoint,
@@ -43,6 +44,7 @@ from small_gemma import ONE_LAYER as CONFIG
 storage = importlib.import_module("pallas_gemma.gemma._checkpoint")
 complete_steps, read_identity = storage.complete_steps, storage.read_identity
 
+LOSSES = importlib.import_module("pallas_gemma.gemma._checkpoint")
 pytestmark = pytest.mark.no_interpreter
 
 
@@ -411,7 +413,7 @@ def test_the_best_stays_whenever_its_loss_is_known(tmp_path):
   # In another process, and without losses for a while.
   assert go({4: None, 5: 2.25, 6: None}, late=False) == [2, 6]
   assert go({7: 1.5, 8: float("nan"), 9: float("inf")}, late=True) == [7, 9]
-  assert storage.read_losses(tmp_path) == {7: 1.5}
+  assert storage.LOSSES.read_losses(tmp_path) == {7: 1.5}
   assert go({10: 1.5}, late=False) == [10]  # of equal ones the newest
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.note_loss(11, 0.0)  # of which there is no checkpoint
@@ -505,7 +507,7 @@ def test_training_keeps_its_best_and_says_which(trained, capfd):
   best = min(losses, key=lambda step: losses[step])
   assert best < 8, "the run was to get worse"
   assert best_step(directory) == best
-  assert storage.read_losses(directory)[best] == losses[best]
+  assert storage.LOSSES.read_losses(directory)[best] == losses[best]
   assert complete_steps(directory) == [best, 8]
   assert (
     f"best checkpoint: step {best}, held-out loss {losses[best]:.3f}" in text
@@ -534,6 +536,58 @@ def test_resuming_says_which_step_is_ignored(trained, tmp_path):
   assert best_step(settings.directory) == best
 
 
+# --- in the background ---
+
+
+def test_a_step_may_be_written_in_the_background(tmp_path, monkeypatch):
+  """The caller goes on, and may change what it gave; errors come later."""
+  store = importlib.import_module("pallas_gemma.gemma._checkpoint.store")
+  write, may_go = store.write_arrays, threading.Event()
+
+  def slow(folder, tree):
+    assert may_go.wait(60)
+    write(folder, tree)
+
+  monkeypatch.setattr(store, "write_arrays", slow)
+  array = np.arange(4, dtype=np.float32)
+  abstract = {"x": jax.ShapeDtypeStruct((4,), np.float32)}
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    may_go.set()
+    checkpoints.save(1, p={"x": array})
+    may_go.clear()
+    checkpoints.save(2, p={"x": array}, background=True)
+    array[:] = -1
+    checkpoints.check()
+    checkpoints.note_loss(2, 1.5)  # does not wait either
+    assert complete_steps(tmp_path) == [1] and not LOSSES.read_losses(tmp_path)
+    may_go.set()
+    checkpoints.finish()
+    assert complete_steps(tmp_path) == [2] and LOSSES.read_losses(tmp_path) == {
+      2: 1.5
+    }
+    checkpoints.note_loss(2, 1.25)
+    assert LOSSES.read_losses(tmp_path) == {2: 1.25}
+    found = checkpoints.restore(2, p=abstract)["p"]["x"]
+    np.testing.assert_array_equal(found, [0, 1, 2, 3])
+    checkpoints.save(3, p={"x": array}, background=True)
+  assert complete_steps(tmp_path) == [2, 3]  # the best, and the newest
+
+  def full(folder, tree):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(store, "write_arrays", full)
+  for then in (
+    lambda c: c.finish(),
+    lambda c: c.save(5, p={"x": array}),
+    lambda c: None,  # the end waits, too
+  ):
+    with pytest.raises(UserError, match="no space left on its disk"):
+      with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(4, p={"x": array}, background=True)
+        then(checkpoints)
+  assert complete_steps(tmp_path) == [2, 3]
+
+
 # --- paths of another machine ---
 
 REMOTE = ("gs://bucket/run", "s3://bucket/a b", "hf://x/y", "file:///tmp/x")
@@ -552,12 +606,10 @@ def test_a_remote_path_is_refused_at_every_door(
     lambda: Checkpoints(path, keep=1),
     lambda: read_record(path, 1),
     lambda: best_step(path),
-    lambda: read_corpus([path]),
     lambda: read_metrics(path),
     lambda: Tokenizer.load(path),
     lambda: tokenizer.save(path),
     lambda: TrainConfig(work_dir=pathlib.Path(path)),
-    lambda: TrainConfig(data=(pathlib.Path(path),)),
     lambda: TrainConfig(tokenizer=pathlib.Path(path)),
   ]
   for door in doors:
@@ -566,7 +618,7 @@ def test_a_remote_path_is_refused_at_every_door(
   assert not list(tmp_path.iterdir()), "a local folder was made"
 
 
-@pytest.mark.parametrize("option", ["--work-dir", "--data", "--tokenizer"])
+@pytest.mark.parametrize("option", ["--work-dir", "--tokenizer"])
 def test_the_command_refuses_a_remote_path(
   option, tmp_path, monkeypatch, capfd
 ):

@@ -11,12 +11,14 @@ import os
 import pathlib
 import sys
 
+import fsspec
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from pallas_gemma.gemma import UserError, read_corpus
+from pallas_gemma.gemma import TrainConfig, UserError, read_corpus
 from pallas_gemma.gemma._data import formats
 
+remote = importlib.import_module("pallas_gemma.gemma._data.remote")
 pytestmark = pytest.mark.no_interpreter
 
 TEXTS = ["one, two\nthree", 'f\u00fcrst "quoted"', "\u8a9e \U0001f600"]
@@ -305,3 +307,55 @@ def test_a_library_that_is_not_there_is_named(
   message = f"needs {module}; pip install 'pallas-gemma.{extra}.'"
   with pytest.raises(UserError, match=message):
     read_corpus([tmp_path / name])
+
+
+# --- other machines -----------------------------------------------------------
+
+
+def test_text_is_read_where_fsspec_finds_it(tmp_path):
+  """Files and folders, packed ones and records; as on this machine."""
+  here = tmp_path / "all"
+  here.mkdir()
+  (here / "a.jsonl").write_text(LINES)
+  (here / "b.txt.gz").write_bytes(gzip.compress(b"packed"))
+  write_records(here, [b"a record"])
+  write_table(here, text=["a row"])
+  for hidden in (".c.txt", "d.png"):
+    (here / hidden).write_text("no")
+  memory = fsspec.filesystem("memory")
+  memory.put(str(here), "/bucket/all", recursive=True)
+  want = read_corpus([here])
+  for path in ("memory://bucket/all", pathlib.Path("memory://bucket/all")):
+    got = read_corpus([path])
+    assert {d.text for d in got.documents} == {d.text for d in want.documents}
+    assert len(got.documents) == len(want.documents) == len(TEXTS) + 3
+    assert got.skipped == {"no text suffix": ["memory:///bucket/all/d.png"]}
+  assert texts_of(pathlib.Path("memory://bucket/all/a.jsonl")) == TEXTS
+  with pytest.raises(UserError, match="memory://bucket/x: no such file"):
+    read_corpus(["memory://bucket/x"])
+  # It is known again, and known to be another.
+  file = remote.Remote("memory://bucket/all/b.txt.gz")
+  before = file.state()
+  assert before == file.state() and before[0] > 0 and before[1]
+  memory.pipe("/bucket/all/b.txt.gz", gzip.compress(b"other"))
+  assert file.state() != before
+
+
+def test_what_reads_another_machine_is_named_where_it_is_missing(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setitem(sys.modules, "gcsfs", None)
+  for path in ("gs://bucket/x", pathlib.Path("gs://bucket/x")):
+    with pytest.raises(UserError, match="data gs://bucket/x: .*gcsfs"):
+      read_corpus([path])
+    with pytest.raises(UserError, match="data gs://bucket/x: .*gcsfs"):
+      TrainConfig(data=(pathlib.Path(path),))
+  with pytest.raises(
+    UserError, match="data nowhere://x: cannot be read: Proto"
+  ):
+    read_corpus(["nowhere://x"])
+  monkeypatch.setitem(sys.modules, "fsspec", None)
+  with pytest.raises(UserError, match=r"needs fsspec; .*gemma\[remote\]"):
+    read_corpus(["memory://x"])
+  assert not list(tmp_path.iterdir()), "a local folder was made"

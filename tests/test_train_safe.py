@@ -104,7 +104,7 @@ def traced_once():
   loop = room("_train.loop")
   make = functools.cache(loop.make_steps)
   others = dict(data=(), work_dir=None, eval_batches="auto", allow_change=False)
-  others |= dict(profile=None, max_skipped=1, mix=())
+  others |= dict(profile=None, max_skipped=1, mix=(), save_in_background=True)
   others |= dict.fromkeys(("evaluate_every", "save_every", "keep"), 1)
 
   def make_steps(config, valid_vocab_size, layout):
@@ -122,7 +122,9 @@ def finished(tmp_path_factory):
   directory = tmp_path_factory.mktemp("runs") / "finished"
   printed = run(config(directory))
   # Of 3 x 2 x 8, those but that may be the end of the text.
-  assert re.search(r"evaluates 4\d held-out tokens, 3 batches, every 4", printed)
+  assert re.search(
+    r"evaluates 4\d held-out tokens, 3 batches, every 4", printed
+  )
   return directory
 
 
@@ -544,6 +546,37 @@ PARTS = [
 def test_what_is_no_window_of_steps_is_refused(wrong):
   with pytest.raises(UserError, match="profile: wanted"):
     config(pathlib.Path(), profile=wrong)
+
+
+# --- saving while training goes on ---
+
+
+def test_steps_are_taken_while_a_checkpoint_is_written(
+  finished, tmp_path, monkeypatch
+):
+  store, loop = room("_checkpoint.store"), room("_train.loop").Loop
+  write, take_step, waited = store.write_arrays, loop.take_step, []
+  may_go = threading.Event()
+
+  def slow(folder, tree):
+    waited.append(may_go.wait(60))
+    write(folder, tree)
+
+  def step(self):
+    if self.step == 7:
+      assert steps(tmp_path / "run") == []
+      may_go.set()
+    take_step(self)
+
+  monkeypatch.setattr(store, "write_arrays", slow)
+  monkeypatch.setattr(loop, "take_step", step)
+  run(config(tmp_path / "run"))
+  monkeypatch.undo()
+  assert waited and all(waited)
+  assert numbers(tmp_path / "run") == numbers(finished)
+  assert steps(tmp_path / "run") == steps(finished) == [4, 8, 12]
+  losses = room("_checkpoint").read_losses
+  assert losses(tmp_path / "run") == losses(finished)
 
 
 # --- mixtures ---

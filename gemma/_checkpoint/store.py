@@ -8,14 +8,16 @@ import operator
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from .._errors import UserError
 from .._files import local_path
-from .._processes import is_first, together
+from .._processes import count, is_first, together
 from . import steps
 from .arrays import read_arrays, write_arrays
 from .checksums import verify, write_checksums
@@ -48,12 +50,33 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._keep = keep
     # The step saved last, which stays whatever its number.
     self._last = -1
+    self._writing: _Background | None = None
     with together("opening the checkpoints"):
       if is_first():
         steps.clean(self._directory)
 
-  def __exit__(self, *_) -> None:
-    """Nothing is left to do: all that was saved is on disk."""
+  def __exit__(self, kind: Any, *_) -> None:
+    """Waits for what is being written, but not if that was interrupted."""
+    if kind is None:
+      self.finish()
+    elif self._writing is not None and kind is not KeyboardInterrupt:
+      self._writing.join()
+
+  def finish(self) -> None:
+    """Waits until all that was saved is on disk, complete and compared.
+
+    Raises:
+      UserError: if it could not be written; see `save`.
+    """
+    writing, self._writing = self._writing, None
+    if writing is not None:
+      writing.join()
+      writing.check()
+
+  def check(self) -> None:
+    """Raises what `finish` would, if that is known already."""
+    if self._writing is not None and not self._writing.is_alive():
+      self.finish()
 
   def save(
     self,
@@ -61,21 +84,54 @@ class Checkpoints(contextlib.AbstractContextManager):
     *,
     record: dict[str, Any] | None = None,
     loss: float | None = None,
+    background: bool = False,
     **items: Any,
   ) -> None:
     """Writes a step, wholly or not at all; a step of this number is replaced.
+
+    In the background it takes a copy of the arrays in the host's memory, and
+    writes that while the caller goes on; `finish` waits for it, and so does
+    whatever else is done here.  (One of several processes always waits.)
 
     Args:
       step: its number, 0 or more; it need not be the highest.
       record: what `read_record` is to give back: values that JSON has.
       loss: the held-out loss, if it is known already; see `note_loss`.
+      background: return before it is on disk.
       **items: pytrees of arrays, by the names they are restored by.
 
     Raises:
       UserError: if the disk is full or cannot be written, or what is read back
-        is not what was written.  What was there before still is.
+        is not what was written.  What was there before still is.  In the
+        background: by what is called next.
     """
+    self.finish()
     step = step_number(step)
+    if not background or count() > 1:
+      self._write(step, record, loss, items)
+      return
+    with _disk_errors(self._directory):
+      self._check_room(items)
+    # The caller may give the arrays away, and an array of a CPU and NumPy's
+    # view of it are one.
+    copies = jax.tree.map(lambda x: np.array(x, copy=True), items)
+
+    def work(writing: _Background) -> None:
+      self._write(step, record, loss, copies)
+      late = writing.close()
+      if late is not None:
+        self._write_loss(step, late)
+
+    self._writing = _Background(step, work)
+    self._writing.start()
+
+  def _write(
+    self,
+    step: int,
+    record: dict[str, Any] | None,
+    loss: float | None,
+    items: dict[str, Any],
+  ) -> None:
     with _disk_errors(self._directory), contextlib.ExitStack() as stack:
       with together(_SAVING):
         folder = steps.part_folder(self._directory, step)
@@ -100,9 +156,9 @@ class Checkpoints(contextlib.AbstractContextManager):
   def note_loss(self, step: int, loss: float) -> None:
     """Records the held-out loss of a step that was saved before.
 
-    It is on disk when this returns, and the step of the lowest one is not
-    removed.  A step that has no checkpoint, and a loss that is no finite
-    number, are passed over.
+    It is on disk when this returns, or with the step if that is still being
+    written, and the step of the lowest one is not removed.  A step that has no
+    checkpoint, and a loss that is no finite number, are passed over.
 
     Args:
       step: its number.
@@ -111,9 +167,15 @@ class Checkpoints(contextlib.AbstractContextManager):
     Raises:
       UserError: if the disk is full or cannot be written.
     """
-    folder = None
+    writing = self._writing
+    if writing is not None and writing.step == step and writing.note(loss):
+      return
+    self.finish()
     if is_first():
-      folder = steps.complete_folders(self._directory).get(step)
+      self._write_loss(step, loss)
+
+  def _write_loss(self, step: int, loss: float) -> None:
+    folder = steps.complete_folders(self._directory).get(step)
     if folder is not None:
       with _disk_errors(self._directory):
         steps.write_loss(folder, loss)
@@ -125,6 +187,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     Raises:
       UserError: if a file is damaged or an array has another shape.
     """
+    self.finish()
     return restore(self._directory, step, **abstract)
 
   def _check_room(self, items: Any) -> None:
@@ -139,6 +202,50 @@ class Checkpoints(contextlib.AbstractContextManager):
     # Nothing is removed before something was saved in its place.
     if self._keep is not None and self._last >= 0:
       steps.prune(self._directory, self._keep, self._last)
+
+
+class _Background(threading.Thread):
+  """Does something while the caller goes on.
+
+  A daemon, as a program that is to end at once does not wait for it.
+
+  Args:
+    step: that is written.
+    work: writes it, and is given this.
+  """
+
+  def __init__(self, step: int, work: Callable[[_Background], None]):
+    super().__init__(name="checkpoint", daemon=True)
+    self.step = step
+    self._work = work
+    self._error: BaseException | None = None
+    self._lock = threading.Lock()
+    self._loss: float | None = None
+    self._closed = False
+
+  def note(self, loss: float) -> bool:
+    """Takes the step's held-out loss; False if it is too late."""
+    with self._lock:
+      self._loss = loss
+      return not self._closed
+
+  def close(self) -> float | None:
+    """The loss that was noted, after which it is too late."""
+    with self._lock:
+      self._closed = True
+      return self._loss
+
+  def run(self) -> None:
+    """Keeps what is raised."""
+    try:
+      self._work(self)
+    except BaseException as error:
+      self._error = error
+
+  def check(self) -> None:
+    """Raises it."""
+    if self._error is not None:
+      raise self._error
 
 
 def restore(

@@ -36,6 +36,7 @@ from typing import Any, BinaryIO
 from . import records
 from .html import visible_text
 from .not_text import NotText, field_of, names_of
+from .remote import Remote
 
 _BLOCK = 1 << 20  # bytes
 
@@ -71,7 +72,7 @@ _REFUSED = {
 }
 
 
-def has_text_suffix(path: pathlib.Path) -> bool:
+def has_text_suffix(path: pathlib.Path | Remote) -> bool:
   """Whether a file in a folder is looked at."""
   suffix = _suffix(path)
   known = (_PLAIN, _READERS, _RECORDS, _REFUSED)
@@ -79,7 +80,7 @@ def has_text_suffix(path: pathlib.Path) -> bool:
 
 
 def documents(
-  path: pathlib.Path, text_field: str | None
+  path: pathlib.Path | Remote, text_field: str | None
 ) -> Iterator[Iterable[str]]:
   """Each document of a file, as pieces of text, to be read in order.
 
@@ -98,9 +99,11 @@ def documents(
     raise NotText(reason, advice=advice)
   read = _READERS.get(suffix, _whole) if text_field is not None else _whole
   read = _RECORDS.get(suffix, read)
+  unpack = _OPENERS.get(_name(path).suffix.lower(), contextlib.nullcontext)
   with (
     _said_in_words(),
-    _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file,
+    path.open() if isinstance(path, Remote) else open(path, "rb") as raw,
+    unpack(raw) as file,
   ):
     for pieces in read(file, suffix, text_field or ""):
       yield _guarded(pieces)
@@ -125,9 +128,13 @@ def _said_in_words() -> Iterator[None]:
     raise NotText(str(error.strerror)) from error
 
 
-def _suffix(path: pathlib.Path) -> str:
+def _name(path: pathlib.Path | Remote) -> pathlib.PurePath:
+  return path.name if isinstance(path, Remote) else path
+
+
+def _suffix(path: pathlib.Path | Remote) -> str:
   """In lower case; of a compressed file, that of its content."""
-  suffixes = [s.lower() for s in path.suffixes[-2:]]
+  suffixes = [s.lower() for s in _name(path).suffixes[-2:]]
   if suffixes and suffixes[-1] in _OPENERS:
     return suffixes[0] if len(suffixes) == 2 else ".txt"
   return suffixes[-1] if suffixes else ""

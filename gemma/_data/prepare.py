@@ -26,6 +26,7 @@ from .cache import FORMAT, Cache, digest, full_disk_is_said, key_of
 from .copies import Report, Watch, silent
 from .encode import encoded, learning_texts
 from .read import Skipped, find_sources, no_text
+from .remote import Remote
 from .rows import Tokens, begins_bit, count_labels, token_dtype
 from .spans import Spans
 from .split import split_texts
@@ -120,10 +121,16 @@ class TextFiles:
     if files and _newest(files) < begun - _CLOCK_STEP:
       cache.write_json(name, dataclasses.asdict(self.summary))
 
-  def _files_key(self, files: Sequence[pathlib.Path], skipped: Skipped) -> str:
+  def _files_key(
+    self, files: Sequence[pathlib.Path | Remote], skipped: Skipped
+  ) -> str:
     """Of all that tells whether files have changed, short of their content."""
     states = []
     for path in files:
+      if isinstance(path, Remote):
+        size, told = path.state()
+        states.append([str(path), size, told or time.time_ns()])
+        continue
       with contextlib.suppress(OSError):
         found = path.stat()
         times = found.st_mtime_ns, found.st_ctime_ns
@@ -299,16 +306,20 @@ def _prepared(
   )
 
 
-def _size(path: pathlib.Path | None) -> int:
+def _size(path: pathlib.Path | Remote | None) -> int:
+  if isinstance(path, Remote):
+    return path.state()[0]
   try:
     return path.stat().st_size if path is not None else 0
   except OSError:
     return 0
 
 
-def _newest(files: Sequence[pathlib.Path]) -> float:
+def _newest(files: Sequence[pathlib.Path | Remote]) -> float:
   newest = 0.0
   for path in files:
+    if isinstance(path, Remote):  # its clock is another
+      continue
     with contextlib.suppress(OSError):
       found = path.stat()
       newest = max(newest, found.st_mtime, found.st_ctime)

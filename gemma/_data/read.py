@@ -9,8 +9,9 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from .._errors import UserError
-from .._files import local_path
+from .._files import remote_url
 from . import formats
+from .remote import Remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Source:
   """
 
   name: str
-  path: pathlib.Path | None = None
+  path: pathlib.Path | Remote | None = None
   text: str = ""
   named: bool = False
   part: int = 0
@@ -205,7 +206,9 @@ def find_sources(
 
     for name, text in sorted(topics.topics.items()):
       yield Source(name, text=text)
-  for part, path in enumerate(local_path(path, "data") for path in paths):
+  for part, given in enumerate(paths):
+    url = remote_url(given)
+    path = pathlib.Path(given) if url is None else Remote(url)
     if not path.exists():
       raise UserError(f"data {path}: no such file or folder; check --data")
     if path.is_dir():
@@ -215,7 +218,15 @@ def find_sources(
       yield Source(str(path), path, named=True, part=part)
 
 
-def _folder(root: pathlib.Path, skipped: Skipped) -> Iterator[Source]:
+def _folder(root: pathlib.Path | Remote, skipped: Skipped) -> Iterator[Source]:
+  if isinstance(root, Remote):
+    for remote in root.files():
+      if formats.has_text_suffix(remote):
+        yield Source(str(remote), remote)
+      else:
+        skipped.setdefault("no text suffix", []).append(str(remote))
+    return
+
   def refuse(error: OSError) -> None:
     raise UserError(f"data {error.filename}: {error.strerror}") from error
 

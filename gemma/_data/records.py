@@ -6,8 +6,13 @@ refused, with what to install.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -48,17 +53,32 @@ def array_record(
     "array_record.python.array_record_module", "ArrayRecord", "arrayrecord"
   )
   try:
-    reader = module.ArrayRecordReader(file.name)
-    count = reader.num_records()
-    if not count:  # what it says of a damaged file, too
-      raise NotText("not ArrayRecord, or without records", advice="get it anew")
-    for start in range(0, count, _TOGETHER):
-      stop = min(start + _TOGETHER, count)
-      for number, record in enumerate(reader.read(start, stop), start + 1):
-        yield [_text(record, field, f"record {number}")]
+    with _on_disk(file) as path:
+      reader = module.ArrayRecordReader(path)
+      count = reader.num_records()
+      if not count:  # what it says of a damaged file, too
+        raise NotText(
+          "not ArrayRecord, or without records", advice="get it anew"
+        )
+      for start in range(0, count, _TOGETHER):
+        stop = min(start + _TOGETHER, count)
+        for number, record in enumerate(reader.read(start, stop), start + 1):
+          yield [_text(record, field, f"record {number}")]
   except (RuntimeError, ValueError) as error:
     what = str(error).partition("\n")[0]
     raise NotText("not ArrayRecord", f" ({what})", "get it anew") from error
+
+
+@contextlib.contextmanager
+def _on_disk(file: BinaryIO) -> Iterator[str]:
+  """The path of a file, or of a copy of one that is not on this machine."""
+  if isinstance(file, io.BufferedReader) and os.path.exists(file.name):
+    yield os.fspath(file.name)
+    return
+  with tempfile.NamedTemporaryFile(suffix=".arrayrecord") as copy:
+    shutil.copyfileobj(file, copy, 1 << 22)
+    copy.flush()
+    yield copy.name
 
 
 def _text(record: bytes, field: str, where: str) -> str:

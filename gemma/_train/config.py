@@ -8,8 +8,9 @@ import pathlib
 from typing import Literal
 
 from .._config import LARGEST, GemmaConfig
+from .._data.remote import Remote
 from .._errors import UserError
-from .._files import local_path
+from .._files import local_path, remote_url
 from .._seeds import A_SEED, is_seed
 from .mesh import parse
 from .mix import check as check_mix
@@ -73,6 +74,7 @@ class TrainConfig:
   Attributes:
     data: text files, and folders read whole: plain text, .jsonl, .json, .csv,
       .tsv, .ipynb, .html, also as .gz, .bz2 or .xz; .parquet and .arrayrecord.
+      On this machine, or where fsspec finds it: gs://, s3://, https://.
       Default: the documentation that comes with Python (pydoc_data.topics, some
       480,000 characters).
     mix: how much of each step each of --data gets, by a weight for each, such
@@ -129,6 +131,8 @@ class TrainConfig:
       least one; "all" every one, which takes as long as the text is large.
     save_every: steps between checkpoints; there is one at the end too, and on
       Ctrl-C, SIGTERM, SIGHUP, or when nobody reads the output any more.
+    save_in_background: go on while a checkpoint is written, from a copy in the
+      host's memory.  (Of several processes all wait for it.)
     keep: checkpoints kept, the newest, besides the one of the lowest held-out
       loss.  A new one is complete before an older one is removed, so the disk
       must hold one more.
@@ -163,6 +167,7 @@ class TrainConfig:
   evaluate_every: int = 40
   eval_batches: int | Literal["auto", "all"] = "auto"
   save_every: int = 80
+  save_in_background: bool = True
   keep: int = 3
   allow_change: bool = False
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -170,11 +175,13 @@ class TrainConfig:
 
   def __post_init__(self) -> None:
     """Checks the values."""
-    for name in ("data", "work_dir", "tokenizer"):
-      given = getattr(self, name)
-      for path in given if isinstance(given, tuple) else (given,):
-        if path is not None:
-          local_path(path, name)
+    for name in ("work_dir", "tokenizer"):
+      path = getattr(self, name)
+      if path is not None:
+        local_path(path, name)
+    for path in self.data:
+      if url := remote_url(path):
+        Remote(url).check()
     for field in (
       *("steps", "batch_size", "accumulation", "sequence_length"),
       *("evaluate_every", "save_every", "keep", "max_skipped"),

@@ -134,7 +134,7 @@ class Loop:
     self.step += 1
     self._pending = measured
     if self.step == config.steps or self.step % config.save_every == 0:
-      self.save()
+      self.save(background=self.step < config.steps)
     if is_evaluated(config, self.step):
       self._evaluate()
       self.report()
@@ -149,24 +149,32 @@ class Loop:
       return self._stops()
 
   def check(self) -> None:
-    """Saves and ends the run if too many steps in a row were not taken.
+    """Ends the run if it cannot go on, saved.
 
     Raises:
-      UserError: then.
+      UserError: if too many steps in a row were not taken, or a checkpoint
+        could not be written.
     """
+    self._checkpoints.check()
     if self._failure is not None:
       self.save()
       self.report()
       raise self._failure
 
-  def save(self) -> None:
+  def save(self, background: bool = False) -> None:
     """Saves a checkpoint of this step, unless there is one.
+
+    In the background it is written while the next steps are taken.  Else it is
+    on disk when this returns, as is what was being written.
 
     The metrics of the steps before go to disk first: a run that resumes from
     the checkpoint does not write them again.
     """
-    record = self._measure()
+    config, record = self._run.config, self._measure()
     if self.step == self._saved:
+      if not background:
+        with self._times.part("save"):
+          self._checkpoints.finish()
       return
     step, loss = self._evaluated or (None, None)
     adamw, guard = self._optimizer_state
@@ -179,6 +187,7 @@ class Loop:
           self.step,
           record=told,
           loss=loss if step == self.step else None,
+          background=background and config.save_in_background,
           params=self._params,
           optimizer=adamw,
         )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .._errors import UserError
+from .._files import remote_url
 from .config import TrainConfig
 
 _PACKAGES = "pallas-gemma jax jaxlib flax optax orbax-checkpoint".split()
@@ -25,7 +26,7 @@ _PACKAGES = "pallas-gemma jax jaxlib flax optax orbax-checkpoint".split()
 # What may change without a word, or may not, as it is judged with the identity
 # of the directory ...
 _UNSAID = {"work_dir", "cache_dir", "allow_change", "profile"}
-_UNSAID |= {"distributed"}
+_UNSAID |= {"distributed", "save_in_background"}
 _UNSAID |= {"held_out", "seed", "batch_size", "sequence_length"}
 # ... and with a line that says so, as it changes no step's result but by
 # rounding.  (Most settings of the model, too, are judged with the identity.)
@@ -119,7 +120,9 @@ def _plain(value: Any) -> Any:
     return {name: _plain(item) for name, item in value.items()}
   if isinstance(value, list | tuple):
     return [_plain(item) for item in value]
-  return os.path.abspath(value) if isinstance(value, pathlib.Path) else value
+  if isinstance(value, pathlib.Path):
+    return remote_url(value) or os.path.abspath(value)
+  return value
 
 
 def _flat(
