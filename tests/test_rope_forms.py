@@ -1,11 +1,13 @@
 """Forms of RoPE that models of today have, and their frequencies."""
 
 import functools
+import importlib
 import math
 
 import hypothesis
 import jax
 import jax.numpy as jnp
+import mutation
 import numerics
 import numpy as np
 import pytest
@@ -107,6 +109,41 @@ def test_any_form_meets_the_bar_and_is_a_rotation(
   np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * 4)
   rest = 2 * pairs
   np.testing.assert_array_equal(got[..., rest:], x[..., rest:])
+
+
+MODULE = importlib.import_module("pallas_gemma.kernels._rope.kernel")
+ROLLED = MODULE._rolled
+MUTANTS = {
+  "all by the first stream": (
+    "_by_stream",
+    lambda p, f, n: jnp.zeros((n, f.size)).at[0].set(f),
+  ),
+  "no attention scale": ("_scaled", lambda sin, cos, pairs: (sin, cos)),
+  "the neighbour beyond": ("_rolled", lambda x, n: ROLLED(x, -n)),
+}
+
+
+def neighbours_agree():
+  """All at once: parts of heads, neighbours, streams and a scale."""
+  values = 1e4 ** (-np.arange(16) / 16)
+  frequencies = RopeFrequencies(values, 1.25).by_sections((8, 4, 4))
+  options = {"frequencies": frequencies, "interleaved": True}
+  options["positions"] = positions_of((3, 1, 20))
+  numerics.assert_agrees(
+    functools.partial(KERNEL, **options),
+    functools.partial(apply_rope_reference, **options),
+    [draw((1, 20, 1, 64))],
+  )
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_die(name, monkeypatch):
+  monkeypatch.setattr(MODULE, *MUTANTS[name])
+  mutation.assert_killed(neighbours_agree)
+
+
+def test_the_mutants_original_lives():
+  neighbours_agree()
 
 
 def test_what_is_not_rotated_does_not_meet_what_is():
