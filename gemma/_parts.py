@@ -1,4 +1,4 @@
-"""A model whose parameters are stored in parts, over an axis that splits rows.
+"""A model whose parameters are stored in parts, over axes that split tokens.
 
 Each device holds a part of every weight (ZeRO-3), and a weight is gathered
 before it is used.  Two things are said here that the compiler does not find by
@@ -8,7 +8,7 @@ The weights of the feed-forward are cast before they are gathered, not in the
 kernel afterwards: half the bytes, and half of those of their gradients, which
 are summed in the compute dtype, as those of the other weights are.
 
-The rows of the token table are looked up by all devices of the axis for all
+The rows of the token table are looked up by all devices of an axis for all
 their tokens, each in its own columns, and then exchanged, and so the other way
 round for the gradient.  Left to itself the compiler adds what each device's
 tokens contribute into a whole table, and sums these over the devices.
@@ -31,7 +31,7 @@ class _Parts(NamedTuple):
   mesh: Any
   rows: tuple[str, ...]  # axes that split rows of tokens
   length: tuple[str, ...]  # that split their length
-  stored: str  # the one of the rows' axes over which weights are stored
+  stored: tuple[str, ...]  # those of both over which weights are stored
   vocabulary: str | None  # the axis that splits the table's rows
 
 
@@ -44,19 +44,21 @@ def stored_in_parts(
   *,
   rows: Sequence[str],
   length: Sequence[str] = (),
-  stored: str,
+  stored: Sequence[str],
   vocabulary: str | None,
 ) -> Iterator[None]:
   """Says so of the models that are traced inside.
 
   Args:
     mesh: of Auto axes.
-    rows: its axes that split rows of tokens, `stored` among them.
+    rows: its axes that split rows of tokens.
     length: those that split tokens of a row.
-    stored: the axis over which weights are stored, the table by its columns.
+    stored: the axes of both over which weights are stored, the table by its
+      columns.
     vocabulary: the axis over which the table is split by its rows too.
   """
-  with _PARTS(_Parts(mesh, tuple(rows), tuple(length), stored, vocabulary)):
+  of_tokens = tuple(rows), tuple(length)
+  with _PARTS(_Parts(mesh, *of_tokens, tuple(stored), vocabulary)):
     yield
 
 
@@ -78,7 +80,9 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
   rows, length, stored = parts.rows, parts.length, parts.stored
 
   def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    tokens = jax.lax.all_gather(tokens, stored, tiled=True)
+    for axis in stored:
+      dim = int(axis in length)
+      tokens = jax.lax.all_gather(tokens, axis, axis=dim, tiled=True)
     if parts.vocabulary is None:
       x = table[tokens]
     else:
@@ -87,7 +91,10 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
       is_here = (own >= 0) & (own < table.shape[0])
       x = jnp.where(is_here[..., None], table[jnp.where(is_here, own, 0)], 0)
       x = jax.lax.psum(x, parts.vocabulary)
-    return jax.lax.all_to_all(x, stored, 0, 2, tiled=True)
+    for axis in reversed(stored):  # columns of the last lie together
+      dim = int(axis in length)
+      x = jax.lax.all_to_all(x, axis, dim, 2, tiled=True)
+    return x
 
   return jax.shard_map(
     look_up,

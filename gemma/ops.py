@@ -20,6 +20,7 @@ from pallas_gemma.kernels import Norm as Norm
 from pallas_gemma.kernels import QuantizedWeight as QuantizedWeight
 from pallas_gemma.kernels import Rope as Rope
 from pallas_gemma.kernels import ScanPart as ScanPart
+from pallas_gemma.kernels import context_order as context_order
 from pallas_gemma.kernels import layer_einsum as layer_einsum
 from pallas_gemma.kernels import scan_layers as scan_layers
 from pallas_gemma.kernels import sharding as sharding
@@ -123,6 +124,18 @@ cycles of a block either way."""
 
 REFERENCE = _ops("xla")
 """Each op's reference in plain jnp, on every platform."""
+
+
+@functools.cache
+def in_context(ops: Ops, parts: int) -> Ops:
+  """The ops for tokens in the order of `context_order(T, parts)`.
+
+  The same set for the same arguments, so that JAX compiles once.
+  """
+  if parts == 1:
+    return ops
+  attention = functools.partial(ops.flash_attention, context_parts=parts)
+  return dataclasses.replace(ops, flash_attention=attention)
 
 
 def describe_ops(ops: Ops, platform: str) -> list[str]:

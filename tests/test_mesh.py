@@ -61,12 +61,21 @@ def alone(tmp_path_factory):
   return run(config(directory))[0], directory.parent
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "pods=2,data=2,fsdp=2"])
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    "fsdp=8",
+    "pods=2,data=2,fsdp=2",
+    "context=4",
+    "fsdp=2,context=2,model=2",
+  ],
+)
 def test_losses_are_those_of_one_device(mesh, alone):
   want, folder = alone
   got, shown = run(config(folder / mesh, mesh=mesh))
-  assert f"mesh      {mesh}, 8 devices" in shown
-  assert "are not used" not in shown
+  devices = MESH.parse(mesh).devices
+  assert f"mesh      {mesh}, {devices} devices" in shown
+  assert ("are not used" in shown) == (devices < 8)
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -204,6 +213,7 @@ def test_auto_takes_all_devices_or_says_why_not(devices, rows):
   [
     ("fsdp=16", "wants 16 devices, and there are 8"),
     ("data=8", "which does not divide the 4 rows of a pass"),
+    ("context=3", "context=3 wants a sequence_length that is a multiple of 6"),
     ("model=8", "model=8 does not divide the model's heads, 4"),
   ],
 )

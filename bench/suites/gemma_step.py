@@ -77,6 +77,7 @@ class Case:
     """What the trainer is told."""
     return TrainConfig(
       batch_size=self.mesh.rows,
+      mesh=str(self.mesh),
       sequence_length=self.length,
       head=self.head,
       model=self.model,
@@ -221,4 +222,5 @@ def _state_bytes(case: Case) -> int:
   """A chip's shards of weights and moments, read once and written once."""
   state = jax.eval_shape(lambda: trainer.fresh_state(case.config))
   sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  return 2 * sum(sizes) // (case.mesh.fsdp * case.mesh.model)
+  mesh = case.mesh
+  return 2 * sum(sizes) // (mesh.fsdp * mesh.context * mesh.model)

@@ -97,10 +97,12 @@ class TrainConfig:
       save memory; the gradient is that of the whole batch.
     sequence_length: tokens per row.
     mesh: devices along the axes pods, data and fsdp, which split the rows of a
-      pass, and model, which splits heads and feed-forward columns, such as
-      fsdp=4,model=2; fsdp splits weights and moments too, so that each device
-      holds a part of them.  Or a preset: v5e-1, v5e-4, v5e-8, v5e-16, v5e-256,
-      and the Gemma report's report-2b and report-7b.  "auto": fsdp over all
+      pass, context, which splits the tokens of a row (ring attention; a
+      sequence_length that 2 x context divides), and model, which splits heads
+      and feed-forward columns, such as fsdp=4,model=2; fsdp and context
+      split weights and moments too, so that each device holds a part of them.
+      Or a preset: v5e-1, v5e-4, v5e-8, v5e-16, v5e-256, and the Gemma report's
+      report-2b and report-7b.  "auto": fsdp over all
       devices that divide the rows, model over the rest.
     distributed: join the processes of other hosts, as the machine knows them
       (a TPU pod, Slurm, ...), or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES

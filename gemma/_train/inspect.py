@@ -64,8 +64,8 @@ def described(config: InspectConfig) -> Iterator[str]:
   sizes = _sizes(config)
   mesh = parse(config.mesh) or MeshConfig()
   rows = mesh.rows if config.batch_size is None else config.batch_size
-  mesh = chosen(mesh, mesh.devices, rows, sizes)
   length = min(config.sequence_length, sizes.context_length)
+  mesh = chosen(mesh, mesh.devices, rows, sizes, length)
   settings = TrainConfig(model=sizes, batch_size=rows, sequence_length=length)
   layout = layouts.Layout(layouts.abstract_mesh(mesh), mesh)
   params, optimizer = abstract_state(settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def layout_of(config: TrainConfig) -> Layout | None:
     )
   count = 1 if asked is None and is_cpu and not several else len(devices)
   rows = config.batch_size // config.accumulation
-  mesh = chosen(asked, count, rows, config.model)
+  mesh = chosen(asked, count, rows, config.model, config.sequence_length)
   if several and mesh.devices != len(devices):
     raise UserError(
       f"mesh {mesh}: has {mesh.devices} of {len(devices)} devices; the "
@@ -74,7 +75,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   names = tuple(field.name for field in dataclasses.fields(config))
   if config.pods > 1 and len({_pod(d) for d in devices}) == config.pods:
     grid = mesh_utils.create_hybrid_device_mesh(
-      (1, *config.shape[1:]), (config.pods, 1, 1, 1), devices
+      (1, *config.shape[1:]), (config.pods, *(1,) * (len(names) - 1)), devices
     )
   elif devices[0].platform == "tpu":
     grid = mesh_utils.create_device_mesh(config.shape, devices)
@@ -134,6 +135,8 @@ class Layout:
     rules: dict[str, tuple[str, ...] | str] = {"B": ROWS}
     if self.config.model > 1:
       rules |= dict.fromkeys("NFV", "model")
+    if self.config.context > 1:
+      rules |= {"T": "context"}
     return rules
 
   def splits(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,16 +149,20 @@ class Layout:
     return run
 
   def _parts(self) -> contextlib.AbstractContextManager[None]:
-    if self.config.fsdp == 1:
+    stored = self.config.stored
+    if not stored:
       return contextlib.nullcontext()
-    vocabulary = "model" if self.config.model > 1 else None
     return stored_in_parts(
-      self.mesh, rows=ROWS, stored="fsdp", vocabulary=vocabulary
+      self.mesh,
+      rows=ROWS,
+      length=("context",) if self.config.context > 1 else (),
+      stored=stored,
+      vocabulary="model" if self.config.model > 1 else None,
     )
 
   @property
   def batch(self) -> NamedSharding:
-    """Of arrays [B, T]."""
+    """Of arrays [B, T], of which the devices of a context have whole rows."""
     return NamedSharding(self.mesh, PartitionSpec(ROWS))
 
   @property
@@ -180,24 +187,27 @@ class Layout:
   def spec(self, name: str, shape: Sequence[int]) -> PartitionSpec:
     """How a parameter of a name and a shape is split.
 
-    The model axis by the table; the fsdp axis over the longest dimension that
-    is left and that it divides.
+    The model axis by the table; fsdp and context over the longest dimension
+    that is left and that they divide.
     """
-    axes: list[str | None] = [None] * len(shape)
+    axes: list[str | tuple[str, ...] | None] = [None] * len(shape)
     split = _SPLIT.get(name)
     if self.config.model > 1 and split is not None:
       if shape[split] % self.config.model == 0:
         axes[split] = "model"
+    stored = self.config.stored
+    parts = math.prod(getattr(self.config, axis) for axis in stored)
     left = [
       i
       for i, size in enumerate(shape)
       if axes[i] is None
       and i not in _WHOLE.get(name, ())
       and size
-      and size % self.config.fsdp == 0
+      and size % parts == 0
     ]
-    if self.config.fsdp > 1 and left:
-      axes[max(left, key=lambda i: shape[i])] = "fsdp"
+    if stored and left:
+      longest = max(left, key=lambda i: shape[i])
+      axes[longest] = stored[0] if len(stored) == 1 else stored
     return PartitionSpec(*axes)
 
 
@@ -209,6 +219,12 @@ def describe(layout: Layout, params: Any) -> Iterator[str]:
     name = ".".join(n for n in map(name_of, path) if n != "value")
     spec = where.spec
     axes = [*spec, *(None,) * (len(x.shape) - len(spec))]
-    split = ", ".join("-" if a is None else str(a) for a in axes)
+    split = ", ".join(map(_axes_name, axes))
     part = where.shard_shape(x.shape)
     yield f"{name:28} {list(x.shape)!s:26} [{split}]  {list(part)} each"
+
+
+def _axes_name(axes: str | tuple[str, ...] | None) -> str:
+  if axes is None:
+    return "-"
+  return axes if isinstance(axes, str) else " x ".join(axes)

@@ -6,6 +6,8 @@
     data    rows of tokens; weights are copied
     fsdp    rows of tokens, and weights, moments and gradients (ZeRO-3): a
             layer's weights are gathered before they are used
+    context tokens of each row, for attention in zig-zag order: keys and values
+            go round (ring attention); and weights, moments and gradients too
     model   heads, feed-forward columns and the vocabulary (tensor parallelism)
 
 `layout` says what of a model lies where on it.
@@ -22,6 +24,9 @@ from .._errors import UserError
 ROWS = ("pods", "data", "fsdp")
 """The axes that split rows of tokens."""
 
+STORED = ("fsdp", "context")
+"""The axes over which weights, moments and gradients are stored in parts."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -31,6 +36,7 @@ class MeshConfig:
     pods: slices, each with a copy of the weights, that take different rows.
     data: groups of a slice that do so too.
     fsdp: devices of a group that take different rows and share the weights.
+    context: devices that share each row by its tokens, and the weights.
     model: devices that share each row: heads and feed-forward columns.
 
   Raises:
@@ -40,6 +46,7 @@ class MeshConfig:
   pods: int = 1
   data: int = 1
   fsdp: int = 1
+  context: int = 1
   model: int = 1
 
   def __post_init__(self) -> None:
@@ -63,6 +70,11 @@ class MeshConfig:
   def rows(self) -> int:
     """Into how many parts rows of tokens are split."""
     return self.pods * self.data * self.fsdp
+
+  @property
+  def stored(self) -> tuple[str, ...]:
+    """The axes of more than one device over which weights are in parts."""
+    return tuple(axis for axis in STORED if getattr(self, axis) > 1)
 
   def __str__(self) -> str:
     """Such as "fsdp=4,model=2", as `parse` reads it."""
@@ -111,7 +123,11 @@ def parse(text: str) -> MeshConfig | None:
 
 
 def chosen(
-  asked: MeshConfig | None, devices: int, rows: int, model: GemmaConfig
+  asked: MeshConfig | None,
+  devices: int,
+  rows: int,
+  model: GemmaConfig,
+  length: int | None = None,
 ) -> MeshConfig:
   """The mesh of a run, checked against the devices, the rows and the model.
 
@@ -123,6 +139,7 @@ def chosen(
     devices: that there are; a mesh may be of fewer.
     rows: of tokens in one pass.
     model: its sizes.
+    length: tokens of a row; None if it does not matter.
 
   Raises:
     UserError: if an axis does not divide what it splits, by name.
@@ -131,7 +148,7 @@ def chosen(
     fsdp = math.gcd(devices, rows)
     asked = MeshConfig(fsdp=fsdp, model=devices // fsdp)
     try:
-      return chosen(asked, devices, rows, model)
+      return chosen(asked, devices, rows, model, length)
     except UserError as error:
       raise UserError(
         f"mesh auto: {devices} devices and {rows} rows in a pass would be "
@@ -147,6 +164,12 @@ def chosen(
       f"mesh {asked}: splits rows {asked.rows} ways (pods x data x fsdp), "
       f"which does not divide the {rows} rows of a pass (batch_size / "
       "accumulation)"
+    )
+  chunks = 2 * asked.context
+  if asked.context > 1 and length is not None and length % chunks:
+    raise UserError(
+      f"mesh {asked}: context={asked.context} wants a sequence_length that is "
+      f"a multiple of {chunks}, two chunks for each device, and it is {length}"
     )
   for name, size in (
     ("heads", model.num_heads),

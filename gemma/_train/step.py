@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from .._model import Gemma
+from .._model import Gemma, positions_of
 from .._params import (
   Params,
   abstract_gemma,
@@ -20,11 +20,17 @@ from .._params import (
   with_params,
 )
 from .._seeds import key_of
-from ..ops import KERNELS, LinearCrossEntropyConfig
+from ..ops import (
+  KERNELS,
+  LinearCrossEntropyConfig,
+  context_order,
+  in_context,
+)
 from .config import TrainConfig
 from .fit import Head, fitting
 from .guard import OptimizerState, chosen, fresh_guard, judge
 from .layout import Layout
+from .mesh import parse
 from .optimizer import make_optimizer
 
 DeviceBatch = dict[str, jax.Array]  # a `data.Batch` inside a compiled function
@@ -63,7 +69,9 @@ def _losses(
   logits once, too: the same products of the same arrays.
   """
   hidden = model.hidden_states(
-    batch["tokens"], segment_ids=batch["segment_ids"]
+    batch["tokens"],
+    positions=batch.get("positions"),
+    segment_ids=batch["segment_ids"],
   )
   table = model.embedder.embedding[...]
   rows = hidden.reshape(-1, hidden.shape[-1])
@@ -77,6 +85,25 @@ def _losses(
     valid_vocab_size=valid_vocab_size,
     config=config,
   )
+
+
+def context_of(config: TrainConfig) -> int:
+  """Over how many devices the run splits the tokens of a row."""
+  mesh = parse(config.mesh)
+  return 1 if mesh is None else mesh.context
+
+
+def _in_context(batch: DeviceBatch, parts: int) -> DeviceBatch:
+  """The batch with its tokens in the order of a context, and their positions.
+
+  Labels are of the token at the same place, so they move along.
+  """
+  if parts == 1:
+    return batch
+  positions = positions_of(batch["tokens"], batch["segment_ids"])
+  batch = {**batch, "positions": positions}
+  order = context_order(positions.shape[1], parts)
+  return {name: x[:, order] for name, x in batch.items()}
 
 
 def choose_head(
@@ -99,8 +126,8 @@ def choose_head(
   kept = rows * config.model.vocab_size * jnp.dtype(config.model.dtype).itemsize
   if layout is not None:
     mesh = layout.config
-    state //= mesh.fsdp * mesh.model
-    kept //= mesh.rows * mesh.model
+    state //= mesh.fsdp * mesh.context * mesh.model
+    kept //= mesh.rows * mesh.context * mesh.model
   return "chunked" if 4 * kept <= memory - state else "recompute"
 
 
@@ -177,6 +204,7 @@ def make_steps(
 
   def losses(params: Params, batch: DeviceBatch) -> Any:
     model = with_params(abstract, params)
+    batch = _in_context(batch, context_of(config))
     return _losses(model, batch, valid_vocab_size, head)
 
   def loss_sum(params: Params, batch: DeviceBatch) -> Any:
@@ -295,4 +323,4 @@ def abstract_state(config: TrainConfig, layout: Layout | None = None) -> Any:
 
 def abstract_model(config: TrainConfig) -> Gemma:
   """The model that is trained, with shapes in place of its parameters."""
-  return abstract_gemma(config.model, KERNELS)
+  return abstract_gemma(config.model, in_context(KERNELS, context_of(config)))
