@@ -44,7 +44,6 @@ from small_gemma import ONE_LAYER as CONFIG
 storage = importlib.import_module("pallas_gemma.gemma._checkpoint")
 complete_steps, read_identity = storage.complete_steps, storage.read_identity
 
-LOSSES = importlib.import_module("pallas_gemma.gemma._checkpoint")
 pytestmark = pytest.mark.no_interpreter
 
 
@@ -413,7 +412,7 @@ def test_the_best_stays_whenever_its_loss_is_known(tmp_path):
   # In another process, and without losses for a while.
   assert go({4: None, 5: 2.25, 6: None}, late=False) == [2, 6]
   assert go({7: 1.5, 8: float("nan"), 9: float("inf")}, late=True) == [7, 9]
-  assert storage.LOSSES.read_losses(tmp_path) == {7: 1.5}
+  assert storage.read_losses(tmp_path) == {7: 1.5}
   assert go({10: 1.5}, late=False) == [10]  # of equal ones the newest
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.note_loss(11, 0.0)  # of which there is no checkpoint
@@ -507,7 +506,7 @@ def test_training_keeps_its_best_and_says_which(trained, capfd):
   best = min(losses, key=lambda step: losses[step])
   assert best < 8, "the run was to get worse"
   assert best_step(directory) == best
-  assert storage.LOSSES.read_losses(directory)[best] == losses[best]
+  assert storage.read_losses(directory)[best] == losses[best]
   assert complete_steps(directory) == [best, 8]
   assert (
     f"best checkpoint: step {best}, held-out loss {losses[best]:.3f}" in text
@@ -559,14 +558,14 @@ def test_a_step_may_be_written_in_the_background(tmp_path, monkeypatch):
     array[:] = -1
     checkpoints.check()
     checkpoints.note_loss(2, 1.5)  # does not wait either
-    assert complete_steps(tmp_path) == [1] and not LOSSES.read_losses(tmp_path)
+    assert complete_steps(tmp_path) == [1] and not storage.read_losses(tmp_path)
     may_go.set()
     checkpoints.finish()
-    assert complete_steps(tmp_path) == [2] and LOSSES.read_losses(tmp_path) == {
-      2: 1.5
-    }
+    assert complete_steps(tmp_path) == [2] and storage.read_losses(
+      tmp_path
+    ) == {2: 1.5}
     checkpoints.note_loss(2, 1.25)
-    assert LOSSES.read_losses(tmp_path) == {2: 1.25}
+    assert storage.read_losses(tmp_path) == {2: 1.25}
     found = checkpoints.restore(2, p=abstract)["p"]["x"]
     np.testing.assert_array_equal(found, [0, 1, 2, 3])
     checkpoints.save(3, p={"x": array}, background=True)
