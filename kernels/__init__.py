@@ -51,6 +51,7 @@ from ._frame.op import Op as Op
 from ._frame.sharding import sharding as sharding
 from ._gated import FEED_FORWARD as _FEED_FORWARD
 from ._gated import GEGLU as _GEGLU
+from ._gated import ClampedSwiGLU as ClampedSwiGLU
 from ._gated import FeedForwardConfig as FeedForwardConfig
 from ._gated import FeedForwardTiles as FeedForwardTiles
 from ._gated import feed_forward as feed_forward

@@ -32,6 +32,7 @@ ACTIVATION, SPEC, FORWARD, BACKWARD = (
 )
 KERNEL = functools.partial(geglu, implementation="pallas")
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
+OTHERS = ("relu2", "quick_gelu", "sigmoid")
 
 
 def small(residuals: Any = "gate_up"):
@@ -120,10 +121,13 @@ WRONG_DERIVATIVES = {
   "gelu": lambda g: 0.5 * (1 + jax.lax.erf(g * 0.5**0.5)),
   "silu": jax.nn.sigmoid,
   "relu": lambda g: jnp.where(g >= 0, 1.0, 0.0),
+  "relu2": lambda g: jnp.maximum(g, 0),
+  "quick_gelu": lambda g: jax.nn.sigmoid(ACTIVATION._QUICK * g),
+  "sigmoid": lambda g: jax.nn.sigmoid(g) ** 2,
 }
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", (*ACTIVATIONS, *OTHERS))
 def test_activation_and_its_mutant(activation, monkeypatch):
   activation_agrees(activation)
   right = ACTIVATION._VALUE_AND_DERIVATIVE[activation]
@@ -217,13 +221,13 @@ MUTANTS = {
   "gate and up swapped": (
     FORWARD,
     "_multiply",
-    lambda i, x, multiply=FORWARD._multiply: multiply(i, x)[::-1],
+    lambda *args, multiply=FORWARD._multiply: multiply(*args)[::-1],
     forward_agrees,
   ),
   "up is not a factor": (
     FORWARD,
     "_gate",
-    lambda gate, up, plan: FORWARD.activate("gelu_tanh", gate) + 0 * up,
+    lambda gate, up, plan: ACTIVATION.activate("gelu_tanh", gate) + 0 * up,
     forward_agrees,
   ),
   "gate is saved as up": (

@@ -71,15 +71,18 @@ Read in this order:
     spec.py        the references in plain jnp, and the records of an op
     stack.py       weights of all layers in one array
     activation.py  the activations and their derivatives
+    layout.py      how weights lie in memory, and the products that makes
     tiles.py       FeedForwardConfig, and which tiles fit VMEM
     forward.py     the forward kernel
-    backward.py    the backward kernel
+    backward.py    the backward kernel, and backward_blocks.py its call
     sums.py        how it sums the weights' gradients in VMEM
     travel.py      how it sums dx in HBM
     door.py        what the public functions are given
+    forms.py       the forms of weights and biases among it
     op.py          the public functions, meshes, registration
 """
 
+from .activation import ClampedSwiGLU as ClampedSwiGLU
 from .op import FEED_FORWARD as FEED_FORWARD
 from .op import GEGLU as GEGLU
 from .op import feed_forward as feed_forward

@@ -34,7 +34,7 @@ order of all sums is fixed.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,55 +43,22 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import room, tpu
 from .._frame.kernel import Saved
-from .._frame.manual import varying_like
 from .._row_norm import epsilon_operand
 from . import stack
-from .activation import activate_and_derive
-from .spec import Arrays, Kept, Outs, Problem
-from .stack import Scalars, block_of_layer
-from .sums import Sums, accumulate, sums_of, sums_scratch, write_sums
+from .activation import ClampedSwiGLU, activate_and_derive
+from .backward_blocks import (
+  Inputs,
+  Outputs,
+  Scratch,
+  out_shapes,
+  scratch,
+  specs,
+)
+from .spec import Arrays, Kept, Outs, Problem, as_row
+from .stack import Scalars
+from .sums import accumulate, sums_of, write_sums
 from .tiles import VMEM_BYTES, Plan, Sizes, backward_tiles, where_present
-from .travel import Travel, TravelScratch, dx_travels, slots, travel_scratch
-
-
-class Inputs(NamedTuple):
-  """Refs of the kernel's inputs; or of the call, its arrays."""
-
-  x: Any  # [rows, D]
-  w_gate: Any  # [D, cols]
-  w_up: Any  # [D, cols]
-  w_down: Any  # [cols, D], None for geglu
-  dy: Any  # [rows, D], None for geglu
-  dh: Any  # [rows, cols], of geglu alone
-  gate: Any  # [rows, cols], None if it is computed again
-  up: Any  # [rows, cols], None if it is computed again
-  normed: Any  # [rows, D], None without a norm
-  scale: Any  # [1, D], None without a norm
-  epsilon: Any  # [1, 1] of the norm, None if it is static
-  ports: tuple[Any, Any, Any]  # of a stack, in HBM: the same as its gradients
-
-
-class Outputs(NamedTuple):
-  """Refs of its outputs; of a stack's gradients, one layer's."""
-
-  dx: Any  # [rows, D]
-  dw_gate: Any  # [D, cols]
-  dw_up: Any  # [D, cols]
-  dw_down: Any  # [cols, D], None for geglu
-  dscale: Any  # [1, D] float32, None without a norm
-  dx_hbm: Any  # [N, D] float32 in HBM, None if dx stays in VMEM
-
-
-class Scratch(NamedTuple):
-  """Refs of its scratch."""
-
-  dgate: Any  # [rows, cols]
-  dup: Any  # [rows, cols]
-  h: Any  # [rows, cols], None for geglu
-  dx_sum: Any  # [slots, rows, D] float32
-  sums: Sums
-  travel: TravelScratch | None  # None if dx stays in VMEM
-
+from .travel import Travel, slots
 
 # --- the kernel ---------------------------------------------------------------
 
@@ -110,7 +77,7 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
   def _():
     _clear_dx(s, slot)
 
-  _gate_gradients(i, s, plan)
+  _gate_gradients(i, o, s, plan)
   _add_dx(i, s, slot, plan)
   _add_weight_gradients(i, o, s, plan)
   if travel is not None:
@@ -134,31 +101,48 @@ def _factor(i: Inputs) -> Any:
   return i.x if i.normed is None else i.normed
 
 
-def _gate_gradients(i: Inputs, s: Scratch, plan: Plan):
+def _gate_gradients(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
   """This tile's dgate and dup, and h for dWd, into VMEM."""
-  dtype = i.x.dtype
+  dtype, layout = i.x.dtype, plan.problem.layout
   x = _factor(i)[...]
   if i.gate is not None:
-    gate, up = i.gate[...].astype(jnp.float32), i.up[...].astype(jnp.float32)
+    gate = i.gate[...].astype(jnp.float32)
+    up = None if i.up is None else i.up[...].astype(jnp.float32)
   else:
-    gate, up = (tpu.dot(x, w[...].astype(dtype)) for w in (i.w_gate, i.w_up))
+    gate, up = layout.gate_and_up(x, i)
   if i.w_down is not None:
-    dh = tpu.dot(i.dy[...], i.w_down[...].astype(dtype), tpu.NT)
+    dh = layout.back(i.dy[...], i.w_down[...].astype(dtype))
   else:
     dh = i.dh[...].astype(jnp.float32)
   dgate, dup, h = _through_the_gate(dh, gate, up, plan)
-  s.dgate[...] = _inside(dgate, plan).astype(dtype)
-  s.dup[...] = _inside(dup, plan).astype(dtype)
+  for d, ref, db in ((dgate, s.dgate, o.db_gate), (dup, s.dup, o.db_up)):
+    if d is not None:
+      d = _inside(d, plan)
+      ref[...] = d.astype(dtype)
+      _add_rows(db, d)
   if s.h is not None:
     s.h[...] = _inside(h, plan).astype(dtype)
 
 
 def _through_the_gate(
-  dh: jax.Array, gate: jax.Array, up: jax.Array, plan: Plan
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  dh: jax.Array, gate: jax.Array, up: jax.Array | None, plan: Plan
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
   """dgate, dup and h, from float32 tiles."""
-  a, da = activate_and_derive(plan.problem.activation, gate)
+  activation = plan.problem.activation
+  if isinstance(activation, ClampedSwiGLU):
+    assert up is not None
+    return activation.gradients(dh, gate, up)
+  a, da = activate_and_derive(activation, gate)
+  if up is None:
+    return dh * da, None, a
   return dh * up * da, dh * a, a * up
+
+
+def _add_rows(total: Any, rows: jax.Array):
+  """Adds the sum over this row tile, of rows that are zero past the end."""
+  if total is not None:
+    part = jnp.sum(rows, axis=0, keepdims=True)
+    accumulate(total, part, pl.program_id(1) == 0)
 
 
 def _inside(tile: jax.Array, plan: Plan) -> jax.Array:
@@ -186,30 +170,38 @@ def _add_dx(i: Inputs, s: Scratch, slot: Any, plan: Plan):
 
 
 def _dx(i: Inputs, s: Scratch, plan: Plan) -> jax.Array:
-  w_gate, w_up = (
-    _inside_f(w[...].astype(i.x.dtype), plan, axis=1)
-    for w in (i.w_gate, i.w_up)
-  )
-  from_gate = tpu.dot(s.dgate[...], w_gate, tpu.NT)
-  from_up = tpu.dot(s.dup[...], w_up, tpu.NT)
-  return from_gate + from_up
+  layout = plan.problem.layout
+  weights = [
+    _inside_f(w[...].astype(i.x.dtype), plan, layout.f_axis)
+    for w in layout.refs(i.w_gate, i.w_up)
+    if w is not None
+  ]
+  dx = layout.back(s.dgate[...], weights[0])
+  for w in weights[1:]:
+    dx += layout.back(s.dup[...], w)
+  return dx
 
 
 def _add_weight_gradients(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
   """Adds this row tile's part of each weight's gradient to its sum."""
   is_first, sums = pl.program_id(1) == 0, sums_of(o, s.sums)
+  layout = plan.problem.layout
   x = _inside_rows(_factor(i)[...], plan)
-  accumulate(sums.dw_gate, tpu.dot(x, s.dgate[...], tpu.TN), is_first)
-  accumulate(sums.dw_up, tpu.dot(x, s.dup[...], tpu.TN), is_first)
+  dw_gate, dw_up = layout.refs(sums.dw_gate, sums.dw_up)
+  accumulate(dw_gate, layout.gradient(x, s.dgate[...]), is_first)
+  if s.dup is not None:
+    accumulate(dw_up, layout.gradient(x, s.dup[...]), is_first)
   if i.w_down is not None:
     dy = _inside_rows(i.dy[...], plan)
-    accumulate(sums.dw_down, tpu.dot(s.h[...], dy, tpu.TN), is_first)
+    accumulate(sums.dw_down, layout.gradient(s.h[...], dy), is_first)
 
 
 def _finish_dx(i: Inputs, o: Outputs, dx: jax.Array, plan: Plan):
   """Writes dx of a row tile from its sum."""
   dx = _through_the_norm(i, o, dx, plan)
   o.dx[...] = _add_residual(i, dx, plan).astype(o.dx.dtype)
+  if o.db_down is not None:
+    _add_rows(o.db_down, _inside_rows(i.dy[...].astype(jnp.float32), plan))
 
 
 def _through_the_norm(
@@ -244,22 +236,25 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   """The gradients of all arrays."""
   a: Arrays = saved.arrays
   stored = d.store_gate is not None
-  sizes = Sizes.of(a, kept=p.keeps_products, stored=stored)
+  sizes = Sizes.of(p, a, kept=p.keeps_products, stored=stored)
   plan = Plan(p, sizes, backward_tiles(sizes, p.config))
   arrays, scalars = _inputs(plan, a, saved.kept, d), Scalars.of(a)
-  specs, shapes = _specs(plan, arrays), _out_shapes(plan, a)
+  blocks, shapes = specs(plan, arrays), out_shapes(plan, a)
   if saved.places is not None:
-    x, of_x = saved.places.stacks["x"], room.block_of_layer(specs[0].x)
-    arrays, specs = arrays._replace(x=x), (specs[0]._replace(x=of_x), specs[1])
+    x, of_x = saved.places.stacks["x"], room.block_of_layer(blocks[0].x)
+    arrays, blocks = (
+      arrays._replace(x=x),
+      (blocks[0]._replace(x=of_x), blocks[1]),
+    )
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, plan=plan),
     name=f"{sizes.op}_bwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(plan.f_tiles, plan.row_tiles),
-      in_specs=[where_present(arrays, specs[0])],
-      out_specs=[where_present(shapes, specs[1])],
-      scratch_shapes=[_scratch(plan, a)],
+      in_specs=[where_present(arrays, blocks[0])],
+      out_specs=[where_present(shapes, blocks[1])],
+      scratch_shapes=[scratch(plan, a)],
     ),
     out_shape=[shapes],
     # dx is the first result, then the weights' gradients.
@@ -268,14 +263,31 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     ),
     compiler_params=tpu.compiler_params(VMEM_BYTES),
   )(scalars, arrays)
-  dscale = outs.dscale
-  if dscale is not None:
-    dscale = dscale[0].astype(a.scale.dtype)
-  weights = outs.dw_gate, outs.dw_up, outs.dw_down
-  grads = Arrays(outs.dx, *weights, dscale)
+  grads = _gradients(plan, a, outs)
   if sizes.stacked and not plan.sums_in_stack:
     grads = stack.put_gradients(grads, a, stack.ports_of(a, d))
   return stack.onward(grads, d)
+
+
+def _gradients(plan: Plan, a: Arrays, outs: Outputs) -> Arrays:
+  """The results, as gradients of the arrays."""
+
+  def row(total: Any, array: Any) -> Any:
+    return None if total is None else total[0].astype(array.dtype)
+
+  dw_gate, dw_up = outs.dw_gate, outs.dw_up
+  if plan.problem.layout.form == "columns":
+    dw_gate, dw_up = jnp.concatenate([dw_gate, dw_up], axis=1), None
+  return Arrays(
+    outs.dx,
+    dw_gate,
+    dw_up,
+    outs.dw_down,
+    row(outs.dscale, a.scale),
+    b_gate=row(outs.db_gate, a.b_gate),
+    b_up=row(outs.db_up, a.b_up),
+    b_down=row(outs.db_down, a.b_down),
+  )
 
 
 def _inputs(plan: Plan, a: Arrays, kept: Kept | None, d: Outs) -> Inputs:
@@ -293,97 +305,16 @@ def _inputs(plan: Plan, a: Arrays, kept: Kept | None, d: Outs) -> Inputs:
   return Inputs(
     x=a.x,
     w_gate=a.w_gate,
-    w_up=a.w_up,
+    w_up=a.w_gate if plan.problem.layout.form == "columns" else a.w_up,
     w_down=a.w_down,
+    b_gate=None if plan.sizes.kept else as_row(a.b_gate),
+    b_up=None if plan.sizes.kept else as_row(a.b_up),
     dy=d.y if down else None,
     dh=None if down else d.y,
     gate=kept.gate,
     up=kept.up,
     normed=kept.normed,
-    scale=None if scale is None else scale[None, :],
+    scale=as_row(scale),
     epsilon=epsilon_operand(a.epsilon)[0],
     ports=ports,
-  )
-
-
-def _specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
-  """Of all inputs and outputs that there may be."""
-  rows, cols, d = plan.tiles.rows, plan.tiles.cols, plan.sizes.d
-  by_row = pl.BlockSpec((rows, d), lambda j, i, _: (i, 0))
-
-  def up(stacked: bool) -> pl.BlockSpec:
-    return block_of_layer(stacked, (d, cols), lambda j, i, _: (0, j))
-
-  def down(stacked: bool) -> pl.BlockSpec:
-    return block_of_layer(stacked, (cols, d), lambda j, i, _: (j, 0))
-
-  both = pl.BlockSpec((rows, cols), lambda j, i, _: (i, j))
-  stored = plan.sizes.stored
-  kept = block_of_layer(stored, (rows, cols), lambda j, i, _: (i, j))
-  kept_row = block_of_layer(stored, (rows, d), lambda j, i, _: (i, 0))
-  gain = pl.BlockSpec((1, d), lambda j, i, _: (0, 0))
-  # Of the last F tile alone; until then the block stays the first.
-  at_last = pl.BlockSpec(
-    (rows, d), lambda j, i, _: (jnp.where(j == plan.f_tiles - 1, i, 0), 0)
-  )
-  inputs = Inputs(
-    # With a norm, the products are of `normed`, and x is its gradient's.
-    x=by_row if plan.problem.norm is None else at_last,
-    w_gate=up(plan.sizes.stacked),
-    w_up=up(plan.sizes.stacked),
-    w_down=down(plan.sizes.stacked),
-    dy=by_row,
-    dh=both,
-    gate=kept,
-    up=kept,
-    normed=kept_row,
-    scale=gain,
-    epsilon=pl.BlockSpec((1, 1), lambda *_: (0, 0)),
-    ports=stack.in_place(arrays.ports),
-  )
-  outputs = Outputs(
-    dx=at_last,
-    dw_gate=up(plan.sums_in_stack),
-    dw_up=up(plan.sums_in_stack),
-    dw_down=down(plan.sums_in_stack),
-    dscale=gain,
-    dx_hbm=pl.BlockSpec(memory_space=pl.ANY),
-  )
-  return inputs, outputs
-
-
-def _out_shapes(plan: Plan, a: Arrays) -> Outputs:
-  d, rows = plan.sizes.d, plan.row_tiles * plan.tiles.rows
-  ndim = 3 if plan.sums_in_stack else 2
-
-  def gradient(array: jax.Array | None, ndim: int = 2) -> Any:
-    if array is None:
-      return None
-    shape = array.shape[array.ndim - ndim :]
-    return varying_like(a.x, shape, array.dtype)
-
-  def float32(shape: tuple[int, int]) -> Any:
-    return varying_like(a.x, shape, jnp.float32)
-
-  return Outputs(
-    dx=gradient(a.x),
-    dw_gate=gradient(a.w_gate, ndim),
-    dw_up=gradient(a.w_up, ndim),
-    dw_down=gradient(a.w_down, ndim),
-    dscale=None if a.scale is None else float32((1, d)),
-    dx_hbm=float32((rows, d)) if dx_travels(plan) else None,
-  )
-
-
-def _scratch(plan: Plan, a: Arrays) -> Scratch:
-  sizes, rows, cols = plan.sizes, plan.tiles.rows, plan.tiles.cols
-  tile = pltpu.VMEM((rows, cols), sizes.dtype)
-
-  return Scratch(
-    dgate=tile,
-    dup=tile,
-    h=tile if sizes.down else None,
-    dx_sum=pltpu.VMEM((slots(plan), rows, sizes.d), jnp.float32),
-    sums=sums_scratch(plan, a),
-    travel=travel_scratch() if dx_travels(plan) else None,
   )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._frame import tpu
 from .._frame.check import (
   Implementation,
   as_array,
@@ -27,7 +28,9 @@ from .._frame.kernel import kernel_op
 from .._layers import LayerOf
 from .._quantized import QuantizedWeight, check_quantized
 from .._row_norm import Norm, as_norm
-from .activation import ACTIVATIONS, Activation
+from .activation import Activation, ClampedSwiGLU, as_activation
+from .forms import biases, formed
+from .layout import Layout
 from .spec import Arrays, Problem
 from .tiles import FeedForwardConfig
 
@@ -35,28 +38,42 @@ from .tiles import FeedForwardConfig
 
 
 class Given(NamedTuple):
-  """The weights as the caller gave them."""
+  """The weights and biases as the caller gave them."""
 
   w_gate: Any
   w_up: Any
   w_down: Any  # None for geglu
   layer: Any  # None, or which of a stack
+  b_gate: Any = None
+  b_up: Any = None
+  b_down: Any = None
 
   def named(self) -> Mapping[str, Any]:
     """The weights by their names."""
-    weights = self._replace(layer=None)._asdict().items()
+    weights = zip(WEIGHTS, self[: len(WEIGHTS)], strict=True)
     return {name: w for name, w in weights if w is not None}
 
-  def in_place(self) -> list[LayerOf]:
+  def in_place(self) -> Mapping[str, LayerOf]:
     """Those that stay in the stack that a scan goes over."""
-    return [w for w in self.named().values() if isinstance(w, LayerOf)]
+    return {n: w for n, w in self.named().items() if isinstance(w, LayerOf)}
+
+
+WEIGHTS = "w_gate", "w_up", "w_down"
 
 
 def run(
   op: kernel_op, p: Problem, x: Any, given: Given, norm: Norm | None
 ) -> jax.Array:
-  """The op of what the caller gave it."""
-  p, arrays = _checked(op.name, p, x, given, norm)
+  """The op of what the caller gave it.
+
+  Of p's layout it is known whether it is transposed.
+  """
+  p, x, given = _checked(op.name, p, x, given)
+  p, arrays = _with_norm(op.name, p, _arrays(op.name, p, x, given), norm)
+  if p.layout.form == "columns" and not _is_cut_by_tiles(op, p, arrays):
+    w_gate, w_up = p.layout.take(arrays.w_gate, None)
+    p = dataclasses.replace(p, layout=Layout())
+    arrays = arrays._replace(w_gate=w_gate, w_up=w_up)
   if arrays.layer is None:
     return op(p, arrays).y
   weights = given.in_place()
@@ -64,43 +81,49 @@ def run(
   if not op.leaves_alone(p, arrays, stacks):
     # A layer of its own is what is split over the devices, or cast.
     own = arrays.of_one_layer()
-    if weights:
-      taken = (w.take() for w in weights)
-      own = own._replace(**dict(zip(given.named(), taken, strict=True)))
+    own = own._replace(**{name: w.take() for name, w in weights.items()})
     return op(p, own).y
   if not weights:
     return op(p, arrays).y
   return _in_scan(op, p, arrays, weights)
 
 
+def _is_cut_by_tiles(op: kernel_op, p: Problem, a: Arrays) -> bool:
+  """Whether [D, 2F] can stay as it is, and its halves need no cut."""
+  f = p.layout.width(a.w_gate)
+  return f % tpu.LANES == 0 and op.leaves_alone(p, a, (a.w_gate,))
+
+
 def _in_scan(
-  op: kernel_op, p: Problem, arrays: Arrays, weights: list[LayerOf]
+  op: kernel_op, p: Problem, arrays: Arrays, weights: Mapping[str, LayerOf]
 ) -> jax.Array:
   """The op of weights that stay in their stacks, which go through it."""
-  names = ("port_gate", "port_up", "port_down")[: len(weights)]
-  by_name = dict(zip(names, weights, strict=True))
+  by_name = {f"port_{name[2:]}": w for name, w in weights.items()}
   through = {name: w.use_port() for name, w in by_name.items()}
-  stores = weights[0].stores(_kept_shapes(p, arrays))
-  through |= dict(zip(_STORES, stores, strict=False))
+  first, kept = weights["w_gate"], _kept_shapes(p, arrays)
+  stores = first.stores(list(kept.values()))
+  through |= dict(zip(kept, stores, strict=False))
   outs = op(p, arrays._replace(**through))
   for name, weight in by_name.items():
     weight.return_port(getattr(outs, name))
-  weights[0].return_stores([getattr(outs, name) for name in _STORES])
+  first.return_stores([getattr(outs, name) for name in kept])
   return outs.y
 
 
-_STORES = ("store_gate", "store_up", "store_normed")
-
-
-def _kept_shapes(p: Problem, a: Arrays) -> list[jax.ShapeDtypeStruct]:
-  """Of what is kept, in the order of `Kept`."""
+def _kept_shapes(p: Problem, a: Arrays) -> Mapping[str, jax.ShapeDtypeStruct]:
+  """Of what is kept, by the names of the stores."""
   if not p.keeps_products:
-    return []
-  d, f = a.w_gate.shape[-2:]
-  widths = [f, f] if p.norm is None else [f, f, d]
-  return [
-    jax.ShapeDtypeStruct((a.x.size // d, width), a.x.dtype) for width in widths
-  ]
+    return {}
+  d, f = a.x.shape[-1], p.layout.width(a.w_gate)
+  widths = {"store_gate": f, "store_up": f, "store_normed": d}
+  if p.layout.branches == 1:
+    del widths["store_up"]
+  if p.norm is None:
+    del widths["store_normed"]
+  return {
+    name: jax.ShapeDtypeStruct((a.x.size // d, width), a.x.dtype)
+    for name, width in widths.items()
+  }
 
 
 # --- checks -------------------------------------------------------------------
@@ -109,31 +132,41 @@ def _kept_shapes(p: Problem, a: Arrays) -> list[jax.ShapeDtypeStruct]:
 def problem_of(
   activation: Activation,
   residual: bool,
+  transposed: bool,
   implementation: Implementation,
   config: FeedForwardConfig | None,
 ) -> Problem:
-  """The problem, without a norm as yet."""
+  """The problem, without a norm as yet, and of a layout that is not whole."""
   config = FeedForwardConfig() if config is None else config
-  return Problem(activation, None, residual, implementation, config)
+  layout = Layout(transposed=transposed)
+  return Problem(activation, None, residual, implementation, config, layout)
 
 
 def _checked(
-  op: str, p: Problem, x: Any, given: Given, norm: Norm | None
-) -> tuple[Problem, Arrays]:
-  """What either op is given, checked, and the whole problem."""
+  op: str, p: Problem, x: Any, given: Given
+) -> tuple[Problem, jax.Array, Given]:
+  """What either op is given, but for the shapes of weights."""
   check_implementation(op, p.implementation)
   check_config(op, p.config, FeedForwardConfig)
-  if p.activation not in ACTIVATIONS:
-    raise ValueError(
-      f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, "
-      f"got {p.activation!r}"
-    )
+  p = dataclasses.replace(p, activation=as_activation(op, p.activation))
   (x,) = as_floats(op, x=x)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
   p = _without_kernel(op, p, given)
-  arrays = _weights(op, x, given)
   check_seen_products(op, p.implementation, ", ".join(given.named()))
+  given, layout = formed(op, given, p.layout.transposed)
+  if layout.branches == 1 and isinstance(p.activation, ClampedSwiGLU):
+    raise ValueError(
+      f"{op}: w_gate must be given for a ClampedSwiGLU, which has two "
+      f"branches, got None"
+    )
+  return dataclasses.replace(p, layout=layout), x, given
+
+
+def _with_norm(
+  op: str, p: Problem, arrays: Arrays, norm: Norm | None
+) -> tuple[Problem, Arrays]:
+  """The whole problem."""
   if norm is None:
     return p, arrays
   if not isinstance(norm, Norm):
@@ -141,9 +174,9 @@ def _checked(
       f"{op}: norm must be a pallas_gemma.kernels.Norm(scale) or None, "
       f"got {type(norm).__name__}"
     )
-  row_norm, scale, epsilon = as_norm(op, x, norm, "norm.")
+  row_norm, scale, epsilon = as_norm(op, arrays.x, norm, "norm.")
   if scale is None:  # the kernels have one
-    scale = jnp.ones(x.shape[-1:], jnp.float32)
+    scale = jnp.ones(arrays.x.shape[-1:], jnp.float32)
   p = dataclasses.replace(p, norm=row_norm)
   return p, arrays._replace(scale=scale, epsilon=epsilon)
 
@@ -167,18 +200,21 @@ def _without_kernel(op: str, p: Problem, given: Given) -> Problem:
   return dataclasses.replace(p, implementation="xla")
 
 
-def _as_weights(op: str, weights: Mapping[str, Any]) -> list[Any]:
+def _as_weights(
+  op: str, weights: Mapping[str, Any], transposed: bool
+) -> dict[str, Any]:
   """Arrays of floats, or what is quantised."""
   if not any(isinstance(w, QuantizedWeight) for w in weights.values()):
-    return list(as_floats(op, **weights))
+    arrays = as_floats(op, **weights)
+    return dict(zip(weights, arrays, strict=True))
   settled = {name: w.of_arrays() for name, w in weights.items()}
   for name, weight in settled.items():
     if weight.ndim >= 2:  # else its shape is refused
-      check_quantized(op, name, weight, (-2,))
-  return list(settled.values())
+      check_quantized(op, name, weight, (-1 if transposed else -2,))
+  return settled
 
 
-def _weights(op: str, x: jax.Array, given: Given) -> Arrays:
+def _arrays(op: str, p: Problem, x: jax.Array, given: Given) -> Arrays:
   """The arrays without a norm."""
   weights, in_place, layer = given.named(), given.in_place(), given.layer
   if in_place:
@@ -188,23 +224,44 @@ def _weights(op: str, x: jax.Array, given: Given) -> Arrays:
         f"be None with them; got {len(in_place)} of {len(weights)}, and layer "
         f"{layer!r}"
       )
-    weights = {name: w.stack for name, w in weights.items()}
-    layer = in_place[0].index
-  gate, up, *down = _as_weights(op, weights)
-  wanted = "[D, F]" if layer is None else "[L, D, F], with layer,"
-  if gate.ndim != (2 if layer is None else 3) or gate.shape[-2] != x.shape[-1]:
-    raise ValueError(
-      f"{op}: w_gate must be {wanted} with D = {x.shape[-1]}, the last "
-      f"dimension of x, got {gate.shape}"
-    )
-  check_shape(op, "w_up", up, gate.shape, "the shape of w_gate")
-  *stack, d, f = gate.shape
-  if down:
-    letters = "[F, D]" if layer is None else "[L, F, D]"
-    check_shape(op, "w_down", down[0], (*stack, f, d), letters)
+    weights = {name: w.stack for name, w in in_place.items()}
+    layer = in_place["w_gate"].index
+  settled = _as_weights(op, weights, p.layout.transposed)
+  stack = _check_weights(op, p.layout, settled, x.shape[-1], layer)
   if layer is not None:
-    layer = _as_layer(op, layer, stack[0])
-  return Arrays(x, gate, up, down[0] if down else None, None, layer=layer)
+    layer = _as_layer(op, layer, *stack)
+  gate, up, down = (settled.get(name) for name in WEIGHTS)
+  arrays = Arrays(x, gate, up, down, None, layer=layer)
+  return arrays._replace(**biases(op, p.layout, arrays, given))
+
+
+def _check_weights(
+  op: str, layout: Layout, weights: Mapping[str, Any], d: int, layer: Any
+) -> tuple[int, ...]:
+  """Refuses weights of wrong shapes; returns how many layers there are."""
+  gate, up, down = (weights.get(name) for name in WEIGHTS)
+  assert gate is not None
+  name = "w_up" if layout.form == "ungated" else "w_gate"
+  wanted, t = layout.describe(), layout.transposed
+  of_stack = () if layer is None else gate.shape[:1]
+  ndim = len(of_stack) + (3 if layout.form == "fused" else 2)
+  is_wrong = gate.ndim != ndim or gate.shape[-1 if t else -2] != d
+  is_odd = layout.form == "columns" and gate.shape[-1] % 2 != 0
+  if is_wrong or is_odd or (layout.form == "fused" and gate.shape[-3] != 2):
+    wanted = f"[{wanted}]" if layer is None else f"[L, {wanted}], with layer,"
+    raise ValueError(
+      f"{op}: {name} must be {wanted} with D = {d}, the last dimension of x, "
+      f"got {gate.shape}"
+    )
+  if up is not None:
+    check_shape(op, "w_up", up, gate.shape, "the shape of w_gate")
+  if down is not None:
+    f = layout.width(gate)
+    letters = "D, F" if t else "F, D"
+    letters = f"[{letters}]" if layer is None else f"[L, {letters}]"
+    shape = (*of_stack, d, f) if t else (*of_stack, f, d)
+    check_shape(op, "w_down", down, shape, letters)
+  return of_stack
 
 
 def _as_layer(op: str, layer: Any, count: int) -> jax.Array:

@@ -29,8 +29,8 @@ from .._frame import tpu
 from .._frame.manual import varying_like
 from .._row_norm import epsilon_operand
 from . import stack
-from .activation import activate
-from .spec import Arrays, Kept, Outs, Problem
+from .activation import ClampedSwiGLU, activate
+from .spec import Arrays, Kept, Outs, Problem, as_row
 from .stack import Scalars, block_of_layer
 from .tiles import VMEM_BYTES, Plan, Sizes, forward_tiles, where_present
 
@@ -39,9 +39,12 @@ class Inputs(NamedTuple):
   """Refs of the kernel's inputs."""
 
   x: Any  # [rows, D]
-  w_gate: Any  # [D, cols]
-  w_up: Any  # [D, cols]
+  w_gate: Any  # [D, cols], or as `Layout` has it; so are the others
+  w_up: Any  # [D, cols], None if w_gate has both, or there is no such branch
   w_down: Any  # [cols, D], None for geglu
+  b_gate: Any  # [1, cols], as the other biases None if there is none
+  b_up: Any  # [1, cols]
+  b_down: Any  # [1, D]
   scale: Any  # [1, D], None without a norm
   epsilon: Any  # [1, 1] of the norm, None if it is static
   stores: tuple[Any, Any, Any]  # of a stack, in HBM: what is kept goes there
@@ -52,7 +55,7 @@ class Outputs(NamedTuple):
 
   y: Any  # [rows, D]; of geglu h, [rows, cols]
   gate: Any  # [rows, cols], None if not kept
-  up: Any  # [rows, cols], None if not kept
+  up: Any  # [rows, cols], None if not kept, or not there
   normed: Any  # [rows, D], None if not kept or without a norm
 
 
@@ -69,7 +72,7 @@ class Scratch(NamedTuple):
 def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
   del scalars  # which blocks there are, not what is in them
   x = _normalise(i, o, s, plan)
-  gate, up = _multiply(i, x)
+  gate, up = _multiply(i, x, plan)
   if o.gate is not None:
     _keep(o, gate, up)
   h = _gate(gate, up, plan).astype(x.dtype)
@@ -77,7 +80,7 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
     o.y[...] = h
   else:
     _project(i, o, s, h, plan)
-    if s.y_sum is not None or plan.problem.residual:
+    if s.y_sum is not None or plan.problem.residual or i.b_down is not None:
       _finish(i, o, s, plan)
 
 
@@ -97,21 +100,27 @@ def _normalise(i: Inputs, o: Outputs, s: Scratch, plan: Plan) -> jax.Array:
   return normed[...]
 
 
-def _multiply(i: Inputs, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _multiply(
+  i: Inputs, x: jax.Array, plan: Plan
+) -> tuple[jax.Array, jax.Array | None]:
   """gate and up, float32."""
-  gate = tpu.dot(x, i.w_gate[...].astype(x.dtype))
-  up = tpu.dot(x, i.w_up[...].astype(x.dtype))
-  return gate, up
+  return plan.problem.layout.gate_and_up(x, i)
 
 
-def _keep(o: Outputs, gate: jax.Array, up: jax.Array):
+def _keep(o: Outputs, gate: jax.Array, up: jax.Array | None):
   o.gate[...] = gate.astype(o.gate.dtype)
-  o.up[...] = up.astype(o.up.dtype)
+  if up is not None:
+    o.up[...] = up.astype(o.up.dtype)
 
 
-def _gate(gate: jax.Array, up: jax.Array, plan: Plan) -> jax.Array:
+def _gate(gate: jax.Array, up: jax.Array | None, plan: Plan) -> jax.Array:
   """h, float32."""
-  return activate(plan.problem.activation, gate) * up
+  activation = plan.problem.activation
+  if isinstance(activation, ClampedSwiGLU):
+    assert up is not None
+    return activation.of(gate, up)
+  a = activate(activation, gate)
+  return a if up is None else a * up
 
 
 def _y_sum(o: Outputs, s: Scratch) -> Any:
@@ -124,7 +133,8 @@ def _project(i: Inputs, o: Outputs, s: Scratch, h: jax.Array, plan: Plan):
   is_first, y_sum = pl.program_id(1) == 0, _y_sum(o, s)
   h, w_down = _inside_f(h, i.w_down[...].astype(h.dtype), plan)
   # A selection costs nothing beside the product; to clear the sum would.
-  y_sum[...] = jnp.where(is_first, 0.0, y_sum[...]) + tpu.dot(h, w_down)
+  part = plan.problem.layout.times(h, w_down)
+  y_sum[...] = jnp.where(is_first, 0.0, y_sum[...]) + part
 
 
 def _inside_f(
@@ -135,16 +145,19 @@ def _inside_f(
   if f % cols == 0:
     return h, w_down
   inside = f - pl.program_id(1) * cols
-  return tpu.zero_past(h, inside, axis=1), tpu.zero_past(w_down, inside, axis=0)
+  axis = 1 - plan.problem.layout.f_axis
+  return tpu.zero_past(h, inside, axis=1), tpu.zero_past(w_down, inside, axis)
 
 
 def _finish(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
-  """Writes y from its sum, after the last F tile."""
+  """Writes y from its sum, with what is added once, after the last F tile."""
   residual, y_sum = plan.problem.residual, _y_sum(o, s)
 
   @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
   def _():
     y = y_sum[...]
+    if i.b_down is not None:
+      y += i.b_down[...].astype(jnp.float32)
     if residual:
       y += i.x[...].astype(jnp.float32)
     o.y[...] = y.astype(o.y.dtype)
@@ -156,7 +169,7 @@ def _finish(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
 def forward(p: Problem, a: Arrays, *, keep: bool) -> tuple[Outs, Kept | None]:
   """The result, and with `keep` what the config keeps for the backward pass."""
   kept = keep and p.keeps_products
-  sizes = Sizes.of(a, kept=kept, stored=kept and a.store_gate is not None)
+  sizes = Sizes.of(p, a, kept=kept, stored=kept and a.store_gate is not None)
   plan = Plan(p, sizes, forward_tiles(sizes, p.config))
   scalars, arrays = Scalars.of(a), _inputs(plan, a)
   specs, shapes = _specs(plan, arrays), _out_shapes(plan, a)
@@ -194,9 +207,12 @@ def _inputs(plan: Plan, a: Arrays) -> Inputs:
   return Inputs(
     x=a.x,
     w_gate=a.w_gate,
-    w_up=a.w_up,
+    w_up=a.w_gate if plan.problem.layout.form == "columns" else a.w_up,
     w_down=a.w_down,
-    scale=None if a.scale is None else a.scale[None, :],
+    b_gate=as_row(a.b_gate),
+    b_up=as_row(a.b_up),
+    b_down=as_row(a.b_down),
+    scale=as_row(a.scale),
     epsilon=epsilon,
     stores=stack.stores_of(a) if plan.keeps_in_stack else (None, None, None),
   )
@@ -213,7 +229,7 @@ def _specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
   rows, cols, d = plan.tiles.rows, plan.tiles.cols, sizes.d
 
   def block(
-    shape: tuple[int, int], index: Callable[..., Any], of_layer: bool = False
+    shape: tuple[int, ...], index: Callable[..., Any], of_layer: bool = False
   ) -> pl.BlockSpec:
     """`index` is of the row tile, the F tile and the scalars."""
     if not _f_inside(plan):
@@ -221,8 +237,14 @@ def _specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
     return block_of_layer(of_layer, shape, index)
 
   by_row = block((rows, d), lambda i, j, _: (i, 0))
-  up = block((d, cols), lambda i, j, _: (0, j), sizes.stacked)
-  down = block((cols, d), lambda i, j, _: (j, 0), sizes.stacked)
+
+  def weight(shape: tuple[int, ...], index: Callable[..., Any]) -> pl.BlockSpec:
+    return block(shape, lambda i, j, _: index(j), sizes.stacked)
+
+  layout = plan.problem.layout
+  up_index = layout.up_index(plan.f_tiles)
+  of_f = block((1, cols), lambda i, j, _: (0, j))
+  of_d = block((1, d), lambda i, j, _: (0, 0))
   both = block((rows, cols), lambda i, j, _: (i, j))
   kept = block((rows, cols), lambda i, j, _: (i, j), plan.keeps_in_stack)
   kept_row = block((rows, d), lambda i, j, _: (i, 0), plan.keeps_in_stack)
@@ -230,10 +252,13 @@ def _specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
   return (
     Inputs(
       x=by_row,
-      w_gate=up,
-      w_up=up,
-      w_down=down,
-      scale=block((1, d), lambda i, j, _: (0, 0)),
+      w_gate=weight(layout.gate_shape(d, cols), layout.gate_index),
+      w_up=weight(layout.gate_shape(d, cols), up_index),
+      w_down=weight(layout.down_shape(d, cols), layout.down_index),
+      b_gate=of_f,
+      b_up=of_f,
+      b_down=of_d,
+      scale=of_d,
       epsilon=block((1, 1), lambda i, j, _: (0, 0)),
       stores=stack.in_place(arrays.stores),
     ),
@@ -252,7 +277,7 @@ def _out_shapes(plan: Plan, a: Arrays) -> Outputs:
   return Outputs(
     y=shape(sizes.d if sizes.down else sizes.f),
     gate=wide,
-    up=wide,
+    up=wide if sizes.branches == 2 else None,
     normed=shape(sizes.d, *stack_of) if sizes.kept and sizes.normed else None,
   )
 

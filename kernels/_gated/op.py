@@ -48,20 +48,25 @@ def _split(p: Problem, a: Arrays) -> Split:
   weights may be stored split over it.  Each device of a split F has the part of
   y that its own columns give.
   """
-  del p
   rows = leading_dims(a.x.ndim - 1)
   down = a.w_down is not None
   # Weights of a stack come here only where nothing is split.
-  up, back = ("dF", "Fd") if a.layer is None else ("LdF", "LFd")
+  stack = "" if a.layer is None else "L"
+  gate, up, back = (
+    None if w is None else stack + w for w in p.layout.letters()
+  )
   letters = Arrays(
     x=rows + "D",
-    w_gate=up,
+    w_gate=gate,
     w_up=up,
     w_down=back,
     scale="d",
     epsilon="",
+    b_gate="F",
+    b_up="F",
+    b_down="d",
     layer="",
-    port_gate=up,
+    port_gate=gate,
     port_up=up,
     port_down=back,
     store_gate="L-F",
@@ -84,14 +89,17 @@ def _by_rows(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Axes]) -> Outs:
 def _summed_over_f(
   op: Any, p: Problem, a: Arrays, axes: Mapping[str, Axes]
 ) -> Outs:
-  """The sum of what the devices of a split F have, and then the residual.
+  """The sum of what the devices of a split F have, then bias and residual.
 
   If each device added x to its own part, x would be summed too.
   """
   if not axes.get("F"):
     return _by_rows(op, p, a, axes)
-  part = _by_rows(op, dataclasses.replace(p, residual=False), a, axes).y
+  own = dataclasses.replace(p, residual=False)
+  part = _by_rows(op, own, a._replace(b_down=None), axes).y
   y = jax.lax.psum(part, axes["F"])
+  if a.b_down is not None:
+    y += a.b_down.astype(y.dtype)
   return Outs(a.x + y if p.residual else y)
 
 
@@ -110,7 +118,10 @@ _geglu = kernel_op(
   reference=reference,
   forward=forward,
   backward=backward,
-  saves=("x", "w_gate", "w_up", "w_down", "scale", "epsilon", "layer"),
+  saves=(
+    *("x", "w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down"),
+    *("scale", "epsilon", "layer"),
+  ),
   names=("gate", "up", "normed", "y"),
   keeps=True,
   split=_split,
@@ -132,19 +143,25 @@ _feed_forward = dataclasses.replace(
 # --- public -------------------------------------------------------------------
 
 
+Weight = jax.Array | LayerOf | QuantizedWeight
+
+
 @switches.plain
 def geglu(
   x: jax.Array,
-  w_gate: jax.Array | LayerOf | QuantizedWeight,
-  w_up: jax.Array | LayerOf | QuantizedWeight,
+  w_gate: Weight | None,
+  w_up: Weight | None = None,
   *,
+  b_gate: jax.Array | None = None,
+  b_up: jax.Array | None = None,
+  transposed: bool = False,
   layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",
   norm: Norm | None = None,
   implementation: Implementation = None,
   config: FeedForwardConfig | None = None,
 ) -> jax.Array:
-  """Gated linear unit, activation(x w_gate) * (x w_up).
+  """Gated linear unit, activation(x w_gate + b_gate) * (x w_up + b_up).
 
   Shazeer, arXiv 2002.05202; Gemma, arXiv 2403.08295 §2, takes the tanh
   approximation of GELU.
@@ -157,15 +174,32 @@ def geglu(
       x's dtype, to which the kernel casts its tiles.  Or all weights are
       `QuantizedWeight`, int8: for few rows, as in decoding.  XLA computes with
       these, and they have no gradient.
+      With w_up None it has both branches, gate first, and is read where it
+      lies: [2, D, F], whose gradient is written in that form; or [D, 2F], whose
+      gradient is put together of its halves by XLA, a copy of it.  (Where F is
+      no multiple of 128, or split over a mesh, [D, 2F] is cut in two first.)
+      None for a layer without a gate, activation(x w_up + b_up).
     w_up: [D, F], the linear branch.
+    b_gate: [F] of any float dtype, added in float32; None for none.  Where
+      w_gate has both branches it may have too, [2, F] or [2F].
+    b_up: [F], likewise.
+    transposed: whether weights are stored [F, D], as PyTorch's `nn.Linear` has
+      them: also [2, F, D], and [2F, D], which is the same in memory.  Nothing
+      is copied, and gradients come in that form.
     layer: None, or an integer, traced or not: then the weights are [L, D, F],
-      stacked over the layers of a model, and this is the layer to use.  The
-      kernel reads it where it lies, where a slice would be a copy.  (A traced
-      index out of range is clamped, as `jax.lax.dynamic_index_in_dim` does.)
+      stacked over the layers of a model, and this is the layer to use; biases
+      are [L, F].  The kernel reads it where it lies, where a slice would be a
+      copy; of a stack of [D, 2F] or [2F, D] it is one.  (A traced index out of
+      range is clamped, as `jax.lax.dynamic_index_in_dim` does.)
       The gradient is that of the stack.  In a scan use `scan_layers`, whose
       `LayerOf` takes the place of a weight and of `layer`: there the gradient
       is written once.  Over a mesh that splits them, the layer is taken first.
-    activation: "gelu_tanh", "gelu" (exact), "silu" (SwiGLU) or "relu".
+    activation: "gelu_tanh", "gelu" (exact), "silu" (SwiGLU), "relu", "relu2",
+      "quick_gelu" or "sigmoid", by any of their usual names, such as "swish" or
+      "gelu_pytorch_tanh"; an elementwise function, such as `jax.nn.softplus`,
+      which the kernel computes and JAX differentiates in it; or a
+      `ClampedSwiGLU`.  (Define a function once: a new one is a new program.
+      Pallas refuses what it cannot lower, as the expm1 of `jax.nn.elu`.)
     norm: RMSNorm to be taken of x first, in the same pass over x; None for
       none.
     implementation: "pallas", "xla" (the reference), or None for the kernel
@@ -178,21 +212,26 @@ def geglu(
     [..., F] of x's dtype; sums and activation in float32.
 
   Raises:
-    ValueError: on a wrong shape or dtype, an unknown activation, an x whose
-      last dimension is split over a mesh, or "pallas" with int8 weights.
+    ValueError: on a wrong shape or dtype, an unknown activation, or a function
+      that is not elementwise or depends on another array; an x whose last
+      dimension is split over a mesh; or "pallas" with int8 weights.
   """
-  given = Given(w_gate, w_up, None, layer)
-  problem = problem_of(activation, False, implementation, config)
+  given = Given(w_gate, w_up, None, layer, b_gate, b_up)
+  problem = problem_of(activation, False, transposed, implementation, config)
   return run(_geglu, problem, x, given, norm)
 
 
 @switches.plain
 def feed_forward(
   x: jax.Array,
-  w_gate: jax.Array | LayerOf | QuantizedWeight,
-  w_up: jax.Array | LayerOf | QuantizedWeight,
-  w_down: jax.Array | LayerOf | QuantizedWeight,
+  w_gate: Weight | None,
+  w_up: Weight | None,
+  w_down: Weight,
   *,
+  b_gate: jax.Array | None = None,
+  b_up: jax.Array | None = None,
+  b_down: jax.Array | None = None,
+  transposed: bool = False,
   layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",
   norm: Norm | None = None,
@@ -200,20 +239,25 @@ def feed_forward(
   implementation: Implementation = None,
   config: FeedForwardConfig | None = None,
 ) -> jax.Array:
-  """The gated feed-forward block, geglu(x, w_gate, w_up) w_down.
+  """The feed-forward block, geglu(x, w_gate, w_up) w_down + b_down.
 
   Args:
     x: [..., D] float32, bfloat16 or float16, the dtype of the products.  As in
       `geglu`, float32 takes six passes of the matrix unit and bfloat16 one.
-    w_gate: [D, F], as in `geglu`.
+    w_gate: [D, F], as in `geglu`; with w_up None both branches, [2, D, F] or
+      [D, 2F]; None for a layer without a gate.
     w_up: [D, F], as in `geglu`.
     w_down: [F, D] float32 or bfloat16.
+    b_gate: [F], as in `geglu`.
+    b_up: [F], as in `geglu`.
+    b_down: [D], likewise.
+    transposed: as in `geglu`; then w_down is [D, F].
     layer: as in `geglu`; then w_down is [L, F, D].
     activation: as in `geglu`.
     norm: as in `geglu`.
     residual: whether x itself, before the norm, is added to the result.  Where
       F is split by a `shard_map` of your own, whose sum over F is yours too,
-      leave it out and add x after that sum.
+      leave it and b_down out and add them after that sum.
     implementation: as in `geglu`.
     config: what is kept for the backward pass, and tile sizes; None keeps gate
       and up, and what a norm makes of x, under the names "feed_forward_gate",
@@ -225,8 +269,10 @@ def feed_forward(
   Raises:
     ValueError: as `geglu`, and on a w_down of another shape than [F, D].
   """
-  given = Given(w_gate, w_up, w_down, layer)
-  problem = problem_of(activation, bool(residual), implementation, config)
+  given = Given(w_gate, w_up, w_down, layer, b_gate, b_up, b_down)
+  problem = problem_of(
+    activation, bool(residual), transposed, implementation, config
+  )
   return run(_feed_forward, problem, x, given, norm)
 
 

@@ -19,7 +19,8 @@ from .._quantized import QuantizedWeight, quantized_einsum
 from .._rms_norm import rms_norm_reference
 from .._row_norm import Norm, RowNorm
 from . import stack
-from .activation import ACTIVATIONS, Activation
+from .activation import Activation, as_activation, gated
+from .layout import Layout
 
 if TYPE_CHECKING:  # the next page, and a type
   from .._layers import LayerOf
@@ -31,26 +32,37 @@ if TYPE_CHECKING:  # the next page, and a type
 @switches.plain
 def geglu_reference(
   x: jax.Array,
-  w_gate: jax.Array | LayerOf | QuantizedWeight,
-  w_up: jax.Array | LayerOf | QuantizedWeight,
+  w_gate: jax.Array | LayerOf | QuantizedWeight | None,
+  w_up: jax.Array | LayerOf | QuantizedWeight | None = None,
   *,
+  b_gate: jax.Array | None = None,
+  b_up: jax.Array | None = None,
+  transposed: bool = False,
   layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",
   norm: Norm | None = None,
 ) -> jax.Array:
   """Two matmuls, the activation of one times the other.  The specification."""
-  w_gate, w_up = (of_layer(w, layer) for w in (w_gate, w_up))
-  gate, up = _gate_and_up(_norm(x, norm), w_gate, w_up)
-  return _gated(gate, up, activation, x.dtype)
+  activation = as_activation("geglu", activation)
+  given = w_gate, w_up, b_gate, b_up
+  own = [None if w is None else of_layer(w, layer) for w in given]
+  weights = _branches(own[0], own[1], transposed)
+  biases = _branches_of_bias(own[2], own[3], weights, transposed)
+  gate, up = _gate_and_up(_norm(x, norm), weights, biases, transposed)
+  return gated(activation, gate, up).astype(x.dtype)
 
 
 @switches.plain
 def feed_forward_reference(
   x: jax.Array,
-  w_gate: jax.Array | LayerOf | QuantizedWeight,
-  w_up: jax.Array | LayerOf | QuantizedWeight,
+  w_gate: jax.Array | LayerOf | QuantizedWeight | None,
+  w_up: jax.Array | LayerOf | QuantizedWeight | None,
   w_down: jax.Array | LayerOf | QuantizedWeight,
   *,
+  b_gate: jax.Array | None = None,
+  b_up: jax.Array | None = None,
+  b_down: jax.Array | None = None,
+  transposed: bool = False,
   layer: jax.Array | int | None = None,
   activation: Activation = "gelu_tanh",
   norm: Norm | None = None,
@@ -58,10 +70,45 @@ def feed_forward_reference(
 ) -> jax.Array:
   """The gated unit and the projection back to D.  The specification."""
   h = geglu_reference(
-    x, w_gate, w_up, layer=layer, activation=activation, norm=norm
+    x,
+    w_gate,
+    w_up,
+    b_gate=b_gate,
+    b_up=b_up,
+    transposed=transposed,
+    layer=layer,
+    activation=activation,
+    norm=norm,
   )
-  y = _down(h, of_layer(w_down, layer))
+  bias = None if b_down is None else of_layer(b_down, layer)
+  y = _down(h, of_layer(w_down, layer), bias, transposed)
   return x + y if residual else y
+
+
+def _branches(w_gate: Any, w_up: Any, transposed: bool) -> tuple[Any, Any]:
+  """The weights of the activated branch and of the other, None for none."""
+  if w_gate is None:
+    return w_up, None
+  if w_up is not None:
+    return w_gate, w_up
+  if w_gate.ndim == 3:
+    return w_gate[0], w_gate[1]
+  f = w_gate.shape[0 if transposed else 1] // 2
+  if transposed:
+    return w_gate[:f], w_gate[f:]
+  return w_gate[:, :f], w_gate[:, f:]
+
+
+def _branches_of_bias(
+  b_gate: Any, b_up: Any, weights: Any, transposed: bool
+) -> tuple[Any, Any]:
+  """Likewise; both biases may be in one array, one after the other."""
+  if weights[1] is None:
+    return b_up, None
+  f = weights[0].shape[0 if transposed else 1]
+  if b_gate is not None and b_gate.size == 2 * f:
+    return tuple(b_gate.reshape(2, f))
+  return b_gate, b_up
 
 
 def of_layer(weight: Any, layer: jax.Array | int | None) -> jax.Array:
@@ -82,31 +129,41 @@ def _norm(x: jax.Array, norm: Norm | None) -> jax.Array:
   )
 
 
-def _matmul(a: jax.Array, b: jax.Array | QuantizedWeight) -> jax.Array:
+def _matmul(
+  a: jax.Array, b: jax.Array | QuantizedWeight, transposed: bool
+) -> jax.Array:
   """A product in a's dtype, summed in at least float32."""
   if isinstance(b, QuantizedWeight):
-    return quantized_einsum("...i,ij->...j", a, b)
+    return quantized_einsum(
+      "...i,ji->...j" if transposed else "...i,ij->...j", a, b
+    )
   sum_dtype = jnp.promote_types(a.dtype, jnp.float32)
-  return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=sum_dtype)
+  b = b.astype(a.dtype)
+  b = b.T if transposed else b
+  return jnp.matmul(a, b, preferred_element_type=sum_dtype)
 
 
 def _gate_and_up(
-  x: jax.Array, w_gate: jax.Array, w_up: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+  x: jax.Array, weights: Any, biases: Any, transposed: bool
+) -> tuple[jax.Array, jax.Array | None]:
   """The two products, as they are summed: at least float32."""
-  return _matmul(x, w_gate), _matmul(x, w_up)
+  gate, up = (
+    None if w is None else _plus(_matmul(x, w, transposed), b)
+    for w, b in zip(weights, biases, strict=True)
+  )
+  assert gate is not None
+  return gate, up
 
 
-def _gated(
-  gate: jax.Array, up: jax.Array, activation: Activation, dtype: Any
+def _plus(product: jax.Array, bias: jax.Array | None) -> jax.Array:
+  return product if bias is None else product + bias.astype(product.dtype)
+
+
+def _down(
+  h: jax.Array, w_down: Any, b_down: jax.Array | None, transposed: bool
 ) -> jax.Array:
-  """h, from the two products."""
-  return (ACTIVATIONS[activation](gate) * up).astype(dtype)
-
-
-def _down(h: jax.Array, w_down: jax.Array) -> jax.Array:
   """y without the residual."""
-  return _matmul(h, w_down).astype(h.dtype)
+  return _plus(_matmul(h, w_down, transposed), b_down).astype(h.dtype)
 
 
 # --- records ------------------------------------------------------------------
@@ -122,6 +179,7 @@ class Problem:
     residual: whether x is added to the result.
     implementation: as the caller gave it.
     config: the caller's, or the default.
+    layout: how the weights lie.
   """
 
   activation: Activation
@@ -129,6 +187,7 @@ class Problem:
   residual: bool
   implementation: Implementation
   config: FeedForwardConfig
+  layout: Layout = Layout()
 
   @property
   def keeps_products(self) -> bool:
@@ -154,11 +213,14 @@ class Arrays(NamedTuple):
   """
 
   x: Any  # [..., D]; for all but the public functions [N, D]
-  w_gate: Any  # [D, F], or a QuantizedWeight, as the others then
-  w_up: Any  # [D, F]
+  w_gate: Any  # [D, F], or a QuantizedWeight, as the others then; see `Layout`
+  w_up: Any  # [D, F], None if w_gate has both, or there is no such branch
   w_down: Any  # [F, D], None for geglu
   scale: Any  # [D], None without a norm
   epsilon: Any = None  # [] float32 of the norm, if it is traced
+  b_gate: Any = None  # [F], as the other biases None if there is none
+  b_up: Any = None  # [F]
+  b_down: Any = None  # [D]
   layer: Any = None  # [] int32, which of a stack; None if it is none
   port_gate: Any = None  # as w_gate, None without ports
   port_up: Any = None  # as w_up
@@ -175,14 +237,15 @@ class Arrays(NamedTuple):
       None if w is None else of_layer(w, self.layer)
       for w in (self.w_gate, self.w_up, self.w_down)
     )
-    return Arrays(self.x, gate, up, down, self.scale, self.epsilon)
+    own = Arrays(self.x, gate, up, down, self.scale, self.epsilon)
+    return own._replace(b_gate=self.b_gate, b_up=self.b_up, b_down=self.b_down)
 
 
 class Kept(NamedTuple):
   """What the forward pass keeps for the backward pass, in x's dtype."""
 
   gate: Any  # [N, F], x w_gate
-  up: Any  # [N, F], x w_up
+  up: Any  # [N, F], x w_up, None if there is no such branch
   normed: Any  # [N, D], the norm of x, None without one
 
 
@@ -218,13 +281,15 @@ def plain_forward(
   """The specification, and what it keeps of its way."""
   own = a.of_one_layer()
   x = p.norm_of(a.x, a.scale, a.epsilon)
-  gate, up = _gate_and_up(x, own.w_gate, own.w_up)
-  y = _finish(p, a.x.dtype, gate, up, own.w_down)
+  gate, up = _products(p, x, own)
+  y = _finish(p, a.x.dtype, gate, up, own.w_down, own.b_down)
   outs = Outs.of(a.x + y if p.residual else y, a)
   if not (keep and p.keeps_products):
     return outs, None
   normed = None if p.norm is None else x
-  kept = Kept(gate.astype(y.dtype), up.astype(y.dtype), normed)
+  kept = Kept(gate.astype(y.dtype), None, normed)
+  if up is not None:
+    kept = kept._replace(up=up.astype(y.dtype))
   if a.store_gate is None:
     return outs, kept
   stores = stack.put_all(a.layer, stack.stores_of(a), kept)
@@ -241,19 +306,20 @@ def plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   a: Arrays = saved.arrays.of_one_layer()
   kept = _kept_of(saved, d)
 
-  def products(x, w_gate, w_up, scale, epsilon):
-    return _gate_and_up(p.norm_of(x, scale, epsilon), w_gate, w_up)
+  def products(a: Arrays) -> tuple[jax.Array, jax.Array | None]:
+    return _products(p, p.norm_of(a.x, a.scale, a.epsilon), a)
 
   (gate, up), through_products = jax.vjp(
-    products, a.x, a.w_gate, a.w_up, a.scale, a.epsilon
+    products, a._replace(w_down=None, b_down=None, layer=None)
   )
   if kept is not None and kept.gate.dtype == gate.dtype:
     gate, up = kept.gate, kept.up
   finish = functools.partial(_finish, p, a.x.dtype)
-  dgate, dup, dw_down = jax.vjp(finish, gate, up, a.w_down)[1](d.y)
-  dx, dw_gate, dw_up, dscale, depsilon = through_products((dgate, dup))
-  dx = dx + d.y if p.residual else dx
-  grads = Arrays(dx, dw_gate, dw_up, dw_down, dscale, depsilon)
+  through_finish = jax.vjp(finish, gate, up, a.w_down, a.b_down)[1]
+  dgate, dup, dw_down, db_down = through_finish(d.y)
+  (grads,) = through_products((dgate, dup))
+  dx = grads.x + d.y if p.residual else grads.x
+  grads = grads._replace(x=dx, w_down=dw_down, b_down=db_down)
   if saved.arrays.layer is not None:
     ports = stack.ports_of(saved.arrays, d)
     grads = stack.put_gradients(grads, saved.arrays, ports)
@@ -274,13 +340,27 @@ def plain_linear(p: Problem, saved: Saved, d: Outs) -> Arrays:
   return stack.with_stores(grads, d)
 
 
+def _products(
+  p: Problem, x: jax.Array, a: Arrays
+) -> tuple[jax.Array, jax.Array | None]:
+  """gate and up, of x or of its norm."""
+  weights = p.layout.take(a.w_gate, a.w_up)
+  return _gate_and_up(x, weights, (a.b_gate, a.b_up), p.layout.transposed)
+
+
 def _finish(
   p: Problem,
   dtype: Any,
   gate: jax.Array,
-  up: jax.Array,
+  up: jax.Array | None,
   w_down: jax.Array | None,
+  b_down: jax.Array | None,
 ) -> jax.Array:
   """The result without the residual, from the two products."""
-  h = _gated(gate, up, p.activation, dtype)
-  return h if w_down is None else _down(h, w_down)
+  h = gated(p.activation, gate, up).astype(dtype)
+  return h if w_down is None else _down(h, w_down, b_down, p.layout.transposed)
+
+
+def as_row(vector: Any) -> Any:
+  """[F] as [1, F], an operand of a kernel; None stays None."""
+  return None if vector is None else vector[None, :]

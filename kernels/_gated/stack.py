@@ -36,7 +36,7 @@ class Scalars(NamedTuple):
 
 
 def block_of_layer(
-  stacked: bool, shape: tuple[int, int], index: Callable[..., Any]
+  stacked: bool, shape: tuple[int, ...], index: Callable[..., Any]
 ) -> pl.BlockSpec:
   """A block of an array that is a layer's, in the stack if it is in one.
 

@@ -23,23 +23,25 @@ class Sums(NamedTuple):
   """
 
   dw_gate: Any  # [D, cols]
-  dw_up: Any  # [D, cols]
+  dw_up: Any  # [D, cols], None if dw_gate has both
   dw_down: Any  # [cols, D], None for geglu
 
 
 def sums_scratch(plan: Plan, a: Arrays) -> Sums:
   """What to ask the compiler for."""
   d, cols = plan.sizes.d, plan.tiles.cols
+  layout = plan.problem.layout
 
-  def total(weight: jax.Array | None, shape: tuple[int, int]) -> Any:
+  def total(weight: jax.Array | None, shape: tuple[int, ...]) -> Any:
     if weight is None or weight.dtype == jnp.float32:
       return None
     return pltpu.VMEM(shape, jnp.float32)
 
+  up, halves = layout.gate_shape(d, cols), layout.form == "columns"
   return Sums(
-    total(a.w_gate, (d, cols)),
-    total(a.w_up, (d, cols)),
-    total(a.w_down, (cols, d)),
+    total(a.w_gate, up),
+    total(a.w_gate if halves else a.w_up, up),
+    total(a.w_down, layout.down_shape(d, cols)),
   )
 
 

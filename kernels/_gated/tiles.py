@@ -123,6 +123,9 @@ class Sizes:
     down: whether the projection back to D is part of the op.
     kept: whether gate and up go from the forward to the backward pass.
     normed: whether the op takes the norm of x itself.
+    branches: 2, or 1 if there is no gate.
+    halves: whether both are halves of one array's columns, so that tiles must
+      divide F.
     stacked: whether the weights are one layer's of a stack.
     stored: whether gate and up are, and the norm.
   """
@@ -135,23 +138,29 @@ class Sizes:
   down: bool
   kept: bool
   normed: bool
+  branches: int = 2
+  halves: bool = False
   stacked: bool = False
   stored: bool = False
 
   @classmethod
-  def of(cls, a: Arrays, *, kept: bool, stored: bool = False) -> Sizes:
+  def of(
+    cls, p: Problem, a: Arrays, *, kept: bool, stored: bool = False
+  ) -> Sizes:
     """Those of arrays with x [N, D]."""
     n, d = a.x.shape
     weights = [w for w in (a.w_gate, a.w_up, a.w_down) if w is not None]
     return cls(
       n=n,
       d=d,
-      f=a.w_gate.shape[-1],
+      f=p.layout.width(a.w_gate),
       dtype=a.x.dtype,
       weight_dtype=jnp.result_type(*(w.dtype for w in weights)),
       down=a.w_down is not None,
       kept=kept,
       normed=a.scale is not None,
+      branches=p.layout.branches,
+      halves=p.layout.form == "columns",
       stacked=a.layer is not None,
       stored=stored,
     )
@@ -164,16 +173,17 @@ class Sizes:
   @property
   def weights(self) -> int:
     """How many weight matrices there are."""
-    return 3 if self.down else 2
+    return self.branches + self.down
 
 
 def forward_bytes(sizes: Sizes, tiles: FeedForwardTiles) -> int:
   """VMEM of the forward kernel; every operand has two buffers."""
   rows, cols, width = tiles.rows, tiles.cols, tpu.lanes(sizes.d)
+  kept = sizes.branches * sizes.kept
   size, wsize = sizes.dtype.itemsize, sizes.weight_dtype.itemsize
   row_tiles = 2 * rows * width * size * (1 + sizes.down + sizes.normed)
   weights = sizes.weights * width * cols * (2 * wsize + size)
-  outputs = 2 * rows * cols * size * (2 * sizes.kept + (not sizes.down))
+  outputs = 2 * rows * cols * size * (kept + (not sizes.down))
   temporaries = rows * cols * (2 * 4 + size)
   if sizes.down:
     temporaries += 2 * rows * width * 4
@@ -183,13 +193,14 @@ def forward_bytes(sizes: Sizes, tiles: FeedForwardTiles) -> int:
 def backward_bytes(sizes: Sizes, tiles: FeedForwardTiles) -> int:
   """VMEM of the backward kernel."""
   rows, cols, width = tiles.rows, tiles.cols, tpu.lanes(sizes.d)
+  kept = sizes.branches * sizes.kept
   size, wsize = sizes.dtype.itemsize, sizes.weight_dtype.itemsize
   buffered = 2 * size * (2 + sizes.down + sizes.normed)
   row_tiles = rows * width * (buffered + 4 * 4)
   # A weight and its gradient, and the gradient's sum or the weight's cast.
   one_weight = 4 * wsize + (4 if wsize < 4 else size)
   weights = sizes.weights * width * cols * one_weight
-  inputs = 2 * rows * cols * size * (2 * sizes.kept + (not sizes.down))
+  inputs = 2 * rows * cols * size * (kept + (not sizes.down))
   temporaries = rows * cols * (3 * size + 3 * 4) + width * cols * 4
   return row_tiles + weights + inputs + temporaries
 
@@ -210,7 +221,7 @@ def forward_bundles(sizes: Sizes, tiles: FeedForwardTiles) -> float:
 
 def backward_bundles(sizes: Sizes, tiles: FeedForwardTiles) -> float:
   """Bundles of a grid step of the backward kernel."""
-  again = 0 if sizes.kept else 2
+  again = 0 if sizes.kept else sizes.branches
   products = _product_cycles(sizes, tiles, 2 * sizes.weights + again)
   per_register = 11 if sizes.normed else 3.5
   return 0.85 * products + per_register * _registers(tiles.rows, sizes.d)
@@ -258,7 +269,7 @@ _BACKWARD = (
 def forward_tiles(sizes: Sizes, config: FeedForwardConfig) -> FeedForwardTiles:
   """The caller's choice, else the tuned table's, else what fits."""
   return (
-    config.forward
+    _given(sizes, config.forward)
     or _tuned(sizes, "forward")
     or _fitting(sizes, _FORWARD, forward_bytes, forward_bundles)
   )
@@ -267,10 +278,22 @@ def forward_tiles(sizes: Sizes, config: FeedForwardConfig) -> FeedForwardTiles:
 def backward_tiles(sizes: Sizes, config: FeedForwardConfig) -> FeedForwardTiles:
   """The caller's choice, else the tuned table's, else what fits."""
   return (
-    config.backward
+    _given(sizes, config.backward)
     or _tuned(sizes, "backward")
     or _fitting(sizes, _BACKWARD, backward_bytes, backward_bundles)
   )
+
+
+def _given(
+  sizes: Sizes, tiles: FeedForwardTiles | None
+) -> FeedForwardTiles | None:
+  """The caller's tiles, if they can be had."""
+  if tiles is not None and sizes.halves and sizes.f % tiles.cols:
+    raise ValueError(
+      f"{sizes.op}: cols of tiles must divide F where w_gate is [D, 2F], got "
+      f"F = {sizes.f} and {tiles}"
+    )
+  return tiles
 
 
 def _tuned(sizes: Sizes, which: str) -> FeedForwardTiles | None:
@@ -284,7 +307,17 @@ def _tuned(sizes: Sizes, which: str) -> FeedForwardTiles | None:
     weight_dtype=sizes.weight_dtype.name,
     saved=sizes.kept,
   )
-  return FeedForwardTiles(**entry).over(sizes.n, sizes.f) if entry else None
+  return _over(sizes, FeedForwardTiles(**entry)) if entry else None
+
+
+def _over(sizes: Sizes, tiles: FeedForwardTiles) -> FeedForwardTiles:
+  """The tiles, evened out over the rows and F."""
+  even = tiles.over(sizes.n, sizes.f)
+  if not sizes.halves:
+    return even
+  fewer = range(even.cols, 0, -tpu.LANES)
+  cols = next(c for c in fewer if sizes.f % c == 0)
+  return dataclasses.replace(even, cols=cols)
 
 
 def _fitting(
@@ -299,7 +332,7 @@ def _fitting(
   for want of shorter.
   """
   for rows, cols in fastest_first:
-    tiles = FeedForwardTiles(rows, cols).over(sizes.n, sizes.f)
+    tiles = _over(sizes, FeedForwardTiles(rows, cols))
     if sizes.stacked:  # else nothing is written into the stack in place
       tiles = tiles.dividing(sizes.f)
     is_last = (rows, cols) == fastest_first[-1]

@@ -1,0 +1,167 @@
+"""What the backward kernel's call is of: its records, blocks and scratch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .._frame.manual import varying_like
+from . import stack
+from .spec import Arrays
+from .stack import block_of_layer
+from .sums import Sums, sums_scratch
+from .tiles import Plan
+from .travel import TravelScratch, dx_travels, slots, travel_scratch
+
+# --- records ------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+  """Refs of the kernel's inputs; or of the call, its arrays."""
+
+  x: Any  # [rows, D]
+  w_gate: Any  # [D, cols], or as `Layout` has it; so are the others
+  w_up: Any  # [D, cols], None if w_gate has both, or there is no such branch
+  w_down: Any  # [cols, D], None for geglu
+  b_gate: Any  # [1, cols], as the other biases None if there is none
+  b_up: Any  # [1, cols]
+  dy: Any  # [rows, D], None for geglu
+  dh: Any  # [rows, cols], of geglu alone
+  gate: Any  # [rows, cols], None if it is computed again
+  up: Any  # [rows, cols], None if it is computed again, or not there
+  normed: Any  # [rows, D], None without a norm
+  scale: Any  # [1, D], None without a norm
+  epsilon: Any  # [1, 1] of the norm, None if it is static
+  ports: tuple[Any, Any, Any]  # of a stack, in HBM: the same as its gradients
+
+
+class Outputs(NamedTuple):
+  """Refs of its outputs; of a stack's gradients, one layer's."""
+
+  dx: Any  # [rows, D]
+  dw_gate: Any  # [D, cols]
+  dw_up: Any  # [D, cols]
+  dw_down: Any  # [cols, D], None for geglu
+  db_gate: Any  # [1, cols] float32, as the other biases' None if there is none
+  db_up: Any  # [1, cols] float32
+  db_down: Any  # [1, D] float32
+  dscale: Any  # [1, D] float32, None without a norm
+  dx_hbm: Any  # [N, D] float32 in HBM, None if dx stays in VMEM
+
+
+class Scratch(NamedTuple):
+  """Refs of its scratch."""
+
+  dgate: Any  # [rows, cols]
+  dup: Any  # [rows, cols], None without a gate
+  h: Any  # [rows, cols], None for geglu
+  dx_sum: Any  # [slots, rows, D] float32
+  sums: Sums
+  travel: TravelScratch | None  # None if dx stays in VMEM
+
+
+# --- blocks -------------------------------------------------------------------
+
+
+def specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
+  """Of all inputs and outputs that there may be."""
+  rows, cols, d = plan.tiles.rows, plan.tiles.cols, plan.sizes.d
+  by_row = pl.BlockSpec((rows, d), lambda j, i, _: (i, 0))
+
+  layout = plan.problem.layout
+
+  def up(stacked: bool, index: Any = layout.gate_index) -> pl.BlockSpec:
+    shape = layout.gate_shape(d, cols)
+    return block_of_layer(stacked, shape, lambda j, i, _: index(j))
+
+  def down(stacked: bool) -> pl.BlockSpec:
+    shape = layout.down_shape(d, cols)
+    return block_of_layer(stacked, shape, lambda j, i, _: layout.down_index(j))
+
+  both = pl.BlockSpec((rows, cols), lambda j, i, _: (i, j))
+  stored = plan.sizes.stored
+  kept = block_of_layer(stored, (rows, cols), lambda j, i, _: (i, j))
+  kept_row = block_of_layer(stored, (rows, d), lambda j, i, _: (i, 0))
+  gain = pl.BlockSpec((1, d), lambda j, i, _: (0, 0))
+  of_f = pl.BlockSpec((1, cols), lambda j, i, _: (0, j))
+  # Of the last F tile alone; until then the block stays the first.
+  at_last = pl.BlockSpec(
+    (rows, d), lambda j, i, _: (jnp.where(j == plan.f_tiles - 1, i, 0), 0)
+  )
+  inputs = Inputs(
+    # With a norm, the products are of `normed`, and x is its gradient's.
+    x=by_row if plan.problem.norm is None else at_last,
+    w_gate=up(plan.sizes.stacked),
+    w_up=up(plan.sizes.stacked, layout.up_index(plan.f_tiles)),
+    w_down=down(plan.sizes.stacked),
+    b_gate=of_f,
+    b_up=of_f,
+    dy=by_row,
+    dh=both,
+    gate=kept,
+    up=kept,
+    normed=kept_row,
+    scale=gain,
+    epsilon=pl.BlockSpec((1, 1), lambda *_: (0, 0)),
+    ports=stack.in_place(arrays.ports),
+  )
+  outputs = Outputs(
+    dx=at_last,
+    dw_gate=up(plan.sums_in_stack),
+    dw_up=up(plan.sums_in_stack),
+    dw_down=down(plan.sums_in_stack),
+    db_gate=of_f,
+    db_up=of_f,
+    db_down=gain,
+    dscale=gain,
+    dx_hbm=pl.BlockSpec(memory_space=pl.ANY),
+  )
+  return inputs, outputs
+
+
+def out_shapes(plan: Plan, a: Arrays) -> Outputs:
+  """Of all outputs that there are."""
+  d, f, rows = plan.sizes.d, plan.sizes.f, plan.row_tiles * plan.tiles.rows
+  halves = plan.problem.layout.form == "columns"
+
+  def gradient(array: jax.Array | None, in_stack: bool = False) -> Any:
+    if array is None:
+      return None
+    shape = array.shape
+    if plan.sizes.stacked and in_stack and not plan.sums_in_stack:
+      shape = shape[1:]
+    return varying_like(a.x, shape, array.dtype)
+
+  def float32(shape: tuple[int, int], array: Any = a.x) -> Any:
+    return None if array is None else varying_like(a.x, shape, jnp.float32)
+
+  half = varying_like(a.x, (d, f), a.w_gate.dtype) if halves else None
+  return Outputs(
+    dx=gradient(a.x),
+    dw_gate=half if halves else gradient(a.w_gate, True),
+    dw_up=half if halves else gradient(a.w_up, True),
+    dw_down=gradient(a.w_down, True),
+    db_gate=float32((1, f), a.b_gate),
+    db_up=float32((1, f), a.b_up),
+    db_down=float32((1, d), a.b_down),
+    dscale=float32((1, d), a.scale),
+    dx_hbm=float32((rows, d)) if dx_travels(plan) else None,
+  )
+
+
+def scratch(plan: Plan, a: Arrays) -> Scratch:
+  """What to ask the compiler for."""
+  sizes, rows, cols = plan.sizes, plan.tiles.rows, plan.tiles.cols
+  tile = pltpu.VMEM((rows, cols), sizes.dtype)
+  return Scratch(
+    dgate=tile,
+    dup=tile if sizes.branches == 2 else None,
+    h=tile if sizes.down else None,
+    dx_sum=pltpu.VMEM((slots(plan), rows, sizes.d), jnp.float32),
+    sums=sums_scratch(plan, a),
+    travel=travel_scratch() if dx_travels(plan) else None,
+  )
