@@ -311,9 +311,9 @@ def _check_elementwise(op: str, function: Elementwise) -> None:
 def _equations(jaxpr: Any) -> Iterator[Any]:
   """Of a jaxpr and of those in it."""
   for equation in jaxpr.eqns:
-    inner = [p for p in equation.params.values() if hasattr(p, "jaxpr")]
-    inner = [p for p in inner if hasattr(p.jaxpr, "eqns")]
+    closed = [getattr(p, "jaxpr", None) for p in equation.params.values()]
+    inner = [jaxpr for jaxpr in closed if jaxpr is not None]
     if not inner:
       yield equation
-    for closed in inner:
-      yield from _equations(closed.jaxpr)
+    for jaxpr in inner:
+      yield from _equations(jaxpr)

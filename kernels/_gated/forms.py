@@ -38,7 +38,8 @@ def formed(op: str, given: Any, transposed: bool) -> tuple[Any, Layout]:
 
 
 def _ndim(weight: Any) -> int:
-  return weight.ndim if hasattr(weight, "ndim") else jnp.ndim(weight)
+  known = getattr(weight, "ndim", None)
+  return jnp.ndim(weight) if known is None else known
 
 
 def _taken(op: str, given: Any) -> Any:
