@@ -143,14 +143,11 @@ _feed_forward = dataclasses.replace(
 # --- public -------------------------------------------------------------------
 
 
-Weight = jax.Array | LayerOf | QuantizedWeight
-
-
 @switches.plain
 def geglu(
   x: jax.Array,
-  w_gate: Weight | None,
-  w_up: Weight | None = None,
+  w_gate: jax.Array | LayerOf | QuantizedWeight | None,
+  w_up: jax.Array | LayerOf | QuantizedWeight | None = None,
   *,
   b_gate: jax.Array | None = None,
   b_up: jax.Array | None = None,
@@ -224,9 +221,9 @@ def geglu(
 @switches.plain
 def feed_forward(
   x: jax.Array,
-  w_gate: Weight | None,
-  w_up: Weight | None,
-  w_down: Weight,
+  w_gate: jax.Array | LayerOf | QuantizedWeight | None,
+  w_up: jax.Array | LayerOf | QuantizedWeight | None,
+  w_down: jax.Array | LayerOf | QuantizedWeight,
   *,
   b_gate: jax.Array | None = None,
   b_up: jax.Array | None = None,
