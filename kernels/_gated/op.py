@@ -158,7 +158,7 @@ def geglu(
   implementation: Implementation = None,
   config: FeedForwardConfig | None = None,
 ) -> jax.Array:
-  """Gated linear unit, activation(x w_gate + b_gate) * (x w_up + b_up).
+  """Gated linear unit, activation(x w_gate) * (x w_up).
 
   Shazeer, arXiv 2002.05202; Gemma, arXiv 2403.08295 §2, takes the tanh
   approximation of GELU.
@@ -236,7 +236,7 @@ def feed_forward(
   implementation: Implementation = None,
   config: FeedForwardConfig | None = None,
 ) -> jax.Array:
-  """The feed-forward block, geglu(x, w_gate, w_up) w_down + b_down.
+  """The gated feed-forward block, geglu(x, w_gate, w_up) w_down.
 
   Args:
     x: [..., D] float32, bfloat16 or float16, the dtype of the products.  As in
