@@ -35,9 +35,14 @@ from ._attention import flash_attention as flash_attention
 from ._attention import flash_attention_reference as flash_attention_reference
 from ._cross_entropy import LINEAR_CROSS_ENTROPY as _LINEAR_CROSS_ENTROPY
 from ._cross_entropy import LinearCrossEntropyConfig as LinearCrossEntropyConfig
+from ._cross_entropy import Teacher as Teacher
+from ._cross_entropy import TokenPredictions as TokenPredictions
 from ._cross_entropy import linear_cross_entropy as linear_cross_entropy
 from ._cross_entropy import (
   linear_cross_entropy_reference as linear_cross_entropy_reference,
+)
+from ._cross_entropy import (
+  linear_soft_cross_entropy as linear_soft_cross_entropy,
 )
 from ._decode import DECODE_ATTENTION as _DECODE_ATTENTION
 from ._decode import DecodeAttentionConfig as DecodeAttentionConfig

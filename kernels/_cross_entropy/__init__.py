@@ -2,12 +2,15 @@
 
 Maths, for a row x in R^D with label y and weight w, over the table E [V, D]:
 
-    z_v  = x . E_v,   then  cap * tanh(z_v / cap)  with a soft cap
+    z_v  = x . E_v + b_v,   then  cap * tanh(z_v / cap)  with a soft cap
     lse  = log(sum_v exp(z_v))                     v < valid_vocab_size
     loss = w * (lse - z_y + z_loss * lse^2)
 
     dz_v = w * dloss * ((1 + 2 z_loss lse) exp(z_v - lse) - [v = y])
-    dx   = sum_v dz_v E_v,   dE_v = sum over rows of dz_v x
+    dx   = sum_v dz_v E_v,   dE_v = sum over rows of dz_v x,   db_v = of dz_v
+
+With smoothed labels (1 - s) z_y + s mean_v z_v stands for z_y, and s / V is
+subtracted from every exp(z_v - lse) beside (1 - s) [v = y].
 
 Traffic: a pass reads x and E once, the backward pass writes both gradients
 once; nothing of size R V exists.  Four matrix products of 2 R V D flops, one of
@@ -29,6 +32,9 @@ a sum over the vocabulary needs no cross-lane traffic.
                 +------+------+------+------+   backward: dz, dx^T += E^T dz,
    next block   |                           |   then dE = dz x
 
+A head [D, V] is transposed block by block in VMEM, where E^T is needed for dx
+in any case; its gradient is transposed on its way out.
+
 More rows than fit take turns in blocks, each of which adds to dE in HBM.
 
 Read in this order:
@@ -37,13 +43,19 @@ Read in this order:
     tiles     the config, and the choice of one
     memory    the model of VMEM that it goes by
     forward   the statistics of every row: maximum, sum, logit of the label
-    backward  both gradients in one kernel
+    backward  both gradients in one kernel; its records have their own page
+    bias      of the logits, in both
+    door      what the public function is given, checked
     labels    those that are not vocabulary, an error under `checkify`
+    soft      soft targets, by XLA
     op        from the statistics to the loss, the public function, the cases
 """
 
 from .op import LINEAR_CROSS_ENTROPY as LINEAR_CROSS_ENTROPY
 from .op import linear_cross_entropy as linear_cross_entropy
+from .soft import Teacher as Teacher
+from .soft import linear_soft_cross_entropy as linear_soft_cross_entropy
+from .spec import TokenPredictions as TokenPredictions
 from .spec import (
   linear_cross_entropy_reference as linear_cross_entropy_reference,
 )

@@ -28,7 +28,7 @@ There is one grid step more than blocks of the vocabulary:
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
 from .._frame.kernel import Saved
-from .._frame.manual import varying_like
+from .backward_records import (
+  Inputs,
+  Outputs,
+  State,
+  gradient_types,
+  scratch,
+)
+from .bias import add_lanes, bias_row, finish_bias, plus_bias, start_bias
 from .forward import Static, words_of_block
 from .spec import (
   Exponentials,
@@ -54,37 +61,6 @@ from .tiles import Tiles, for_columns, tiles_of
 # --- the kernel ---------------------------------------------------------------
 
 
-class Inputs(NamedTuple):
-  """Refs of the kernel's inputs, or the arrays; None for what there is not."""
-
-  scalars: Any  # [2] int32 in SMEM: valid_vocab, the first row's place in exps
-  labels: Any  # [1, rows] int32
-  numbers: Any  # [4, rows] float32, the fields of `RowNumbers`
-  x: Any  # [rows, D]
-  table: Any  # [vocab_block, D], the block of the next step
-  kept: Any  # Exponentials: exps [V, R] in HBM, shift [1, 8, rows]
-  de_before: Any  # [vocab_block, D] float32, dE of earlier blocks of rows
-
-
-class Outputs(NamedTuple):
-  """Refs of its outputs, or their types; None for what is not wanted."""
-
-  dx: Any  # [rows, D] in HBM
-  de: Any  # [vocab_block, D]
-
-
-class State(NamedTuple):
-  """Refs of its scratch; None for what is not needed."""
-
-  e: Any  # [vocab_block, D] in x's dtype, where logits are recomputed
-  et: Any  # [D, vocab_block], for dx
-  dxt: Any  # [D, rows] float32, for dx
-  stage: Any  # [chunk, D], a part of dx on its way to HBM
-  dz: Any  # [vocab_block, rows], for de
-  piece: Any  # [2, vocab_block, body_rows], parts of exps on their way here
-  semaphores: Any  # [3], of piece's two halves and of stage
-
-
 def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
   step, last = pl.program_id(0), pl.num_programs(0) - 1
 
@@ -95,6 +71,8 @@ def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
   @pl.when(step > 0)
   def _():
     _rows_pass(i, s, step - 1, static)
+    if s.db is not None:
+      finish_bias(o, s)
     _columns_pass(i, o, s, step, static)
 
   if o.dx is not None:
@@ -132,6 +110,7 @@ def _rows_pass(i: Inputs, s: State, j: Any, static: Static) -> None:
   tiles = static.tiles
   first, word = j * tiles.vocab_block, words_of_block(tiles)
   valid = i.scalars[0] - first  # words of the block that are vocabulary
+  start_bias(i, s)
 
   @pl.loop(0, tiles.bodies)
   def _(body):
@@ -142,14 +121,19 @@ def _rows_pass(i: Inputs, s: State, j: Any, static: Static) -> None:
       sources = [tpu.dot(s.e[...], i.x[at, :], tpu.NT) for at in chunks]
     for at, source in zip(chunks, sources, strict=True):
       is_label = word == i.labels[:, at] - first
-      row = RowNumbers(*(i.numbers[k : k + 1, at] for k in range(4)))
+      count = i.numbers.shape[0]
+      row = RowNumbers(*(i.numbers[k : k + 1, at] for k in range(count)))
       if i.kept is not None:
         shift = i.kept.shift[0, :, at]
         dz = _from_kept(source, shift, is_label, row, static)
       else:
-        dz = _from_logits(source, is_label, row, static)
-        if static.masked:
-          dz = jnp.where(word < valid, dz, 0.0)
+        logits = plus_bias(source, s.bias)
+        dz = _from_logits(logits, is_label, row, static)
+      # What is kept is 0 where there is no vocabulary; a smoothed label is not.
+      if static.masked and (i.kept is None or row.dlogit_sum is not None):
+        dz = jnp.where(word < valid, dz, 0.0)
+      if s.db is not None:
+        s.db[...] += add_lanes(dz)
       dz = dz.astype(i.x.dtype)
       if s.dz is not None:
         s.dz[:, at] = dz
@@ -167,6 +151,8 @@ def _from_logits(
   z = capped(logits, static.soft_cap)
   dz = jnp.exp(z - row.top) * row.dtotal
   dz = jnp.where(is_label, dz + row.dtarget, dz)
+  if row.dlogit_sum is not None:
+    dz += row.dlogit_sum
   return through_cap(dz, z, static.soft_cap)
 
 
@@ -188,7 +174,9 @@ def _from_kept(
   dz = (kept * scale).reshape(is_label.shape)
   of_label = jnp.exp(row.target - row.top) * row.dtotal + row.dtarget
   of_label = through_cap(of_label, row.target, static.soft_cap)
-  return jnp.where(is_label, of_label, dz)
+  dz = jnp.where(is_label, of_label, dz)
+  # Smoothed labels are not kept with a soft cap: see the public function.
+  return dz if row.dlogit_sum is None else dz + row.dlogit_sum
 
 
 def _kept_chunks(i: Inputs, s: State, body: Any, tiles: Tiles) -> list[Any]:
@@ -232,9 +220,12 @@ def _columns_pass(
       if static.masked:
         end = i.scalars[0] - (step - 1) * static.tiles.vocab_block
         de = tpu.zero_past(de, end, axis=0)  # dz is 0 there, but x may be NaN
+      here = (slice(None), at)
+      if static.transposed:
+        de, here = de.T, (at, slice(None))
       if i.de_before is not None:
-        de += i.de_before[:, at]
-      o.de[:, at] = de.astype(o.de.dtype)
+        de += i.de_before[here]
+      o.de[here] = de.astype(o.de.dtype)
     _make_ready(i, s, step, at, static)
 
   for_columns(i.x.shape[1], piece)
@@ -244,12 +235,13 @@ def _make_ready(
   i: Inputs, s: State, step: Any, at: Any, static: Static
 ) -> None:
   """Columns `at` of table block `step`, as the next grid step needs them."""
-  piece = i.table[:, at].astype(i.x.dtype)
+  here = (at, slice(None)) if static.transposed else (slice(None), at)
+  given = i.table[here].astype(i.x.dtype)
   if s.e is not None:
-    s.e[:, at] = piece
+    s.e[:, at] = given.T if static.transposed else given
   if s.et is None:
     return
-  piece = piece.T
+  piece = given if static.transposed else given.T
   if static.masked:
     valid = i.scalars[0] - step * static.tiles.vocab_block
     # dz is 0 there, but 0 times what is past the table's end may be NaN.
@@ -264,9 +256,10 @@ def _make_ready(
 def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
   """The gradients of one block of rows; onto de_before, in place, if given."""
   (rows, d), block = inputs.x.shape, static.tiles.vocab_block
-  steps = pl.cdiv(inputs.table.shape[0], block)
+  steps = pl.cdiv(inputs.table.shape[1 if static.transposed else 0], block)
   in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-  finished = pl.BlockSpec((block, d), lambda s: (_finished_block(s), 0))
+  finished = static.table_block(d, _finished_block)
+  of_words = pl.BlockSpec((1, block), lambda s: (0, _finished_block(s)))
   kept = Exponentials(
     exps=in_hbm,
     shift=pl.BlockSpec(
@@ -276,14 +269,16 @@ def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
   in_specs = Inputs(
     scalars=pl.BlockSpec(memory_space=pltpu.SMEM),
     labels=tpu.resident((1, rows)),
-    numbers=tpu.resident((4, rows)),
+    numbers=tpu.resident(inputs.numbers.shape),
     x=tpu.resident((rows, d)),
-    table=pl.BlockSpec((block, d), lambda s: (_next_block(s, steps), 0)),
+    table=static.table_block(d, lambda s: _next_block(s, steps)),
+    bias=None if inputs.bias is None else of_words,
     kept=None if inputs.kept is None else kept,
     de_before=None if inputs.de_before is None else finished,
   )
   out_specs = Outputs(
     dx=None if types.dx is None else in_hbm,
+    db=None if types.db is None else of_words,
     de=None if types.de is None else finished,
   )
   aliases = {}
@@ -298,7 +293,7 @@ def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
     out_specs=[out_specs],
     out_shape=[types],
     input_output_aliases=aliases,
-    scratch_shapes=[_scratch(static.tiles, inputs, types)],
+    scratch_shapes=[scratch(static.tiles, inputs, types)],
     compiler_params=tpu.compiler_params(),
   )(inputs)
   return outs
@@ -314,70 +309,56 @@ def _finished_block(step: Any) -> Any:
   return jnp.maximum(step - 1, 0)
 
 
-def _scratch(tiles: Tiles, inputs: Inputs, types: Outputs) -> State:
-  (rows, d), dtype = inputs.x.shape, inputs.x.dtype
-  block, keeps = tiles.vocab_block, inputs.kept is not None
-  dx, de = types.dx is not None, types.de is not None
-  return State(
-    e=None if keeps else pltpu.VMEM((block, d), dtype),
-    et=pltpu.VMEM((d, block), dtype) if dx else None,
-    dxt=pltpu.VMEM((d, rows), jnp.float32) if dx else None,
-    stage=pltpu.VMEM((tiles.chunk, d), dtype) if dx else None,
-    dz=pltpu.VMEM((block, rows), dtype) if de else None,
-    piece=pltpu.VMEM((2, block, tiles.body_rows), dtype) if keeps else None,
-    semaphores=pltpu.SemaphoreType.DMA((3,)),
-  )
-
-
 # --- all rows -----------------------------------------------------------------
 
 
 def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
-  """Gradients [R, D] and [V, D] of x and the table; None if not wanted.
+  """Gradients of x, the table and the bias; None for what is not wanted.
 
   Where x does not fit VMEM at once, its rows go by in blocks, each of which
   reads the table and adds to the table's gradient, in float32 in HBM.
   """
   assert p.config is not None
   a, wanted, of_x = saved.arrays, saved.wanted, saved.outs
-  (n, d), v = a.x.shape, a.embedding.shape[0]
+  (n, _), v = a.x.shape, p.vocab(a.embedding)
   tiles = tiles_of(p.config, n, v, is_forward=False, keep=p.keeps_exponentials)
   static, blocks = Static.of(p, tiles, v), n // tiles.rows
-  # In one block the table's gradient is complete.  Several add it up in whole
-  # tiles: the interpreter cannot alias an array with a ragged one.
-  de_type = varying_like(a.x, a.embedding.shape, table_of(a).dtype)
-  if blocks > 1:
-    padded = tpu.round_up(v, tiles.vocab_block)
-    de_type = varying_like(a.x, (padded, d), jnp.float32)
-  types = Outputs(
-    dx=varying_like(a.x, (tiles.rows, d), a.x.dtype) if wanted.x else None,
-    de=de_type if table_of(wanted) else None,
-  )
-  numbers = RowNumbers(of_x.top, d_outs.total, d_outs.target, of_x.target)
+  types = gradient_types(static, a, wanted, v)
+  numbers = [of_x.top, d_outs.total, d_outs.target, of_x.target]
+  if p.label_smoothing:
+    numbers.append(d_outs.logit_sum)
   operands = Inputs(
     scalars=jnp.append(a.valid_vocab, 0),
     labels=a.labels[None],
     numbers=jnp.stack(numbers),
     x=a.x,
     table=a.embedding,
+    bias=None if saved.kept is not None else bias_row(a),
     kept=None if saved.kept is None else saved.kept.kept,
     de_before=None,
   )
   if blocks == 1:
-    return a.gradients(*_call(static, operands, types))
+    outs = _call(static, operands, types)
+    return a.gradients(outs.dx, outs.de, outs.db)
 
   def add(de: jax.Array | None, block: Any) -> tuple[Any, Any]:
     inputs = _rows_of_block(operands, block, tiles.rows)
     outs = _call(static, inputs._replace(de_before=de), types)
-    return outs.de, outs.dx
+    return outs.de, (outs.dx, outs.db)
 
-  de, dx = add(None, 0)
+  de, first = add(None, 0)
   de, rest = jax.lax.scan(add, de, jnp.arange(1, blocks))
+  dx, db = jax.tree.map(
+    lambda one, others: jnp.concatenate([one[None], others]), first, rest
+  )
   if dx is not None:
-    dx = jnp.concatenate([dx[None], rest]).reshape(n, d)
+    dx = dx.reshape(a.x.shape)
+  if db is not None:
+    db = jnp.sum(db, axis=0)
   if de is not None:
-    de = de[:v].astype(table_of(a).dtype)
-  return a.gradients(dx, de)
+    de = de[:, :v] if p.transposed else de[:v]
+    de = de.astype(table_of(a).dtype)
+  return a.gradients(dx, de, db)
 
 
 def _rows_of_block(inputs: Inputs, block: Any, rows: int) -> Inputs:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +35,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
 from .._frame.manual import varying_like
+from .bias import bias_block, bias_row, plus_bias
 from .spec import (
   LOWEST_LOGIT,
+  NO_WORD,
   Exponentials,
   Kept,
   Problem,
@@ -44,7 +47,7 @@ from .spec import (
   cap_slope,
   capped,
 )
-from .tiles import Tiles, tiles_of
+from .tiles import Tiles, for_columns, tiles_of
 
 # --- what both passes share ---------------------------------------------------
 
@@ -56,6 +59,7 @@ class Static:
   Attributes:
     tiles: the sizes.
     soft_cap: of the logits, None for none.
+    transposed: whether the table is [D, V].
     masked: whether a block of the table may hold rows that are not vocabulary:
       those past its end, or padding.
   """
@@ -63,13 +67,21 @@ class Static:
   tiles: Tiles
   soft_cap: float | None
   masked: bool
+  transposed: bool = False
 
   @classmethod
   def of(cls, p: Problem, tiles: Tiles, v: int) -> Static:
     """For a table of v rows."""
     padded = p.vocab_is_split or p.valid_vocab_size != v
     masked = padded or v % tiles.vocab_block != 0
-    return cls(tiles, p.logits_soft_cap, masked)
+    return cls(tiles, p.logits_soft_cap, masked, p.transposed)
+
+  def table_block(self, d: int, index: Callable[..., Any]) -> pl.BlockSpec:
+    """A block of the table; `index` is of the grid's indices."""
+    block = self.tiles.vocab_block
+    if self.transposed:
+      return pl.BlockSpec((d, block), lambda *grid: (0, index(*grid)))
+    return pl.BlockSpec((block, d), lambda *grid: (index(*grid), 0))
 
 
 def words_of_block(tiles: Tiles) -> jax.Array:
@@ -87,7 +99,8 @@ class Inputs(NamedTuple):
   valid_vocab: Any  # [1] int32 in SMEM
   labels: Any  # [1, rows] int32
   x: Any  # [rows, D]
-  table: Any  # [vocab_block, D]
+  table: Any  # [vocab_block, D]; [D, vocab_block] if it is transposed
+  bias: Any  # [1, vocab_block] float32, None for none
 
 
 class Outputs(NamedTuple):
@@ -96,16 +109,21 @@ class Outputs(NamedTuple):
   top: Any  # [1, rows] float32
   total: Any  # [1, rows] float32
   target: Any  # [1, rows] float32
+  logit_sum: Any  # [1, rows] float32, None if not wanted
+  best: Any  # [1, rows] float32, None if not wanted
   kept: Any  # Exponentials [vocab_block, rows] and [1, 8, rows], or None
 
 
 class State(NamedTuple):
   """Refs of its scratch: of every eighth word so far, for each row."""
 
-  table: Any  # [vocab_block, D] of x's dtype, or None if the table has it
+  table: Any  # [vocab_block, D] of x's dtype, or None if the table is so
+  bias: Any  # [vocab_block, LANES] float32, or None
   top: Any  # [8, rows] float32, the largest logit
   total: Any  # [8, rows] float32, the sum of exponentials relative to it
   target: Any  # [8, rows] float32, the label's logit if it is among them
+  logit_sum: Any  # [8, rows] float32, or None
+  best: Any  # [8, rows] float32, the word of the largest logit, or None
 
 
 def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
@@ -115,7 +133,9 @@ def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
   def _():
     _start(s)
 
-  table = _cast_table(i, s)
+  table = _cast_table(i, s, static)
+  if s.bias is not None:
+    s.bias[...] = tpu.lanes_to_column(i.bias[...])
   first, word = step * tiles.vocab_block, words_of_block(tiles)
 
   @pl.loop(0, tiles.bodies)
@@ -123,11 +143,16 @@ def _kernel(i: Inputs, o: Outputs, s: State, *, static: Static):
     chunks = tiles.chunks(body)
     products = [tpu.dot(table[...], i.x[at, :], tpu.NT) for at in chunks]
     for at, product in zip(chunks, products, strict=True):
-      logits = capped(product, static.soft_cap)
+      logits = capped(plus_bias(product, s.bias), static.soft_cap)
       slope = cap_slope(logits, static.soft_cap)
       s.target[:, at] += _label_logits(word, i.labels[:, at], first, logits)
-      if static.masked:
-        logits = jnp.where(word < i.valid_vocab[0] - first, logits, -jnp.inf)
+      inside = word < i.valid_vocab[0] - first if static.masked else None
+      if s.logit_sum is not None:
+        s.logit_sum[:, at] += _sum_of_logits(logits, inside)
+      if inside is not None:
+        logits = jnp.where(inside, logits, -jnp.inf)
+      if s.best is not None:
+        s.best[:, at] = _best_word(s, at, logits, word + first)
       exps, top = _accumulate(s, at, logits)
       if o.kept is not None:
         kept = _with_slope(exps, slope)
@@ -143,12 +168,22 @@ def _start(s: State) -> None:
   s.top[...] = jnp.full_like(s.top, LOWEST_LOGIT)
   s.total[...] = jnp.zeros_like(s.total)
   s.target[...] = jnp.zeros_like(s.target)
+  for ref in (s.logit_sum, s.best):
+    if ref is not None:
+      ref[...] = jnp.zeros_like(ref)
 
 
-def _cast_table(i: Inputs, s: State) -> Any:
-  """The ref of the table's block in x's dtype."""
+def _cast_table(i: Inputs, s: State, static: Static) -> Any:
+  """The ref of the table's block [vocab_block, D] in x's dtype."""
   if s.table is None:
     return i.table
+  if static.transposed:
+
+    def turn(at):
+      s.table[:, at] = i.table[at, :].astype(s.table.dtype).T
+
+    for_columns(s.table.shape[1], turn)
+    return s.table
   s.table[...] = i.table[...].astype(s.table.dtype)
   return s.table
 
@@ -164,6 +199,24 @@ def _label_logits(
   """[8, chunk]: each row's label's logit in one sublane, 0 in the others."""
   label_logits = jnp.where(word == labels - first, logits, 0.0)
   return jnp.sum(_by_sublane(label_logits), axis=0)
+
+
+def _sum_of_logits(logits: jax.Array, inside: jax.Array | None) -> jax.Array:
+  """[8, chunk]: the sums of what is vocabulary."""
+  if inside is not None:
+    logits = jnp.where(inside, logits, 0.0)
+  return jnp.sum(_by_sublane(logits), axis=0)
+
+
+def _best_word(
+  s: State, at: Any, logits: jax.Array, word: jax.Array
+) -> jax.Array:
+  """[8, chunk]: each row's word of the largest logit, so far and in a tile."""
+  logits, old = _by_sublane(logits), s.top[:, at]
+  new = _running_maximum(old, logits)
+  words = _by_sublane(word.astype(jnp.float32))
+  first = jnp.min(jnp.where(logits == new, words, NO_WORD), axis=0)
+  return jnp.where(new > old, first, s.best[:, at])
 
 
 def _accumulate(
@@ -208,6 +261,11 @@ def _finish(o: Outputs, s: State) -> None:
   o.top[...] = top
   o.total[...] = jnp.sum(parts, axis=0, keepdims=True)
   o.target[...] = jnp.sum(s.target[...], axis=0, keepdims=True)
+  if s.logit_sum is not None:
+    o.logit_sum[...] = jnp.sum(s.logit_sum[...], axis=0, keepdims=True)
+  if s.best is not None:
+    words = jnp.where(s.top[...] == top, s.best[...], NO_WORD)
+    o.best[...] = jnp.min(words, axis=0, keepdims=True)
 
 
 # --- the call -----------------------------------------------------------------
@@ -219,20 +277,19 @@ def forward(
   """The statistics of all rows, and with `keep` what mode "chunked" keeps."""
   assert p.config is not None
   keep = keep and p.keeps_exponentials
-  (n, d), v = a.x.shape, a.embedding.shape[0]
+  (n, d), v = a.x.shape, p.vocab(a.embedding)
   tiles = tiles_of(p.config, n, v, is_forward=True, keep=keep)
+  static = Static.of(p, tiles, v)
   block, rows = tiles.vocab_block, tiles.rows
   of_rows = tpu.resident((1, rows), lambda i, j: (0, i))
-  row_type = varying_like(a.x, (1, n), jnp.float32)
   kept = Exponentials(
     pl.BlockSpec((block, rows), lambda i, j: (j, i)),
     pl.BlockSpec((1, tpu.SUBLANES, rows), lambda i, j: (j, 0, i)),
   )
-  kept_type = exponentials_types(p, a) if keep else None
-  row_scratch = pltpu.VMEM((tpu.SUBLANES, rows), jnp.float32)
-  same_dtype = a.embedding.dtype == a.x.dtype
+  types = _types(p, a, keep)
+  specs = Outputs(*[of_rows] * 5, kept)
   (outs,) = pl.pallas_call(
-    functools.partial(_kernel, static=Static.of(p, tiles, v)),
+    functools.partial(_kernel, static=static),
     name="linear_cross_entropy_fwd",
     grid=(n // rows, pl.cdiv(v, block)),
     in_specs=[
@@ -240,29 +297,58 @@ def forward(
         valid_vocab=pl.BlockSpec(memory_space=pltpu.SMEM),
         labels=of_rows,
         x=tpu.resident((rows, d), lambda i, j: (i, 0)),
-        table=pl.BlockSpec((block, d), lambda i, j: (j, 0)),
+        table=static.table_block(d, lambda i, j: j),
+        bias=bias_block(a, block, lambda i, j: j),
       )
     ],
-    out_specs=[Outputs(of_rows, of_rows, of_rows, kept if keep else None)],
-    out_shape=[Outputs(row_type, row_type, row_type, kept_type)],
-    scratch_shapes=[
-      State(
-        table=None if same_dtype else pltpu.VMEM((block, d), a.x.dtype),
-        top=row_scratch,
-        total=row_scratch,
-        target=row_scratch,
-      )
-    ],
+    out_specs=[_where_present(types, specs)],
+    out_shape=[types],
+    scratch_shapes=[_scratch(static, a, types)],
     compiler_params=tpu.compiler_params(),
-  )(Inputs(a.valid_vocab, a.labels[None], a.x, a.embedding))
-  statistics = Statistics(outs.top[0], outs.total[0], outs.target[0])
-  return statistics, Kept(outs.kept) if keep else None
+  )(Inputs(a.valid_vocab, a.labels[None], a.x, a.embedding, bias_row(a)))
+  rows_of = (None if out is None else out[0] for out in outs[:-1])
+  return Statistics(*rows_of), Kept(outs.kept) if keep else None
+
+
+def _types(p: Problem, a: RowArrays, keep: bool) -> Outputs:
+  """Of all results that there are."""
+  row = varying_like(a.x, (1, a.x.shape[0]), jnp.float32)
+  return Outputs(
+    top=row,
+    total=row,
+    target=row,
+    logit_sum=row if p.label_smoothing else None,
+    best=row if p.predicts else None,
+    kept=exponentials_types(p, a) if keep else None,
+  )
+
+
+def _where_present(types: Outputs, specs: Outputs) -> Outputs:
+  pairs = zip(types, specs, strict=True)
+  return Outputs(*(None if t is None else spec for t, spec in pairs))
+
+
+def _scratch(static: Static, a: RowArrays, types: Outputs) -> State:
+  tiles, dtype = static.tiles, a.x.dtype
+  is_ready = a.embedding.dtype == dtype and not static.transposed
+  row = pltpu.VMEM((tpu.SUBLANES, tiles.rows), jnp.float32)
+  block = tiles.vocab_block
+  column = pltpu.VMEM((block, tpu.LANES), jnp.float32)
+  return State(
+    table=None if is_ready else pltpu.VMEM((block, a.x.shape[1]), dtype),
+    bias=None if a.bias is None else column,
+    top=row,
+    total=row,
+    target=row,
+    logit_sum=None if types.logit_sum is None else row,
+    best=None if types.best is None else row,
+  )
 
 
 def exponentials_types(p: Problem, a: RowArrays) -> Exponentials:
   """Shapes and dtypes of what the forward pass keeps."""
   assert p.config is not None
-  n, v = a.x.shape[0], a.embedding.shape[0]
+  n, v = a.x.shape[0], p.vocab(a.embedding)
   block = tiles_of(p.config, n, v, is_forward=True, keep=True).vocab_block
   steps = pl.cdiv(v, block)
   return Exponentials(

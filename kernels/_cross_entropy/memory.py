@@ -30,10 +30,11 @@ def forward_bytes(
   table_dtype: jnp.dtype,
   *,
   keep: bool,
+  transposed: bool = False,
 ) -> int:
   """VMEM of the forward pass: its operands' buffers, scratch and values."""
   x_size, table_size = x_dtype.itemsize, table_dtype.itemsize
-  cast = x_size if x_dtype != table_dtype else 0
+  cast = x_size if x_dtype != table_dtype or transposed else 0
   table = tiles.vocab_block * tpu.lanes(d) * (2 * table_size + cast)
   rows = tiles.rows * (tpu.lanes(d) * x_size + 7 * _ROW_BYTES)
   kept = 2 * tiles.rows * (tiles.vocab_block * x_size + _ROW_BYTES) * keep

@@ -22,24 +22,20 @@ import numpy as np
 from .._frame import switches
 from .._frame.check import (
   Implementation,
-  as_floats,
-  as_integers,
-  as_number,
-  as_whole_number,
   check_config,
   check_implementation,
-  check_positive,
   check_seen_products,
-  check_shape,
 )
 from .._frame.kernel import kernel_op
 from .._frame.manual import vary_alike
 from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split, is_split, leading_dims
 from .backward import backward
+from .door import as_problem
 from .forward import exponentials_types, forward
 from .labels import labels_checked
 from .spec import (
+  NO_WORD,
   Arrays,
   Exponentials,
   Kept,
@@ -47,6 +43,7 @@ from .spec import (
   Problem,
   RowArrays,
   Statistics,
+  TokenPredictions,
   linear_cross_entropy_reference,
   reference,
   statistics_reference,
@@ -62,7 +59,7 @@ def _losses(
   row_op: _RowOp, p: Problem, a: Arrays, axes: Mapping[str, Axes]
 ) -> Outs:
   """The losses of one device's tokens, from its part of the table."""
-  n, v = a.labels.size, a.embedding.shape[0]
+  n, v = a.labels.size, p.vocab(a.embedding)
   x, labels = a.x.reshape(n, -1), a.labels.reshape(n)
   # Its gradient is summed over the parts of the vocabulary: here, before rows
   # are added to it that would be summed too.
@@ -80,35 +77,63 @@ def _losses(
   valid_vocab = valid_vocab.astype(jnp.int32).reshape(1)
   in_this_part = (labels >= first) & (labels < first + valid_vocab)
   labels = jnp.where(in_this_part, labels - first, -1)
-  config = p.config or LinearCrossEntropyConfig.for_problem(x, a.embedding)
+  config = p.config or LinearCrossEntropyConfig.for_problem(
+    x, a.embedding, transposed=p.transposed
+  )
   p = dataclasses.replace(p, config=config, vocab_is_split=bool(vocab_axes))
   more = padded_rows(config, n) - n
   if more:
     x = jnp.pad(x, ((0, more), (0, 0)))
     labels = jnp.pad(labels, (0, more), constant_values=-1)
-  statistics = row_op(
-    p, RowArrays(x, a.embedding, labels, valid_vocab, a.source)
-  )
-  statistics = Statistics(*(row[:n] for row in statistics))
-  statistics = _combined(statistics, vocab_axes)
-  loss = _loss(statistics, label_exists, p.z_loss).reshape(a.labels.shape)
-  return Outs(loss if a.weights is None else _weighted(loss, a.weights))
+  rows = RowArrays(x, a.embedding, labels, valid_vocab, a.source, a.bias)
+  statistics = jax.tree.map(lambda row: row[:n], row_op(p, rows))
+  statistics = _combined(statistics, first, vocab_axes)
+  return _outs(statistics, label_exists, p, a)
 
 
-def _combined(s: Statistics, vocab_axes: Axes) -> Statistics:
+def _combined(s: Statistics, first: Any, vocab_axes: Axes) -> Statistics:
   """Statistics over the vocabulary from those over each device's part."""
   top = jax.lax.stop_gradient(s.top)
   if not vocab_axes:
     return s._replace(top=top)
   highest = jax.lax.pmax(top, vocab_axes)
   total = jax.lax.psum(s.total * jnp.exp(top - highest), vocab_axes)
-  return Statistics(highest, total, jax.lax.psum(s.target, vocab_axes))
+  target = jax.lax.psum(s.target, vocab_axes)
+  logit_sum, best = s.logit_sum, s.best
+  if logit_sum is not None:
+    logit_sum = jax.lax.psum(logit_sum, vocab_axes)
+  if best is not None:
+    best = jax.lax.stop_gradient(best) + first
+    best = jnp.where(top == highest, best, NO_WORD)
+    best = jax.lax.pmin(best, vocab_axes)
+  return Statistics(highest, total, target, logit_sum, best)
 
 
-def _loss(s: Statistics, label_exists: jax.Array, z_loss: float) -> jax.Array:
+def _outs(
+  s: Statistics, label_exists: jax.Array, p: Problem, a: Arrays
+) -> Outs:
+  """Losses of the labels' shape, and what else is asked for."""
   lse = s.top + jnp.log(s.total)
   target = jnp.where(label_exists, s.target, jnp.nan)
-  return lse - target + _z_loss(lse, z_loss)
+  loss = lse - _smoothed(s, target, p) + _z_loss(lse, p.z_loss)
+  loss = loss.reshape(a.labels.shape)
+  outs = Outs(loss if a.weights is None else _weighted(loss, a.weights))
+  if s.best is None:
+    return outs
+  log_probability = (target - lse).reshape(loss.shape)
+  best = jax.lax.stop_gradient(s.best).astype(jnp.int32).reshape(loss.shape)
+  if a.weights is not None:  # of an ignored row nothing is known
+    log_probability = jnp.where(a.weights != 0, log_probability, 0.0)
+    best = jnp.where(a.weights != 0, best, 0)
+  return outs._replace(log_probability=log_probability, best=best)
+
+
+def _smoothed(s: Statistics, target: jax.Array, p: Problem) -> jax.Array:
+  """What the loss raises: the label's logit, and a part of the mean's."""
+  if s.logit_sum is None:
+    return target
+  part = p.label_smoothing
+  return (1 - part) * target + part / p.valid_vocab_size * s.logit_sum
 
 
 def _z_loss(lse: jax.Array, z_loss: float) -> jax.Array:
@@ -140,18 +165,14 @@ def _plain_forward(
 
 def _split(p: Problem, a: Arrays) -> Split:
   # A table may be stored split over D too, but a logit needs a whole row.
-  del p
   tokens = leading_dims(a.labels.ndim)
-  weights = None if a.weights is None else tokens
+  table = "dV" if p.transposed else "Vd"
+  letters = Arrays(tokens + "D", table, tokens, tokens, table, "V")
+  pairs = zip(a, letters, strict=True)
+  predicted = tokens if p.predicts else None
   return Split(
-    Arrays(
-      tokens + "D",
-      "Vd",
-      tokens,
-      weights,
-      a.source if a.source is None else "Vd",
-    ),
-    Outs(tokens),
+    Arrays(*(None if x is None else own for x, own in pairs)),
+    Outs(tokens, predicted, predicted),
     over="BTV",
     gathers="Dd",
     alone="V",
@@ -163,7 +184,10 @@ _linear_cross_entropy = kernel_op(
   reference=reference,
   forward=forward,
   backward=backward,
-  saves=("x", "embedding", "labels", "valid_vocab", "source", "top", "target"),
+  saves=(
+    *("x", "embedding", "bias", "labels", "valid_vocab", "source"),
+    *("top", "target"),
+  ),
   names=("top", "total", "target", "kept"),
   keeps=True,
   split=_split,
@@ -188,40 +212,6 @@ def _rounded(p: Problem, a: Arrays) -> Arrays:
   return a._replace(embedding=table, source=a.embedding)
 
 
-def _checked(
-  x: Any,
-  embedding: Any,
-  labels: Any,
-  weights: Any,
-  valid_vocab_size: Any,
-) -> tuple[Arrays, int]:
-  """The arrays, and how many rows of the table are vocabulary."""
-  op = "linear_cross_entropy"
-  x, embedding = as_floats(op, x=x, embedding=embedding)
-  if x.ndim == 0:
-    raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-  if embedding.ndim != 2 or embedding.shape[1] != x.shape[-1]:
-    raise ValueError(
-      f"{op}: embedding must be [V, D] with D = {x.shape[-1]}, the last "
-      f"dimension of x, got {embedding.shape}"
-    )
-  labels = as_integers(op, "labels", labels)
-  shape = x.shape[:-1]
-  check_shape(op, "labels", labels, shape, "x without its last dimension")
-  if weights is not None:
-    (weights,) = as_floats(op, weights=weights)
-    check_shape(op, "weights", weights, shape, "the shape of labels")
-  vocab = embedding.shape[0]
-  if valid_vocab_size is None:
-    return Arrays(x, embedding, labels, weights), vocab
-  valid = as_whole_number(op, "valid_vocab_size", valid_vocab_size)
-  if not 0 < valid <= vocab:
-    raise ValueError(
-      f"{op}: valid_vocab_size must be from 1 to V = {vocab}, got {valid}"
-    )
-  return Arrays(x, embedding, labels, weights), valid
-
-
 @switches.plain
 def linear_cross_entropy(
   x: jax.Array,
@@ -229,16 +219,21 @@ def linear_cross_entropy(
   labels: jax.Array,
   *,
   weights: jax.Array | None = None,
+  bias: jax.Array | None = None,
+  transposed: bool = False,
   logits_soft_cap: float | None = None,
   z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
   valid_vocab_size: int | None = None,
+  return_predictions: bool = False,
   implementation: Implementation = None,
   config: LinearCrossEntropyConfig | None = None,
-) -> jax.Array:
+) -> Any:
   """Cross-entropy of the softmax of x E^T, per token.
 
-  Its negation, without z-loss and weights, is the log-probability of each
-  label.  z-loss: PaLM, arXiv 2204.02311 §5.
+  Its negation, without z-loss, smoothing and weights, is the log-probability of
+  each label.  z-loss: PaLM, arXiv 2204.02311 §5.  Label smoothing: Szegedy et
+  al., arXiv 1512.00567 §7.
 
   A gradient that is not asked for is not computed.  On a mesh, tokens and the
   vocabulary (rows of the table, V) may be split, over different axes.  Under
@@ -250,16 +245,26 @@ def linear_cross_entropy(
       pass of the matrix units, those of the others the six that make them exact
       to float32.
     embedding: [V, D] float32 or bfloat16, a tied table as it is stored;
-      computed with in x's dtype.
+      computed with in x's dtype.  A head [D, V] with `transposed`.
     labels: [...] integers from 0 to valid_vocab_size - 1.  Another label on a
       token with a weight gives NaN, and an error under
       `checkify.checkify(f, errors=checkify.user_checks)`.
     weights: [...] floats that multiply each token's loss; None is all ones.  A
       token of weight 0 is ignored: its x and label may be anything.
+    bias: [V] floats added to the logits in float32, before the cap; None for
+      none.
+    transposed: whether the embedding is [D, V], an untied head as `x @ head`
+      has it.  It is read where it lies, and its gradient comes in that form.
     logits_soft_cap: cap in cap * tanh(logits / cap).
     z_loss: coefficient of the squared log-normaliser, which keeps it near 0.
+    label_smoothing: the part of the probability that the target gives to all
+      words alike, from 0 to below 1: the target's logit becomes
+      (1 - s) * the label's + s * the mean of all.  With a soft cap it needs a
+      config of mode "recompute".
     valid_vocab_size: rows of the table from here on are padding: no
       probability, no gradient.  None is V.
+    return_predictions: whether `TokenPredictions` are returned too, from the
+      same pass: each label's log-probability and the most probable word.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes, and what is kept between the passes; None picks the
@@ -267,24 +272,36 @@ def linear_cross_entropy(
       `LinearCrossEntropyConfig.for_problem(x, embedding, mode="chunked")`.
 
   Returns:
-    [...] float32 losses, in nats.  The table's gradient has its dtype; the sum
+    [...] float32 losses, in nats; with `return_predictions` a pair of these and
+    `TokenPredictions`.  The table's gradient has its dtype; the sum
     is float32 in any case.
 
   Raises:
     ValueError: on wrong shapes, dtypes or values, or a mesh axis that splits
       both tokens and vocabulary.
   """
-  op, cap = "linear_cross_entropy", logits_soft_cap
+  op = "linear_cross_entropy"
   check_implementation(op, implementation)
   check_config(op, config, LinearCrossEntropyConfig)
   check_seen_products(op, implementation, "embedding")
-  arrays, vocab = _checked(x, embedding, labels, weights, valid_vocab_size)
-  cap = None if cap is None else as_number(op, "logits_soft_cap", cap)
-  check_positive(op, logits_soft_cap=cap)
-  z_loss = as_number(op, "z_loss", z_loss)
-  problem = Problem(cap, z_loss, vocab, implementation, config)
-  loss = _linear_cross_entropy(problem, _rounded(problem, arrays)).loss
-  return labels_checked(loss, arrays.labels, arrays.weights, vocab)
+  problem = Problem(
+    logits_soft_cap,
+    z_loss,
+    valid_vocab_size,
+    implementation,
+    config,
+    label_smoothing=label_smoothing,
+    transposed=bool(transposed),
+    predicts=bool(return_predictions),
+  )
+  given = Arrays(x, embedding, labels, weights, bias=bias)
+  problem, arrays = as_problem(op, problem, given)
+  outs = _linear_cross_entropy(problem, _rounded(problem, arrays))
+  vocab = problem.valid_vocab_size
+  loss = labels_checked(outs.loss, arrays.labels, arrays.weights, vocab)
+  if not return_predictions:
+    return loss
+  return loss, TokenPredictions(outs.log_probability, outs.best)
 
 
 # --- registration -------------------------------------------------------------

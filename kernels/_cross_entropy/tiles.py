@@ -66,11 +66,17 @@ class LinearCrossEntropyConfig:
 
   @classmethod
   def for_problem(
-    cls, x: Any, embedding: Any, mode: Mode = "recompute"
+    cls,
+    x: Any,
+    embedding: Any,
+    mode: Mode = "recompute",
+    *,
+    transposed: bool = False,
   ) -> LinearCrossEntropyConfig:
-    """The config that fits x [R, D] and embedding [V, D]."""
-    (n, d), v = x.shape, embedding.shape[0]
-    return cls.fitting(n, d, v, x.dtype, embedding.dtype, mode)
+    """The config that fits x [R, D] and embedding [V, D], or [D, V]."""
+    (n, d), v = x.shape, embedding.shape[1 if transposed else 0]
+    dtypes = x.dtype, embedding.dtype
+    return cls.fitting(n, d, v, *dtypes, mode, transposed=transposed)
 
   @classmethod
   def fitting(
@@ -81,6 +87,8 @@ class LinearCrossEntropyConfig:
     x_dtype: jnp.dtype,
     table_dtype: jnp.dtype,
     mode: Mode = "recompute",
+    *,
+    transposed: bool = False,
   ) -> LinearCrossEntropyConfig:
     """The config for x [n, d] and a table [v, d] by a model of VMEM.
 
@@ -91,7 +99,11 @@ class LinearCrossEntropyConfig:
     Raises:
       ValueError: if not even the smallest tiles fit.
     """
-    sizes = _Sizes(n, d, v, x_dtype, table_dtype, keep=mode == "chunked")
+    sizes = _Sizes(
+      *(n, d, v, x_dtype, table_dtype),
+      keep=mode == "chunked",
+      transposed=transposed,
+    )
     best = min(
       (c for c in _candidates(sizes) if _fits(sizes, c)),
       key=lambda c: (_memory_rank(sizes, c), _cycles(sizes, c)),
@@ -243,6 +255,7 @@ class _Sizes(NamedTuple):
   x_dtype: jnp.dtype
   table_dtype: jnp.dtype
   keep: bool
+  transposed: bool
 
 
 class _Candidate(NamedTuple):
@@ -316,6 +329,7 @@ def _fits_forward(sizes: _Sizes, c: _Candidate, vocab_block: int) -> bool:
     sizes.x_dtype,
     sizes.table_dtype,
     keep=sizes.keep,
+    transposed=sizes.transposed,
   )
   return needed <= tpu.KERNEL_VMEM_BYTES
 
