@@ -84,7 +84,7 @@ def test_wide_rows_and_bfloat16(sizes, dtype):
   numerics.assert_agrees(
     functools.partial(called, KERNEL, **kwargs),
     functools.partial(called, linear_cross_entropy_reference, **kwargs),
-    draw(*sizes, dtype),
+    draw(sizes[0], sizes[1], sizes[2], dtype),
     softmax=True,
   )
 
@@ -99,7 +99,7 @@ def test_vocabulary_split_over_a_mesh():
 
   def run(*args):
     def loss(x, table, bias):
-      out = called(KERNEL, x, table, bias, *args[3:], **kwargs)
+      out = called(KERNEL, x, table, bias, args[3], args[4], **kwargs)
       return out[0].sum() + out[1].sum(), out
 
     return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*args[:3])
@@ -187,7 +187,10 @@ def test_soft_targets(is_taught, monkeypatch):
   monkeypatch.setattr(SOFT, "_BLOCK_NUMBERS", 1)
   assert SOFT._blocks(V, 15) == (900, 3) and SOFT._blocks(2701, 15) == (901, 3)
   (*student, tx, table, bias), weights = soft_arrays()
-  _, q = soft_reference(*student, (tx, table, bias), weights)
+  aimed = functools.partial(
+    soft_reference, teacher=(tx, table, bias), weights=weights
+  )
+  _, q = aimed(student[0], student[1], student[2])
   aim: Any = jnp.pad(q, ((0, 0), (0, 0), (0, V - VALID)))
   if is_taught:
     aim = Teacher(tx, table, bias)
@@ -208,7 +211,7 @@ def test_soft_targets(is_taught, monkeypatch):
       valid_vocab_size=VALID,
     )
   )
-  want = both(lambda *s: soft_reference(*s, (tx, table, bias), weights)[0])
+  want = both(lambda *s: aimed(*s)[0])
   for g, w in zip(got, want, strict=True):
     np.testing.assert_allclose(g, w, atol=3e-6 * np.abs(w).max())
 

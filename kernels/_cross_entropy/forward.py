@@ -287,7 +287,7 @@ def forward(
     pl.BlockSpec((1, tpu.SUBLANES, rows), lambda i, j: (j, 0, i)),
   )
   types = _types(p, a, keep)
-  specs = Outputs(*[of_rows] * 5, kept)
+  specs = Outputs(of_rows, of_rows, of_rows, of_rows, of_rows, kept)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, static=static),
     name="linear_cross_entropy_fwd",

@@ -117,7 +117,7 @@ def linear_soft_cross_entropy(
   cap = _cap("logits_soft_cap", logits_soft_cap)
   student, lead = _head("", x, embedding, bias)
   vocab = student.table.shape[0]
-  counted = None
+  counted: Any = None
   if weights is not None:
     (weights,) = as_floats(_OP, weights=weights)
     check_shape(_OP, "weights", weights, lead, "x without its last dimension")

@@ -121,7 +121,7 @@ def linear_cross_entropy_reference(
   wide = jnp.promote_types(x.dtype, jnp.float32)
   table = embedding.T if transposed else embedding
   table = table[:valid_vocab_size].astype(x.dtype)
-  counted = True if weights is None else weights != 0
+  counted: Any = True if weights is None else weights != 0
   if weights is not None:
     # An ignored row may hold anything: it must not reach a gradient as 0 * NaN.
     x = jnp.where(counted[..., None], x, 0)
