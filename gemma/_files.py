@@ -20,7 +20,8 @@ def remote_url(path: str | os.PathLike[str]) -> str | None:
     text = os.fsdecode(text)
   if match := _SCHEME.match(text.lstrip()):
     rest = text.lstrip()[match.end() :].lstrip("/")
-    return f"{match[1]}://{rest}"
+    root = "/" if match[1].lower() == "file" else ""  # it has no host
+    return f"{match[1]}://{root}{rest}"
   return None
 
 

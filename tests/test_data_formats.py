@@ -331,6 +331,8 @@ def test_text_is_read_where_fsspec_finds_it(tmp_path):
     assert len(got.documents) == len(want.documents) == len(TEXTS) + 3
     assert got.skipped == {"no text suffix": ["memory:///bucket/all/d.png"]}
   assert texts_of(pathlib.Path("memory://bucket/all/a.jsonl")) == TEXTS
+  for path in (f"file://{here}/a.jsonl", f"file:/{here}/a.jsonl"):
+    assert texts_of(pathlib.Path(path)) == TEXTS
   with pytest.raises(UserError, match="memory://bucket/x: no such file"):
     read_corpus(["memory://bucket/x"])
   # It is known again, and known to be another.
