@@ -117,7 +117,7 @@ def most_keys_seen(t, s, is_causal, local_window_size, segment_ids=None, **_):
   """By any one query.  The gradient of a softmax over one key is 0, for plain
   jnp exactly; `test_one_key` is for that.
   """
-  mask = page("reference").visible_pairs(
+  mask = page("positions").visible_pairs(
     jnp.arange(t), jnp.arange(s), is_causal, local_window_size
   )
   if segment_ids is not None:

@@ -19,6 +19,10 @@ Visible, from query i to key j (positions in the arrays, not `rope`'s):
     local_window_size=(left, right)  i - left <= j <= i + right, both inclusive
     segment_ids                      equal, and not 0 (padding)
     mask                             as it says
+    chunk_size                       i // chunk_size == j // chunk_size
+    prefix_lengths                   j < prefix, beside is_causal
+    query_offset                     i is the query's index plus it
+    sinks                            one more key, of value 0
 
 Traffic: q, k, v and o once, and backward these, do, dq, dk and dv once; lse is
 one float32 per row, di is recomputed.  With T^2 / 2 visible pairs of H = 256
@@ -45,6 +49,7 @@ Read in this order; each page stands on those before it:
 
     shapes     the shapes in which a caller may have the arrays
     spec       the arrays and the problem
+    positions  which keys a query sees by position
     arguments  both, of a public function's arguments
     reference  what is computed
     layout     queries and keys in memory, and the order of rows

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from .._frame.check import is_traced
 from .._rope import Rope
+from . import positions
 from .spec import (
   Arrays,
   Problem,
@@ -30,6 +31,9 @@ class Seen(NamedTuple):
   segment_ids: SegmentIds = None
   local_window_size: Window = None
   mask: Any = None  # [B or 1, N or 1, T or 1, S or 1] booleans
+  query_offset: Any = 0  # a number, or [B] int32
+  prefix_lengths: Any = None  # [B] int32
+  chunk_size: int | None = None
 
 
 class Weights(NamedTuple):
@@ -39,14 +43,17 @@ class Weights(NamedTuple):
   soft_cap: float | None = None
   rope: Rope | None = None
   bias: Any = None  # [B or 1, N or 1, T or 1, S or 1]
+  sinks: Any = None  # [N] float32
 
 
 def problem_of(
   q: Any, k: Any, v: Any, seen: Seen, weights: Weights, **static: Any
 ) -> tuple[Problem, Arrays]:
   """A problem and its arrays; `static` are other fields of the problem."""
+  seen = positions.by_simpler(q, k, seen)
   wide = jnp.promote_types(q.dtype, jnp.float32)
   arrays = Arrays(q, k, v, segments_of(seen.segment_ids), bias=weights.bias)
+  arrays = arrays._replace(sinks=weights.sinks)
   static |= {"is_causal": seen.is_causal, "soft_cap": weights.soft_cap}
   scale, rope = weights.scale, weights.rope
   if is_traced(scale):
@@ -62,17 +69,18 @@ def problem_of(
   window = sides(seen.local_window_size)
   if window is not None:
     # More than all keys is no more than all, and sums of it do not overflow.
-    most = max(q.shape[1], k.shape[1])
+    offset = seen.query_offset
+    most = max(q.shape[1], k.shape[1]) + abs(offset)
     window = tuple(most if side is None else side for side in window)
     if any(map(is_traced, window)):
       both = jnp.stack([_clipped(side, most) for side in window])
       arrays = arrays._replace(window=_of_batch(both, q, jnp.int32))
     else:
       left, right = (min(int(side), most) for side in window)
-      hides = left < q.shape[1] - 1
-      hides |= right < k.shape[1] - 1 and not seen.is_causal
+      hides = left < q.shape[1] - 1 + offset
+      hides |= right < k.shape[1] - 1 - offset and not seen.is_causal
       static["window"] = (left, right) if hides else None
-  problem = Problem(**static)
+  problem = Problem(query_offset=seen.query_offset, **static)
   if not problem.is_causal and not has_window(problem, arrays):
     problem = dataclasses.replace(problem, context_parts=1)
   return problem, _with_mask(arrays, seen.mask)

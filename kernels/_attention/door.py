@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import _rope
 from .._frame.check import (
@@ -23,6 +24,7 @@ from .._frame.check import (
   check_shape,
   is_traced,
 )
+from .arguments import Seen
 from .ring_order import check_parts
 from .shapes import LayoutName, to_btnh
 from .spec import Segments
@@ -61,8 +63,12 @@ def as_qkv(
   v: Any,
   layout: LayoutName | None = None,
   head_size: int | None = None,
+  any_values: bool = False,
 ) -> tuple[jax.Array, ...]:
-  """Arrays [B, T, N, H] that fit, of one dtype: the widest of the three."""
+  """Arrays [B, T, N, H] that fit, of one dtype: the widest of the three.
+
+  With `any_values`, values may be of a head size of their own.
+  """
   q, k, v = as_floats(op, q=q, k=k, v=v)
   of_queries, of_keys = _LETTERS[layout or "BTNH"]
   for name, array in dict(q=q, k=k, v=v).items():
@@ -76,7 +82,10 @@ def as_qkv(
         f"{op}: the last dimension of {name} must be a multiple of head_size = "
         f"{head_size}, got shape {array.shape}"
       )
-  check_shape(op, "v", v, k.shape, "the shape of k")
+  of_values = k.shape
+  if any_values and layout != "BT(NH)":
+    of_values = (*k.shape[:3], v.shape[3])
+  check_shape(op, "v", v, of_values, "the shape of k")
   given = k.shape
   q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
   batch, _, n, h = q.shape
@@ -208,3 +217,62 @@ def _check_scores(op: str, name: str, x: jax.Array, q: Any, k: Any) -> None:
       f"{op}: {name} must be [B, N, T, S] = {list(whole)}, or 1 in place of "
       f"some, got shape {x.shape}"
     )
+
+
+def as_seen(op: str, q: Any, k: Any, given: Seen, parts: int) -> Seen:
+  """What says which keys a query sees, checked."""
+  offset, prefix = given.query_offset, given.prefix_lengths
+  if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
+    offset = int(offset)
+  else:
+    offset = as_integers(op, "query_offset", offset)
+    if offset.shape not in ((), q.shape[:1]):
+      raise ValueError(
+        f"{op}: query_offset must be an integer or [B], got {offset.shape}"
+      )
+  if prefix is not None:
+    prefix = as_integers(op, "prefix_lengths", prefix)
+    check_shape(op, "prefix_lengths", prefix, q.shape[:1], "[B]")
+    if not given.is_causal:
+      raise ValueError(f"{op}: prefix_lengths need is_causal, got False")
+  chunk = given.chunk_size
+  if chunk is not None:
+    chunk = as_whole_number(op, "chunk_size", chunk)
+    if chunk < 1:
+      raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk}")
+  is_new = not isinstance(offset, int) or offset != 0 or prefix is not None
+  if parts > 1 and (is_new or chunk is not None):
+    raise ValueError(
+      f"{op}: query_offset, prefix_lengths and chunk_size must be absent with "
+      f"context_parts > 1, got {parts}"
+    )
+  return Seen(
+    bool(given.is_causal),
+    as_segments(op, given.segment_ids, q, k),
+    as_window(op, given.local_window_size),
+    as_mask(op, given.mask, q, k),
+    offset,
+    prefix,
+    chunk,
+  )
+
+
+def as_sinks(op: str, sinks: Any, q: Any) -> jax.Array | None:
+  """[N] float32."""
+  if sinks is None:
+    return None
+  (sinks,) = as_floats(op, sinks=sinks)
+  check_shape(op, "sinks", sinks, q.shape[2:3], "[N]")
+  return sinks.astype(jnp.float32)
+
+
+def of_one_head_size(
+  q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, ...]:
+  """The same with zeros where queries and keys, or values, have fewer."""
+  size = max(q.shape[3], v.shape[3])
+  widened = []
+  for x in (q, k, v):
+    more = size - x.shape[3]
+    widened.append(jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x)
+  return tuple(widened)

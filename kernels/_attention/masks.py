@@ -27,6 +27,7 @@ from .._frame.manual import varying_like
 from . import reference
 from .layout import Layout
 from .memory import MASK_KEYS
+from .positions import visible_pairs
 from .spec import Arrays, Problem
 from .tiles import Call
 
@@ -51,14 +52,15 @@ def folded(p: Problem, a: Arrays) -> tuple[Problem, Arrays]:
   """One mask for all that hides keys."""
   if a.mask is None:
     return p, a
-  if a.window is not None or a.segments is not None:
+  if p.query_offset or a.window is not None or a.segments is not None:
     mask = reference.visible(p, a)
   else:
     q_index, k_index = (jnp.arange(x.shape[1]) for x in (a.q, a.k))
-    seen = reference.visible_pairs(q_index, k_index, p.is_causal, p.window)
+    seen = visible_pairs(q_index, k_index, p.is_causal, p.window)
     mask = a.mask & seen
   a = a._replace(mask=mask, window=None, segments=None)
-  return dataclasses.replace(p, is_causal=False, window=None), a
+  p = dataclasses.replace(p, is_causal=False, window=None, query_offset=0)
+  return p, a
 
 
 def prepared(p: Problem, a: Arrays) -> Arrays:

@@ -29,13 +29,13 @@ from .backward import backward
 from .door import (
   as_bias,
   as_cap,
-  as_mask,
   as_parts,
   as_qkv,
   as_rope,
-  as_segments,
-  as_window,
+  as_seen,
+  as_sinks,
   check_layout,
+  of_one_head_size,
 )
 from .finite import plain_backward
 from .forward import forward
@@ -46,10 +46,19 @@ from .reference import (
   flash_attention_reference,
   may_see_nothing,
   mean_of_nothing,
+  with_sinks,
 )
 from .ring_order import in_context, in_time
 from .shapes import LayoutName, from_btnh
-from .spec import Arrays, Outs, Problem, SegmentIds, Segments, Window
+from .spec import (
+  Arrays,
+  Outs,
+  Problem,
+  SegmentIds,
+  Segments,
+  Window,
+  default_scale,
+)
 from .stores import stored
 from .tiles import FlashAttentionConfig
 
@@ -85,6 +94,7 @@ def _split(p: Problem, a: Arrays) -> Split:
       scale=None if a.scale is None else "B",
       window=None if a.window is None else "B-",
       base=None if a.base is None else "B",
+      sinks=None if a.sinks is None else "N",
       mask=None if a.mask is None else _mask_letters(a),
     ),
     Outs("BTNH", "BNT" if p.return_lse else None),
@@ -102,16 +112,29 @@ def _mask_letters(a: Arrays) -> str:
 
 
 def _on_device(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
+  """One device's part, with its sinks."""
+  if a.sinks is None:
+    return _attended(op, p, a, axes)
+  with_lse, keys = (
+    dataclasses.replace(p, return_lse=True),
+    a._replace(sinks=None),
+  )
+  outs = with_sinks(_attended(op, with_lse, keys, axes), a.sinks)
+  return outs if p.return_lse else outs._replace(lse=None)
+
+
+def _attended(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
   """One device's batch elements and heads, and its part of the tokens."""
   ring_axes = axes.get("T", ())
   if p.context_parts > 1 and not ring_axes:
     whole = dataclasses.replace(p, context_parts=1)
-    outs = _on_device(op, whole, in_time(a, p.context_parts), axes)
+    outs = _attended(op, whole, in_time(a, p.context_parts), axes)
     return in_context(outs, p.context_parts)
-  if ring_axes and a.mask is not None:
+  if ring_axes and (a.mask is not None or p.query_offset):
+    shape = None if a.mask is None else a.mask.shape
     raise ValueError(
-      f"flash_attention: mask must be None with T split over {ring_axes}, got "
-      f"shape {a.mask.shape}"
+      f"flash_attention: with T split over {ring_axes}, mask must be None and "
+      f"query_offset 0, got {shape} and {p.query_offset}"
     )
   p, a = masks.folded(p, _with_own_kv_heads(a, axes))
   if not p.scale > 0:  # the kernels take a maximum before they scale
@@ -204,6 +227,10 @@ def flash_attention(
   context_parts: int = 1,
   mask: jax.Array | None = None,
   bias: jax.Array | None = None,
+  sinks: jax.Array | None = None,
+  query_offset: int | jax.Array = 0,
+  prefix_lengths: jax.Array | None = None,
+  chunk_size: int | None = None,
   implementation: Implementation = None,
   config: FlashAttentionConfig | None = None,
 ) -> Any:
@@ -217,7 +244,8 @@ def flash_attention(
       passes of the matrix unit; bfloat16 takes one.
     k: [B, S, K, H] of q's dtype; N is a multiple of K, and query head n reads
       kv head n // (N / K).  K = 1 is multi-query, K = N multi-head.
-    v: [B, S, K, H].
+    v: [B, S, K, H]; or of another head size, but in "BT(NH)", which out has
+      too: the smaller of the two is filled up with zeros.
     scale: multiplies the logits; None is 1 / sqrt(H).  A traced scalar too,
       which has a gradient: a learned temperature.
     is_causal: query i sees keys 0 to i: the first query is aligned with the
@@ -261,6 +289,16 @@ def flash_attention(
     bias: floats of such a shape, added to the logits, after the soft cap.
       There is no kernel for it: it goes by the reference, with [N, T, S] in
       memory, and implementation="pallas" refuses it.
+    sinks: [N] floats: of each query head the logit of one more key, of value
+      0, which every query sees; with a gradient.  They scale the kernels'
+      results by lse, in plain jnp.
+    query_offset: position of the first query among the keys, of which
+      is_causal, the window and chunks know: S - T aligns the last query with
+      the last key.  An integer; or an array, [] or [B], by a mask [B, 1, T, S].
+    prefix_lengths: [B] integers: all see the keys before, beside what is_causal
+      leaves visible; by a mask [B, 1, T, S].
+    chunk_size: a query sees keys of its own chunk of so many positions alone;
+      by segment ids, and with segment_ids by a mask [1, 1, T, S].
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes; None picks them from the shape.
@@ -277,39 +315,35 @@ def flash_attention(
   check_config(op, config, FlashAttentionConfig)
   dtype = as_array(op, "q", q).dtype
   check_layout(op, layout, head_size)
-  q, k, v = as_qkv(op, q, k, v, layout, head_size)
-  cap = as_cap(op, logits_soft_cap)
+  q, k, v = as_qkv(op, q, k, v, layout, head_size, True)
   rope = as_rope(op, rope, q, k)
   rotate = functools.partial(apply_rope, implementation=implementation)
   rope, q, k = rotated_apart(rope, rotate, q, k)
-  seen = Seen(
-    bool(is_causal),
-    as_segments(op, segment_ids, q, k),
-    as_window(op, local_window_size),
-    as_mask(op, mask, q, k),
-  )
+  parts = as_parts(op, context_parts, q, k)
+  ids, window = segment_ids, local_window_size
+  given = Seen(is_causal, ids, window, mask, query_offset, prefix_lengths)
+  seen = as_seen(op, q, k, given._replace(chunk_size=chunk_size), parts)
   weights = Weights(
-    None if scale is None else as_scalar(op, "scale", scale),
-    cap,
+    default_scale(q) if scale is None else as_scalar(op, "scale", scale),
+    as_cap(op, logits_soft_cap),
     rope,
     as_bias(op, bias, q, k),
+    as_sinks(op, sinks, q),
   )
+  value_size = v.shape[3]
+  q, k, v = of_one_head_size(q, k, v)
   problem, arrays = problem_of(
-    q,
-    k,
-    v,
-    seen,
-    weights,
+    *(q, k, v, seen, weights),
     return_lse=bool(return_lse),
     layout=layout,
-    context_parts=as_parts(op, context_parts, q, k),
+    context_parts=parts,
     implementation=implementation,
     config=config,
   )
   outs = attend(op, problem, arrays)
-  out = from_btnh(outs.out.astype(dtype), layout)
+  out = from_btnh(outs.out[..., :value_size].astype(dtype), layout)
   here = room.current()
-  if here is not None and dtype == outs.out.dtype:
+  if here is not None and out.size == outs.out.size and dtype == q.dtype:
     here.renamed(out, outs.out, functools.partial(from_btnh, layout=layout))
   return (out, outs.lse) if return_lse else out
 

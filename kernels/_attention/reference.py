@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from .._frame import switches
 from .._rope import Rope, apply_rope_reference, rotated_apart
 from .arguments import Seen, Weights, problem_of
+from .positions import visible_pairs
 from .ring_order import context_order
 from .shapes import LayoutName, from_btnh, to_btnh
 from .spec import (
@@ -20,44 +21,9 @@ from .spec import (
   Window,
   default_scale,
   has_window,
-  sides,
 )
 
 # --- which keys ---------------------------------------------------------------
-
-
-def visible_pairs(
-  q_index: Any,
-  k_index: Any,
-  is_causal: bool,
-  local_window_size: Window,
-) -> jax.Array:
-  """Which keys each query sees by position: [..., T, S] booleans.
-
-  A side of the window is a number, or an array that broadcasts with them.
-
-  Six queries and keys, causal with a window of (2, 0); x marks the visible:
-
-        k 0 1 2 3 4 5
-    q 0   x
-      1   x x
-      2   x x x
-      3     x x x
-      4       x x x
-      5         x x x
-  """
-  q, k = q_index[..., :, None], k_index[..., None, :]
-  mask = jnp.broadcast_to(True, jnp.broadcast_shapes(q.shape, k.shape))
-  if is_causal:
-    mask &= k <= q
-  window = sides(local_window_size)
-  if window is not None:
-    left, right = window
-    if left is not None:
-      mask &= k >= q - left
-    if right is not None:
-      mask &= k <= q + right
-  return mask
 
 
 def visible(p: Problem, a: Arrays) -> jax.Array:
@@ -68,7 +34,7 @@ def visible(p: Problem, a: Arrays) -> jax.Array:
   if a.window is not None:  # of each batch element, beside [T, S]
     window = a.window[:, 0, None, None], a.window[:, 1, None, None]
   q, k = (context_order(n, p.context_parts) for n in (t, s))
-  mask = visible_pairs(q, k, p.is_causal, window)
+  mask = visible_pairs(q + p.query_offset, k, p.is_causal, window)
   if a.segments is not None:
     of_q, of_k = a.segments.q[:, :, None], a.segments.k[:, None, :]
     mask = mask & (of_q == of_k) & (of_k != 0)
@@ -87,11 +53,13 @@ def masked_attention(
   scale: Any,
   logits_soft_cap: float | None,
   bias: Any = None,
+  sinks: Any = None,
 ) -> Outs:
   """Attention under a mask: out [B, T, N, H] and lse [B, N, T].
 
   The mask is [B, T, S], or [B, N or 1, T, S].  The bias, of shape [B, K, N / K,
   T, S] or one that broadcasts to it, is added to the logits of what is visible.
+  Of sinks [N], each is the logit of one more key, of value 0, that all see.
   """
   batch, t, n, h = q.shape
   kv_heads = k.shape[2]
@@ -113,8 +81,14 @@ def masked_attention(
   top = jax.lax.stop_gradient(
     logits.max(axis=-1, keepdims=True, initial=-jnp.inf)
   )
+  if sinks is not None:
+    sinks = sinks.astype(at_least_float32).reshape(kv_heads, -1, 1, 1)
+    top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
+    of_logits = jnp.ones_like(of_logits)
   top = jnp.where(of_logits, top, 0.0)
   total = jnp.exp(logits - top).sum(axis=-1, keepdims=True)
+  if sinks is not None:
+    total += jnp.exp(sinks - top)
   finite_lse = top + jnp.log(jnp.where(of_logits, total, 1.0))
   # Of a row whose lse is NaN, too, the hidden weights are 0.
   weights = jnp.exp(logits - finite_lse)
@@ -127,7 +101,8 @@ def masked_attention(
   )
   out = jnp.where(of_logits.transpose(0, 3, 1, 2, 4), out, 0.0)
   lse = jnp.where(of_logits, finite_lse, -jnp.inf).reshape(batch, n, t)
-  return Outs(out.reshape(q.shape).astype(q.dtype), lse)
+  out = out.reshape(*q.shape[:3], v.shape[3])
+  return Outs(out.astype(q.dtype), lse)
 
 
 def by_kv_head(x: jax.Array, kv_heads: int) -> jax.Array:
@@ -151,15 +126,30 @@ def attention(p: Problem, a: Arrays) -> Outs:
   if a.bias is not None:
     given = by_kv_head(a.bias, k.shape[2])
     bias = given if bias is None else bias + given
-  outs = masked_attention(q, k, v, visible(p, a), scale, p.soft_cap, bias)
+  mask = visible(p, a)
+  outs = masked_attention(q, k, v, mask, scale, p.soft_cap, bias, a.sinks)
   if may_see_nothing(p, a):
     outs = mean_of_nothing(p, a, outs)
   return outs if p.return_lse else outs._replace(lse=None)
 
 
+def with_sinks(outs: Outs, sinks: jax.Array) -> Outs:
+  """The results with one more key of value 0, from those without, by lse."""
+  sinks = sinks[:, None]
+  seen = outs.lse > -jnp.inf
+  lse = jnp.where(seen, outs.lse, 0.0)
+  part = jnp.where(seen, jax.nn.sigmoid(lse - sinks), 0.0)
+  lse = jnp.where(seen, jnp.logaddexp(lse, sinks), sinks)
+  out = outs.out * part.swapaxes(1, 2)[..., None]
+  return Outs(out.astype(outs.out.dtype), lse)
+
+
 def may_see_nothing(p: Problem, a: Arrays) -> bool:
   """Whether there may be a query that sees no key."""
   if a.mask is not None or a.segments is not None:
+    return True
+  by_position = p.is_causal or has_window(p, a)
+  if p.query_offset and by_position:
     return True
   return has_window(p, a) and a.q.shape[1] > a.k.shape[1]
 
@@ -191,7 +181,7 @@ def nan_by_finiteness(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """
   (b, t), kv_heads = q.shape[:2], k.shape[2]
   good_q = jnp.isfinite(q).all(axis=-1).reshape(b, t, kv_heads, -1)
-  good_k = (jnp.isfinite(k) & jnp.isfinite(v)).all(axis=-1)
+  good_k = jnp.isfinite(k).all(axis=-1) & jnp.isfinite(v).all(axis=-1)
   good = good_q.transpose(0, 2, 3, 1)[..., None]
   good &= good_k.transpose(0, 2, 1)[:, :, None, None, :]
   return jnp.where(good, 0.0, jnp.nan).astype(jnp.float32)
@@ -230,6 +220,10 @@ def flash_attention_reference(
   context_parts: int = 1,
   mask: jax.Array | None = None,
   bias: jax.Array | None = None,
+  sinks: jax.Array | None = None,
+  query_offset: int | jax.Array = 0,
+  prefix_lengths: jax.Array | None = None,
+  chunk_size: int | None = None,
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
   q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
@@ -238,8 +232,16 @@ def flash_attention_reference(
     q,
     k,
     v,
-    Seen(is_causal, segment_ids, local_window_size, mask),
-    Weights(scale, logits_soft_cap, rope, bias),
+    Seen(
+      is_causal,
+      segment_ids,
+      local_window_size,
+      mask,
+      query_offset,
+      prefix_lengths,
+      chunk_size,
+    ),
+    Weights(scale, logits_soft_cap, rope, bias, sinks),
     return_lse=return_lse,
     context_parts=context_parts,
   )

@@ -27,11 +27,12 @@ def of_call(whole: Call, keys: int) -> list[Call]:
   for first_k in range(0, whole.s, keys):
     end_k = min(first_k + keys, whole.s)
     first_q, end_q = 0, whole.t
+    low, high = first_k - p.query_offset, end_k - p.query_offset
     if p.is_causal:
-      first_q = first_k
+      first_q = max(low, 0)
     if p.window is not None:
       left, right = p.window
-      first_q, end_q = max(first_q, first_k - right), min(end_q, end_k + left)
+      first_q, end_q = max(first_q, low - right), min(end_q, high + left)
     if first_q < end_q:
       calls.append(
         dataclasses.replace(

@@ -47,6 +47,7 @@ class Arrays(NamedTuple):
   base: Any = None  # [B] float32
   mask: Any = None  # [B or 1, N or 1, T, S] booleans
   bias: Any = None  # [B or 1, N or 1, T or 1, S or 1]
+  sinks: Any = None  # [N] float32
   masks: Any = None  # what kernels have in the place of `mask`, see `masks`
 
 
@@ -112,6 +113,7 @@ class Problem(Logits):
   Attributes:
     is_causal: query i sees keys up to i.
     window: (left, right), both inclusive; or None, and it may be an array.
+    query_offset: position of the first query among the keys.
     base_frequency: of the rotation, if positions come along without a base.
     return_lse: whether the log of the sum of exponentials is a result.
     gives_mean: whether a query that sees no key gives the mean of all values,
@@ -126,6 +128,7 @@ class Problem(Logits):
 
   is_causal: bool = False
   window: tuple[int, int] | None = None
+  query_offset: int = 0
   base_frequency: float = 10_000.0
   return_lse: bool = False
   gives_mean: bool = False

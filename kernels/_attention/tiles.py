@@ -181,8 +181,8 @@ class Call:
 
   @property
   def shift(self) -> int:
-    """Index of the first key minus index of the first query."""
-    return self.first_k - self.first_q
+    """Position of the first key minus that of the first query."""
+    return self.first_k - self.first_q - self.problem.query_offset
 
   @property
   def rows(self) -> int:

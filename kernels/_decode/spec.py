@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._attention.reference import masked_attention, visible_pairs
+from .._attention.positions import visible_pairs
+from .._attention.reference import masked_attention
 from .._attention.spec import Logits
 from .._frame.check import Implementation
 from .._rope import apply_rope_reference
