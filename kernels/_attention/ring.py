@@ -200,9 +200,11 @@ def _forward(attend: Any, p: RingProblem, a: Arrays) -> Outs:
   """
 
   def visit(step: Any, keys: Keys, outs: Outs) -> Outs:
-    def meet(meeting: Meeting, old: Outs) -> Outs:
+    def meet(meeting: Meeting, old: Any) -> Outs:
       part, rows = meeting.arrays(a, keys), meeting.rows
       new = attend(meeting.problem, part)
+      if old is None:
+        return ring_parts.wide(new)
       both = ring_parts.merged(
         p, Outs(old.out[:, rows], old.lse[:, :, rows]), new
       )
@@ -216,7 +218,8 @@ def _forward(attend: Any, p: RingProblem, a: Arrays) -> Outs:
     coming = _on(p, keys)
     return coming, visit(step, keys, outs)
 
-  state = one(0, (_own_keys(a), ring_parts.nothing(a)))
+  start: Any = ring_parts.nothing(a) if has_window(p, a) else None
+  state = one(0, (_own_keys(a), start))
   keys, outs = jax.lax.fori_loop(1, p.devices - 1, one, state)
   if p.devices > 1:
     outs = visit(jnp.int32(p.devices - 1), keys, outs)
@@ -244,10 +247,12 @@ def _backward(attend: Any, p: RingProblem, saved: Saved, d: Outs) -> Arrays:
   a, outs = saved.arrays, saved.outs
 
   def visit(step: Any, keys: Keys, sums: _Sums) -> _Sums:
-    def meet(meeting: Meeting, old: _Sums) -> _Sums:
+    def meet(meeting: Meeting, old: Any) -> _Sums:
       rows, keys_of = meeting.rows, meeting.keys
       of_rows = [Outs(x.out[:, rows], x.lse[:, :, rows]) for x in (outs, d)]
       new = attend(meeting.problem, meeting.arrays(a, keys), *of_rows)
+      if old is None:
+        return _Sums(*ring_parts.wide((new.q, new.k, new.v, new.scale)))
       return _Sums(
         old.q.at[:, rows].add(new.q),
         old.k.at[:, keys_of].add(new.k),
@@ -267,11 +272,13 @@ def _backward(attend: Any, p: RingProblem, saved: Saved, d: Outs) -> Arrays:
     k, v = (x + y for x, y in zip(found, (new.k, new.v), strict=True))
     return coming, new._replace(k=k, v=v)
 
-  wide = functools.partial(jax.tree.map, ring_parts.wide_zeros)
-  sums = _Sums(*wide((a.q, a.k, a.v, a.scale)))
+  start: Any = None
+  if has_window(p, a):
+    arrays = a.q, a.k, a.v, a.scale
+    start = _Sums(*jax.tree.map(ring_parts.wide_zeros, arrays))
   keys = _own_keys(a)
   coming = _on(p, keys)
-  state = coming, visit(0, keys, sums)
+  state = coming, visit(0, keys, start)
   _, sums = jax.lax.fori_loop(1, p.devices, one, state)
   home = _on(p, (sums.k, sums.v))
   dq, dk, dv = (

@@ -31,6 +31,13 @@ def wide_zeros(x: jax.Array) -> jax.Array:
   return jnp.zeros_like(x, wide)
 
 
+def wide(tree: Any) -> Any:
+  """Arrays in float32 at least."""
+  return jax.tree.map(
+    lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
+  )
+
+
 def nothing(a: Arrays) -> Outs:
   """The results of rows that have met no key."""
   out = wide_zeros(a.q)
@@ -88,10 +95,10 @@ def backward_plain(p: Problem, a: Arrays, outs: Outs, d: Outs) -> Arrays:
   def by_head(x: jax.Array) -> jax.Array:
     return x.reshape(batch, kv_heads, n // kv_heads, t, 1)
 
-  wide = jnp.promote_types(a.q.dtype, jnp.float32)
+  wide_type = jnp.promote_types(a.q.dtype, jnp.float32)
   q, k, v, dout = a.q, a.k, a.v, d.out
   lse, mask = by_head(outs.lse * p.unit), visible(p, a)[:, None, None]
-  di = (dout.astype(wide) * outs.out.astype(wide)).sum(axis=-1)
+  di = (dout.astype(wide_type) * outs.out.astype(wide_type)).sum(axis=-1)
   di = by_head(di.swapaxes(1, 2) - d.lse / p.unit)
   bias: Any = 0.0
   if a.segments is not None:  # see `finite`
@@ -100,8 +107,8 @@ def backward_plain(p: Problem, a: Arrays, outs: Outs, d: Outs) -> Arrays:
     q, k, v, dout, di = (
       jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v, dout, di)
     )
-  product = functools.partial(jnp.einsum, preferred_element_type=wide)
-  scale = jnp.full((batch, 1, 1, 1, 1), p.scale, wide)
+  product = functools.partial(jnp.einsum, preferred_element_type=wide_type)
+  scale = jnp.full((batch, 1, 1, 1, 1), p.scale, wide_type)
   if a.scale is not None:
     scale *= a.scale[:, None, None, None, None]
   logits = product("btkgh,bskh->bkgts", grouped(q), k) * scale
@@ -118,6 +125,6 @@ def backward_plain(p: Problem, a: Arrays, outs: Outs, d: Outs) -> Arrays:
   dq = product("bkgts,bskh->btkgh", dlogits, k)
   dq, d_scale = dq.reshape(a.q.shape), None
   if a.scale is not None:
-    d_scale = (q.astype(wide) * dq).sum(axis=(1, 2, 3))
+    d_scale = (q.astype(wide_type) * dq).sum(axis=(1, 2, 3))
     dq, dk = (x * a.scale[:, None, None, None] for x in (dq, dk))
   return Arrays(dq, dk, dv, scale=d_scale)
