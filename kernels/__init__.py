@@ -49,6 +49,8 @@ from ._decode import DecodeAttentionConfig as DecodeAttentionConfig
 from ._decode import QuantizedCache as QuantizedCache
 from ._decode import decode_attention as decode_attention
 from ._decode import decode_attention_reference as decode_attention_reference
+from ._experts import ExpertBiases as ExpertBiases
+from ._experts import expert_feed_forward as expert_feed_forward
 from ._frame.op import Case as Case
 from ._frame.op import Cost as Cost
 from ._frame.op import Integers as Integers
