@@ -152,7 +152,34 @@ def _gemma(block: Block, length: int) -> tuple[Callable[..., Any], Any]:
   return run, shapes["params"]
 
 
+# --- tunix --------------------------------------------------------------------
+
+
+def _tunix(block: Block, length: int) -> tuple[Callable[..., Any], Any]:
+  nnx = importlib.import_module("flax.nnx")
+  name, size = block.model.split(".")
+  model = importlib.import_module(f"tunix.models.{name}.model")
+  config = getattr(model.ModelConfig, size)()
+  if name == "qwen3":
+    config = dataclasses.replace(config, dtype=_DTYPE, param_dtype=_DTYPE)
+  layer = nnx.eval_shape(
+    lambda: model.DecoderLayer(config=config, rngs=nnx.Rngs(0))
+  )
+  graph, state = nnx.split(layer)
+  own = model.Attention.block
+  positions = jnp.broadcast_to(jnp.arange(length), (1, length))
+
+  def run(parameters: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
+    mask = _mask(tokens, model.Attention.block is not own)
+    return nnx.merge(graph, parameters)(x, positions, None, mask)[1]
+
+  return run, state
+
+
+# --- blocks -------------------------------------------------------------------
+
 _of_gemma = functools.partial(Block, "gemma", "gemma", _gemma)
+_of_tunix = functools.partial(Block, "tunix", "tunix", _tunix)
 _GEMMA_2_2B = (2304, 9216, 8, 4, 256)
 _GEMMA_3_4B = (2560, 10240, 8, 4, 256)
 _BLOCKS = {
@@ -160,4 +187,6 @@ _BLOCKS = {
   "gemma2_2b_global": _of_gemma(_GEMMA_2_2B, "Gemma2_2B"),
   "gemma3_4b_local": _of_gemma(_GEMMA_3_4B, "Gemma3_4B", 1024),
   "gemma3_4b_global": _of_gemma(_GEMMA_3_4B, "Gemma3_4B"),
+  "llama3_8b": _of_tunix((4096, 14336, 32, 8, 128), "llama3.llama3p1_8b"),
+  "qwen3_4b": _of_tunix((2560, 9728, 32, 8, 128), "qwen3.qwen3_4b"),
 }

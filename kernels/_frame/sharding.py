@@ -90,6 +90,11 @@ def sharding(
     yield
 
 
+def rules_are_given() -> bool:
+  """Whether this is traced inside `sharding`."""
+  return _RULES.value is not None
+
+
 # --- what an op says ----------------------------------------------------------
 
 

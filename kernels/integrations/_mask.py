@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_pytree_node_class
@@ -63,6 +64,10 @@ class CausalMask:
   def __jax_array__(self) -> jax.Array:
     """What `jax.numpy` makes of it."""
     return self.dense()
+
+  def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    """What NumPy makes of it."""
+    return np.asarray(self.dense(), *args, **kwargs)
 
   def __getattr__(self, name: str) -> Any:
     """The methods of an array."""

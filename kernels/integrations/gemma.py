@@ -27,11 +27,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._cross_entropy import linear_cross_entropy
 from .._frame.check import Implementation
 from .._gated import feed_forward
-from .._rope import Rope
+from .._rope import Rope, RopeFrequencies
 from . import _log, _parts
 from ._library import Choice, Library, Swap, module
 from ._mask import CausalMask, dense
@@ -239,20 +240,6 @@ def _attention(choice: Choice, original: Callable[..., Any]) -> Any:
     words = _parts.in_words(choice.implementation)
     _log.note(_NAME, self.path, "attention", "flash_attention", words)
     q, k, v = _projected(self, x)
-    rotate = module("gemma.gm.math._positional_embeddings").apply_rope
-    rope = None
-    if self.rope_scale_factor == 1.0:
-      rope = Rope(segment_pos, self.rope_base_frequency)
-    else:
-      q, k = (
-        rotate(
-          heads,
-          segment_pos,
-          base_frequency=self.rope_base_frequency,
-          scale_factor=self.rope_scale_factor,
-        )
-        for heads in (q, k)
-      )
     encoded = _parts.attend(
       q,
       k,
@@ -262,7 +249,7 @@ def _attention(choice: Choice, original: Callable[..., Any]) -> Any:
       local_window_size=_window(self, x.shape[1]),
       scale=self.query_pre_attn_scalar,
       logits_soft_cap=self.attn_logits_soft_cap,
-      rope=rope,
+      rope=_rope(self, segment_pos),
       implementation=choice.implementation,
     )
     return None, self.attn_vec_einsum("BTNH,NHD->BTD", encoded)
@@ -303,6 +290,17 @@ def _window(layer: Any, length: int) -> tuple[int, int] | None:
     return None
   size = layer.sliding_window_size
   return None if size >= length else (size - 1, 0)
+
+
+def _rope(layer: Any, positions: jax.Array) -> Rope:
+  """The layer's rotation; a scale factor divides all frequencies."""
+  if layer.rope_scale_factor == 1.0:
+    return Rope(positions, layer.rope_base_frequency)
+  half = layer.head_dim // 2
+  exponents = np.arange(half, dtype=np.float32) / half
+  plain = np.float32(layer.rope_base_frequency) ** -exponents
+  frequencies = RopeFrequencies(plain / np.float32(layer.rope_scale_factor))
+  return Rope(positions, frequencies=frequencies)
 
 
 def _projected(

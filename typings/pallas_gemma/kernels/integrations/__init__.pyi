@@ -1,1 +1,3 @@
 from kernels.integrations import *
+from kernels.integrations import gemma as gemma
+from kernels.integrations import tunix as tunix

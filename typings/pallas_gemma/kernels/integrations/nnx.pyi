@@ -1,0 +1,1 @@
+from kernels.integrations.nnx import *
