@@ -694,7 +694,7 @@ def test_little_memory_beside_the_results():
   "change, message",
   [
     ({"q": (2, 8, 64)}, r"q must be \[B, T, N, H\]"),
-    ({"k": (1, 8, 1, 32)}, "v must be"),
+    ({"k": (1, 8, 1, 32)}, "k must be"),
     ({"q": (1, 8, 3, 64), "k": (1, 8, 2, 64)}, "multiple of kv heads K"),
     ({"local_window_size": (-1, 0)}, "both >= 0"),
     ({"logits_soft_cap": 0.0}, "positive or None, got 0"),
