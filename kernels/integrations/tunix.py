@@ -6,8 +6,7 @@
     model = Llama3(config, rngs=rngs)   # as ever
 
 What is swapped: `RMSNorm`, `Attention` (with its RoPE and its norms of q and k)
-and `MLP` of `tunix.models.llama3` and `tunix.models.qwen3`, a `DecoderLayer`'s
-feed-forward with the norm before and the residual after it, and
+and `MLP` of `tunix.models.llama3` and `tunix.models.qwen3`, and
 `make_causal_attn_mask` of `tunix.sft.utils` and `tunix.rl.common`, which says
 that the mask is causal.  Devices are those of `config.shd_config` on the mesh
 of the context, as for the library's own activations.
@@ -34,7 +33,6 @@ import jax.numpy as jnp
 from .._frame.check import Implementation
 from .._gated import feed_forward
 from .._rope import Rope
-from .._row_norm import Norm
 from . import _log, _nnx, _parts
 from ._library import Choice, Library, Swap, module
 from ._mask import CausalMask, dense
@@ -179,9 +177,7 @@ def _why_not_mlp(mlp: Any) -> str | None:
   return _nnx.why_not_linear(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
-def _mlp(
-  choice: Choice, model: Any, mlp: Any, x: jax.Array, **kwargs: Any
-) -> jax.Array:
+def _mlp(choice: Choice, model: Any, mlp: Any, x: jax.Array) -> jax.Array:
   layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
   dtype = _nnx.dtype_of(x, *layers)
   weights = [_nnx.value(layer.kernel).astype(dtype) for layer in layers]
@@ -192,55 +188,22 @@ def _mlp(
       *weights,
       activation="silu",
       implementation=choice.implementation,
-      **kwargs,
     )
 
 
 def _layer(
   choice: Choice, model: Any, name: str, original: Callable[..., Any]
 ) -> Any:
-  """A layer whose feed-forward takes the norm before and the residual after.
+  """A layer that says so if its feed-forward is another than `MLP`."""
+  del choice
 
-  Over a mesh the norm is apart: XLA may split the residual stream by D.
-  """
-
-  def block(
-    self: Any,
-    x: jax.Array,
-    segment_pos: jax.Array,
-    cache: Any,
-    attn_mask: Any,
-    *more: Any,
-    **kwargs: Any,
-  ) -> tuple[Any, jax.Array]:
-    norm, mesh = self.post_attention_layernorm, _mesh(model)
-    remat = model.RematConfig.BLOCK
-    apart = (
-      "norm" not in choice.parts
-      or not isinstance(self.mlp, model.MLP)
-      or self.config.remat_config in (remat, remat.value)
-      or not (mesh.empty or mesh.size == 1)
-      or _why_not_mlp(self.mlp) is not None
-      or getattr(norm, "dtype", x.dtype) != x.dtype
-    )
-    if apart:
-      if not isinstance(self.mlp, model.MLP):
-        kind = type(self.mlp).__name__
-        path = _nnx.path_of(self.mlp, f"{name}.{kind}")
-        why = "a mixture of experts is the library's"
-        _log.note(_NAME, path, "feed_forward", _log.OWN, why)
-      return original(self, x, segment_pos, cache, attn_mask, *more, **kwargs)
-    normed = self.input_layernorm(x)
-    cache, out = self.attn(
-      normed, segment_pos, cache, attn_mask, *more, **kwargs
-    )
-    x = x + out
-    words = _parts.in_words(choice.implementation)
-    words += ", with the norm before and the residual after it"
-    path = _nnx.path_of(self.mlp, f"{name}.MLP")
-    _log.note(_NAME, path, "feed_forward", "feed_forward", words)
-    scale = Norm(_nnx.value(norm.w), norm.norm_eps)
-    return cache, _mlp(choice, model, self.mlp, x, norm=scale, residual=True)
+  def block(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, jax.Array]:
+    if not isinstance(self.mlp, model.MLP):
+      kind = type(self.mlp).__name__
+      path = _nnx.path_of(self.mlp, f"{name}.{kind}")
+      why = "a mixture of experts is the library's"
+      _log.note(_NAME, path, "feed_forward", _log.OWN, why)
+    return original(self, *args, **kwargs)
 
   return block
 
