@@ -137,6 +137,14 @@ class Module:
     """Every instruction by name."""
     return {i.name: i for body in self.computations.values() for i in body}
 
+  @property
+  def fuses_collectives(self) -> bool:
+    """Whether products go on while collectives do, in one instruction."""
+    return any(
+      instruction.target == "AsyncCollectiveStart"
+      for instruction in self.instructions.values()
+    )
+
   def communicates(self, instruction: Instruction) -> bool:
     """Whether it is a fusion that does what a collective does."""
     return instruction.opcode == "fusion" and any(

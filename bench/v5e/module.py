@@ -126,8 +126,17 @@ class _Module:
     self._flight = InFlight()
     self.links = Links(self.module, (), chip)
     self._result = Total()
+    places: Mapping[str, range] = {}
+    try:
+      places = {} if cut is None else self._places(cut)
+    except listing.ListingError as error:
+      # The compiler does not print each of the pieces into which it takes
+      # products that it fuses with collectives.
+      if not self.module.fuses_collectives:
+        raise
+      self._note(f"its code is taken as loaded: {error}")
+      cut = None
     self._is_cut = cut is not None
-    places = {} if cut is None else self._places(cut)
     self._code = CodeSum(cut or WHOLE, places, chip)
 
   def run(self) -> Total:
