@@ -137,29 +137,38 @@ def test_vmap_over_all_three():
   windows, bases = jnp.int32([5, 100]), jnp.float32([100.0, 1e4])
 
   def loss(function, q, scale, window, base):
-    rope = Rope(positions_of(130), base)
     out = function(
       q,
-      k,
-      v,
+      k.astype(q.dtype),
+      v.astype(q.dtype),
       scale=scale,
       is_causal=True,
       local_window_size=(window, 0),
-      rope=rope,
+      rope=Rope(positions_of(130), base),
     )
     return (out**2).sum()
 
   def gradients(function):
     return jax.grad(functools.partial(loss, function), (0, 1))
 
+  def by_reference(arrays):
+    q, scales = arrays
+    each = [
+      gradients(flash_attention_reference)(q, s, int(w), float(b))
+      for s, w, b in zip(scales, windows, bases, strict=True)
+    ]
+    return [np.stack(gradient) for gradient in zip(*each, strict=True)]
+
   mapped = jax.vmap(gradients(KERNEL), (None, 0, 0, 0))
   got = jax.jit(mapped)(q, scales, windows, bases)
-  for i in range(2):
-    want = gradients(flash_attention_reference)(
-      q, scales[i], int(windows[i]), float(bases[i])
-    )
-    for g, w in zip(got, want, strict=True):
-      np.testing.assert_allclose(g[i], w, rtol=2e-4, atol=2e-4)
+  plain = by_reference([q, scales])
+  with jax.enable_x64(True):
+    truth = by_reference(numerics.widened([q, scales]))
+  named = [
+    {"gradient of q": np.asarray(d, np.float64)} for d, _ in (got, plain, truth)
+  ]
+  numerics.assert_within_bar(*named, softmax=True)
+  np.testing.assert_allclose(got[1], truth[1], rtol=2e-4)
 
 
 # --- elsewhere than in the interpreter ----------------------------------------
