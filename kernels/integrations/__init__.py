@@ -12,6 +12,7 @@ library only when `apply` is called: `kernels/` alone still needs JAX alone.
 
     gemma      Gemma 1, 2 and 3 of DeepMind's `gemma`
     tunix      Llama 3 and Qwen 3 of Google's `tunix`
+    keras_hub  Gemma 1 and 2, Llama 3 and Qwen 3 of `keras_hub`, on JAX
 
 `nnx` and `linen` are modules for `flax`, to build models of; importing them
 imports flax.
@@ -30,6 +31,7 @@ their sharding annotations.
 """
 
 from . import gemma as gemma
+from . import keras_hub as keras_hub
 from . import tunix as tunix
 from ._log import Layer as Layer
 from ._log import Report as Report
