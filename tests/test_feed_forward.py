@@ -465,13 +465,20 @@ def test_float32_weights_are_cast_in_the_kernel():
 
 @v5e.needs_compiler
 @pytest.mark.no_interpreter
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_wide_models_fit(dtype):
+@pytest.mark.parametrize(
+  "dtype, rows, width, hidden",
+  [
+    (jnp.float32, 512, 8192, 256),
+    (jnp.bfloat16, 512, 8192, 256),
+    (jnp.bfloat16, 4096, 4096, 14336),  # Llama 3 8B
+  ],
+)
+def test_wide_models_fit(dtype, rows, width, hidden):
   """Tiles shrink as D grows, by a model of VMEM; beyond it the op refuses.
 
   With the norm and the residual more is in VMEM than without.
   """
-  args = described(512, 8192, 256, dtype, dtype)
+  args = described(rows, width, hidden, dtype, dtype)
   v5e.compile(value_and_gradients(BLOCK), *args)
   with pytest.raises(ValueError, match="feed_forward: .* got D = 100000"):
     jax.eval_shape(KERNEL, *described(512, 100_000, 256, dtype, dtype)[:4])

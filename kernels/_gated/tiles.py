@@ -202,6 +202,8 @@ def backward_bytes(sizes: Sizes, tiles: FeedForwardTiles) -> int:
   weights = sizes.weights * width * cols * one_weight
   inputs = 2 * rows * cols * size * (kept + (not sizes.down))
   temporaries = rows * cols * (3 * size + 3 * 4) + width * cols * 4
+  if sizes.normed:  # x and the gradient of the normed rows, in float32
+    temporaries += 2 * rows * width * 4
   return row_tiles + weights + inputs + temporaries
 
 
