@@ -89,6 +89,17 @@ def test_wide_rows_and_bfloat16(sizes, dtype):
   )
 
 
+def test_tiles_leave_room_for_a_bias():
+  """Whole in VMEM, where XLA may put it and its gradient: Gemma 2B's."""
+  x = jax.ShapeDtypeStruct((8192, 2048), jnp.bfloat16)
+  table = jax.ShapeDtypeStruct((256128, 2048), jnp.bfloat16)
+  of_more, of_less = (
+    LinearCrossEntropyConfig.for_problem(x, table, more=more)
+    for more in (True, False)
+  )
+  assert (of_more.backward_words, of_less.backward_words) == (384, 512)
+
+
 def test_vocabulary_split_over_a_mesh():
   """Each device has columns of the head, and their bias."""
   mesh = jax.make_mesh(

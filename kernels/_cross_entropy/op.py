@@ -78,7 +78,10 @@ def _losses(
   in_this_part = (labels >= first) & (labels < first + valid_vocab)
   labels = jnp.where(in_this_part, labels - first, -1)
   config = p.config or LinearCrossEntropyConfig.for_problem(
-    x, a.embedding, transposed=p.transposed
+    x,
+    a.embedding,
+    transposed=p.transposed,
+    more=a.bias is not None or p.predicts or p.label_smoothing > 0,
   )
   p = dataclasses.replace(p, config=config, vocab_is_split=bool(vocab_axes))
   more = padded_rows(config, n) - n

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .._frame import tpu
-from .memory import backward_bytes, forward_bytes
+from .memory import GRADIENT_COLUMNS, backward_bytes, forward_bytes
 
 Mode = Literal["recompute", "chunked"]
 
@@ -72,11 +72,15 @@ class LinearCrossEntropyConfig:
     mode: Mode = "recompute",
     *,
     transposed: bool = False,
+    more: bool = False,
   ) -> LinearCrossEntropyConfig:
-    """The config that fits x [R, D] and embedding [V, D], or [D, V]."""
+    """The config that fits x [R, D] and embedding [V, D], or [D, V].
+
+    With `more` also a bias, smoothed labels or predictions.
+    """
     (n, d), v = x.shape, embedding.shape[1 if transposed else 0]
     dtypes = x.dtype, embedding.dtype
-    return cls.fitting(n, d, v, *dtypes, mode, transposed=transposed)
+    return cls.fitting(n, d, v, *dtypes, mode, transposed=transposed, more=more)
 
   @classmethod
   def fitting(
@@ -89,6 +93,7 @@ class LinearCrossEntropyConfig:
     mode: Mode = "recompute",
     *,
     transposed: bool = False,
+    more: bool = False,
   ) -> LinearCrossEntropyConfig:
     """The config for x [n, d] and a table [v, d] by a model of VMEM.
 
@@ -103,6 +108,7 @@ class LinearCrossEntropyConfig:
       *(n, d, v, x_dtype, table_dtype),
       keep=mode == "chunked",
       transposed=transposed,
+      more=more,
     )
     best = min(
       (c for c in _candidates(sizes) if _fits(sizes, c)),
@@ -196,10 +202,6 @@ def tiles_of(
   )
 
 
-# Columns of D per product of dE: more would spill, fewer start too often.
-GRADIENT_COLUMNS = 512
-
-
 def for_columns(d: int, body: Callable[[Any], None]) -> None:
   """Calls body(slice) over the columns of D in pieces of at most 512."""
   size = GRADIENT_COLUMNS
@@ -256,6 +258,7 @@ class _Sizes(NamedTuple):
   table_dtype: jnp.dtype
   keep: bool
   transposed: bool
+  more: bool  # a bias, smoothed labels or predictions
 
 
 class _Candidate(NamedTuple):
@@ -312,9 +315,10 @@ def _fits(sizes: _Sizes, c: _Candidate) -> bool:
     sizes.table_dtype,
     keep=sizes.keep,
     blocks=c.blocks,
-    gradient_columns=GRADIENT_COLUMNS,
+    transposed=sizes.transposed,
+    more=sizes.more,
   )
-  return needed <= tpu.KERNEL_VMEM_BYTES and _fits_forward(
+  return needed <= _vmem_bytes(sizes) and _fits_forward(
     sizes, c, min(_VOCAB_BLOCKS)
   )
 
@@ -330,8 +334,14 @@ def _fits_forward(sizes: _Sizes, c: _Candidate, vocab_block: int) -> bool:
     sizes.table_dtype,
     keep=sizes.keep,
     transposed=sizes.transposed,
+    more=sizes.more,
   )
-  return needed <= tpu.KERNEL_VMEM_BYTES
+  return needed <= _vmem_bytes(sizes)
+
+
+def _vmem_bytes(sizes: _Sizes) -> int:
+  """What there is of VMEM: XLA may hold a bias and its gradient there whole."""
+  return tpu.KERNEL_VMEM_BYTES - (2 * 4 * sizes.v if sizes.more else 0)
 
 
 def _cycles(sizes: _Sizes, c: _Candidate) -> float:
