@@ -4,7 +4,9 @@ import sys
 import types
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen, nnx
 from pallas_gemma.kernels import (
@@ -68,12 +70,17 @@ def test_a_mask_of_linens_is_not_lost_in_silence():
   variables = layer.init(nnx.Rngs(0).params(), x)
   out: Any = layer.apply(variables, x)
   assert out.shape == x.shape
-  with pytest.raises(ValueError, match="flash_attention: mask must be None"):
+  with pytest.raises(ValueError, match="mask must be booleans, .* float32"):
     layer.apply(variables, x, mask=linen.make_causal_mask(x[..., 0]))
 
 
-def test_a_bias_is_refused():
+def test_a_bias_is_added_or_refused():
   q = jnp.ones((1, 8, 2, 16))
-  unknown: Any = {"bias": jnp.zeros((1, 2, 8, 8))}
+  bias = jnp.arange(128.0).reshape(1, 2, 8, 8)
+  np.testing.assert_allclose(
+    flash_attention(q, q, q, bias=bias),
+    jax.nn.dot_product_attention(q, q, q, bias=bias),
+    atol=1e-5,
+  )
   with pytest.raises(ValueError, match="flash_attention: bias must be None"):
-    flash_attention(q, q, q, **unknown)
+    flash_attention(q, q, q, bias=bias, implementation="pallas")
