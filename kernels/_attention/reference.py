@@ -33,13 +33,21 @@ def visible(p: Problem, a: Arrays) -> jax.Array:
   (b, t), s, window = a.q.shape[:2], a.k.shape[1], p.window
   if a.window is not None:  # of each batch element, beside [T, S]
     window = a.window[:, 0, None, None], a.window[:, 1, None, None]
-  q, k = (context_order(n, p.context_parts) for n in (t, s))
+  # As traced arrays: of NumPy's the mask would be a constant of the program.
+  q, k = (_order(n, p.context_parts) for n in (t, s))
   mask = visible_pairs(q + p.query_offset, k, p.is_causal, window)
   if a.segments is not None:
     of_q, of_k = a.segments.q[:, :, None], a.segments.k[:, None, :]
     mask = mask & (of_q == of_k) & (of_k != 0)
   mask = jnp.broadcast_to(mask, (b, t, s))
   return mask if a.mask is None else mask[:, None] & a.mask
+
+
+def _order(length: int, parts: int) -> jax.Array:
+  """The place of each token in the order of time."""
+  if parts == 1:
+    return jnp.arange(length)
+  return jnp.asarray(context_order(length, parts))
 
 
 # --- attention ----------------------------------------------------------------
