@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from .._frame.kernel import Saved, kernel_op
 from .._frame.sharding import Axes, Split
-from . import ring_parts
+from . import ring_parts, spans
 from .reference import attention, may_see_nothing
 from .spec import Arrays, Outs, Problem, Segments, has_window
 
@@ -205,9 +205,7 @@ def _forward(attend: Any, p: RingProblem, a: Arrays) -> Outs:
       new = attend(meeting.problem, part)
       if old is None:
         return ring_parts.wide(new)
-      both = ring_parts.merged(
-        p, Outs(old.out[:, rows], old.lse[:, :, rows]), new
-      )
+      both = spans.joined(p, Outs(old.out[:, rows], old.lse[:, :, rows]), new)
       out = old.out.at[:, rows].set(both.out)
       return Outs(out, old.lse.at[:, :, rows].set(both.lse))
 

@@ -45,18 +45,6 @@ def nothing(a: Arrays) -> Outs:
   return Outs(out, lse)
 
 
-def merged(p: Problem, old: Outs, new: Outs) -> Outs:
-  """Attention to two sets of keys, from that to each."""
-  top = jnp.maximum(old.lse, new.lse)
-  top = jnp.where(top > -jnp.inf, top, 0.0)
-  a, b = (jnp.exp2((x.lse - top) * p.to_base_2) for x in (old, new))
-  total = a + b
-  share = jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
-  lse = top + jnp.log2(total) / p.to_base_2
-  a, b = ((x * share).swapaxes(1, 2)[..., None] for x in (a, b))
-  return Outs(old.out * a + new.out * b, lse)
-
-
 # --- by the kernels -----------------------------------------------------------
 
 

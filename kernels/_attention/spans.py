@@ -80,19 +80,19 @@ def merged(run: Run, calls: Sequence[Call], arrays: Arrays) -> Outs:
     new = run(call, part, jnp.float32)
     new = new._replace(lse=call.layout.to_lse(new.lse, part.q.shape))
     old = Outs(out[:, call.queries], lse[:, :, call.queries])
-    both = _merged(call.problem, old, new)
+    both = joined(call.problem, old, new)
     out = out.at[:, call.queries].set(both.out)
     lse = lse.at[:, :, call.queries].set(both.lse)
   return Outs(out.astype(q.dtype), lse)
 
 
-def _merged(p: Problem, old: Outs, new: Outs) -> Outs:
-  """Attention over two sets of keys, from that over each."""
+def joined(p: Problem, old: Outs, new: Outs) -> Outs:
+  """Attention over two sets of keys, from that over each; lse is [B, N, T]."""
   top = jnp.maximum(old.lse, new.lse)
   top = jnp.where(top > -jnp.inf, top, 0.0)
   a, b = (jnp.exp2((o.lse - top) * p.to_base_2) for o in (old, new))
   total = a + b
-  scale = jnp.where(total > 0, 1 / total, 0.0)
+  scale = 1 / jnp.where(total > 0, total, 1.0)  # else a and b are 0, or NaN
   a, b = (jnp.swapaxes(x * scale, 1, 2)[..., None] for x in (a, b))
   lse = top + jnp.log2(total) / p.to_base_2
   return Outs(old.out * a + new.out * b, lse)
