@@ -20,9 +20,8 @@ import tyro
 from .run import measured, sweep
 from .run.job import Job
 from .run.row import Result, Row
-from .show import beside, calibration, compare, files, published, train_step
+from .show import beside, calibration, compare, files, published
 from .show import table as tables
-from .suites import gemma_step
 from .suites.program import Program, suite
 
 SUITES = ("registry", "baselines", "gemma", "others")
@@ -309,6 +308,9 @@ def _calibrate(arguments: Arguments, console: rich.console.Console) -> None:
 
 def _train_step(arguments: Arguments, console: rich.console.Console) -> None:
   """Shows a step of training; exits with 1 if it does not compile."""
+  from .show import train_step
+  from .suites import gemma_step  # the trainer: slow to import
+
   preset = arguments.train_step or ""
   model = arguments.train_model or ("7b" if preset == "report-7b" else "2b")
   try:

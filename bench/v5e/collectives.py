@@ -64,7 +64,8 @@ class Links:
   def __init__(self, module: hlo.Module, places: Sequence[Place], chip: Chip):
     """None so far, of a program for chips at these places."""
     self._module, self._places, self._chip = module, places, chip
-    self._begun: dict[str, tuple[hlo.Instruction, hlo.Instruction, int]] = {}
+    # By channel or name, as each will be when all of it is exposed.
+    self._begun: dict[str, Collective] = {}
     self.met: list[Collective] = []
     self.under_way = InFlight()
 
@@ -74,13 +75,13 @@ class Links:
     if instruction.opcode != "fusion":
       self._meet_alone(instruction, times)
     elif self._has(instruction, "AsyncCollectiveStart"):
-      self._begin(_channel(inner), instruction, inner, times)
+      self._begin(_channel(inner), self._collective(instruction, inner, times))
     elif self._has(instruction, "AsyncCollectiveDone"):
       self._end(_channel(inner))
     elif _channel(inner) in self._begun:
       self.pass_time(self._product_seconds(instruction))
     else:
-      self._add(instruction, inner, times, exposed=None)
+      self.met.append(self._collective(instruction, inner, times))
 
   def pass_time(self, seconds: float) -> None:
     """Lets what is under way go on."""
@@ -94,50 +95,40 @@ class Links:
     return twin
 
   def _meet_alone(self, instruction: hlo.Instruction, times: int) -> None:
+    found = self._collective(instruction, instruction, times)
     if instruction.opcode.endswith("-start"):
-      self._begin(instruction.name, instruction, instruction, times)
+      self._begin(instruction.name, found)
     elif instruction.opcode.endswith("-done"):
       for name in instruction.operands:
         self._end(name)
     elif not instruction.opcode.endswith("-update"):
-      self._add(instruction, instruction, times, exposed=None)
+      self.met.append(found)
 
-  def _begin(
-    self,
-    key: str,
-    instruction: hlo.Instruction,
-    inner: hlo.Instruction,
-    times: int,
-  ) -> None:
-    self._begun[key] = instruction, inner, times
-    self.under_way.remaining[key] = self._move(instruction, inner).seconds
+  def _begin(self, key: str, collective: Collective) -> None:
+    self._begun[key] = collective
+    self.under_way.remaining[key] = collective.seconds
 
   def _end(self, key: str) -> None:
     if key in self._begun:
-      instruction, inner, times = self._begun.pop(key)
       exposed = self.under_way.finish(key)
-      self._add(instruction, inner, times, exposed)
+      begun = self._begun.pop(key)
+      self.met.append(dataclasses.replace(begun, exposed=exposed))
 
-  def _add(
-    self,
-    instruction: hlo.Instruction,
-    inner: hlo.Instruction,
-    times: int,
-    exposed: float | None,
-  ) -> None:
+  def _collective(
+    self, instruction: hlo.Instruction, inner: hlo.Instruction, times: int
+  ) -> Collective:
+    """All of it exposed."""
     move = self._move(instruction, inner)
-    self.met.append(
-      Collective(
-        instruction.name,
-        instruction.opcode,
-        times,
-        sum(array.nbytes for array in instruction.arrays),
-        move.kind,
-        instruction.source or inner.source,
-        move.seconds,
-        move.seconds if exposed is None else exposed,
-        move.is_between_slices,
-      )
+    return Collective(
+      instruction.name,
+      instruction.opcode,
+      times,
+      sum(array.nbytes for array in instruction.arrays),
+      move.kind,
+      instruction.source or inner.source,
+      move.seconds,
+      exposed=move.seconds,
+      between_slices=move.is_between_slices,
     )
 
   def _move(self, instruction: hlo.Instruction, inner: hlo.Instruction) -> Move:

@@ -105,9 +105,7 @@ def estimate_module(
     cut: how it is cut into overlays; None if all of it is loaded already.
     places: of the chips that it runs on, in the order of the program's numbers.
   """
-  module = _Module(module_text, listings, operands or {}, chip, cut)
-  module.links = Links(module.module, places, chip)
-  return module.run()
+  return _Module(module_text, listings, operands or {}, chip, cut, places).run()
 
 
 class _Module:
@@ -118,31 +116,32 @@ class _Module:
     operands: Operands,
     chip: Chip,
     cut: Overlays | None,
+    places: Sequence[Place],
   ):
-    self.module = hlo.parse(text)
+    self._module = hlo.parse(text)
     self._listings, self._operands, self._chip = listings, operands, chip
     self._counted: dict[tuple[str, Part | None], machine.Cycles | None] = {}
     self._twins: dict[str, str] | None = None
     self._flight = InFlight()
-    self.links = Links(self.module, (), chip)
+    self._links = Links(self._module, places, chip)
     self._result = Total()
-    places: Mapping[str, range] = {}
+    lie: Mapping[str, range] = {}
     try:
-      places = {} if cut is None else self._places(cut)
+      lie = {} if cut is None else self._places(cut)
     except listing.ListingError as error:
       # The compiler does not print each of the pieces into which it takes
       # products that it fuses with collectives.
-      if not self.module.fuses_collectives:
+      if not self._module.fuses_collectives:
         raise
       self._note(f"its code is taken as loaded: {error}")
       cut = None
     self._is_cut = cut is not None
-    self._code = CodeSum(cut or WHOLE, places, chip)
+    self._code = CodeSum(cut or WHOLE, lie, chip)
 
   def run(self) -> Total:
-    cycles = self._walk(self.module.entry, 1)
+    cycles = self._walk(self._module.entry, 1)
     self._code.end()
-    self._result.collectives = self.links.met
+    self._result.collectives = self._links.met
     between, result = self._code.between, self._result
     cycles += between.cycles
     result.cycles = round(cycles)
@@ -177,14 +176,14 @@ class _Module:
     """Cycles of one run of a computation that runs `times` times in all."""
     return sum(
       self._step(instruction, times)
-      for instruction in self.module.computations[computation]
+      for instruction in self._module.computations[computation]
     )
 
   def _step(self, instruction: hlo.Instruction, times: int) -> float:
     opcode = instruction.opcode
     base = re.sub(r"-(start|done|update)$", "", opcode)
-    if base in hlo.COLLECTIVES or self.module.communicates(instruction):
-      self.links.meet(instruction, times)
+    if base in hlo.COLLECTIVES or self._module.communicates(instruction):
+      self._links.meet(instruction, times)
       return 0.0
     control: Mapping[str, Callable[..., float]] = {
       "while": self._loop,
@@ -203,7 +202,7 @@ class _Module:
 
   def _loop(self, instruction: hlo.Instruction, times: int) -> float:
     body = instruction.called("body")
-    trips = self.module.trip_count(instruction)
+    trips = self._module.trip_count(instruction)
     if trips is None:
       self._note(f"{instruction.name}: trip count unknown, counted once")
       trips = 1
@@ -211,24 +210,24 @@ class _Module:
       return 0.0
     # What is under way from before the loop uses what its turns leave.
     outside, self._flight = self._flight, InFlight()
-    moving, self.links.under_way = self.links.under_way, InFlight()
+    moving, self._links.under_way = self._links.under_way, InFlight()
     with self._code.loop(instruction.name, trips, times):
       cycles = self._walk(body, times * trips)
     outside.pass_time(trips * self._flight.unused)
-    moving.pass_time(trips * self.links.under_way.unused)
-    self._flight, self.links.under_way = outside, moving
+    moving.pass_time(trips * self._links.under_way.unused)
+    self._flight, self._links.under_way = outside, moving
     return trips * cycles
 
   def _conditional(self, instruction: hlo.Instruction, times: int) -> float:
-    before, flight, links = self._result, self._flight, self.links
+    before, flight, links = self._result, self._flight, self._links
     choices = []
     for branch in instruction.calls:
       self._result, self._flight = Total(), copy.deepcopy(flight)
-      self.links = links.copy()
+      self._links = links.copy()
       with self._code.branch() as route:
         cycles = self._walk(branch, times)
-      choices.append((cycles, self._result, self._flight, self.links, route))
-    cycles, taken, self._flight, self.links, route = max(
+      choices.append((cycles, self._result, self._flight, self._links, route))
+    cycles, taken, self._flight, self._links, route = max(
       choices, key=lambda c: c[0]
     )
     self._code.follow(route)
@@ -269,7 +268,7 @@ class _Module:
     self._result.hbm_bytes += times * step.hbm_bytes
     capacity = cycles.total * self._chip.hbm_bytes_per_cycle
     self._flight.pass_time(max(0.0, capacity - step.hbm_bytes))
-    self.links.pass_time(self._chip.seconds(cycles.total))
+    self._links.pass_time(self._chip.seconds(cycles.total))
     return cycles.total
 
   def _start(self, instruction: hlo.Instruction, times: int) -> float:
@@ -338,13 +337,13 @@ class _Module:
     """The instruction whose listing is that of another: itself or its twin."""
     if name in self._listings:
       return name
-    instruction = self.module.instructions.get(name)
+    instruction = self._module.instructions.get(name)
     if instruction is None:
       return None
     if self._twins is None:
       self._twins = {
-        self.module.signature(known): printed
+        self._module.signature(known): printed
         for printed in self._listings
-        if (known := self.module.instructions.get(printed))
+        if (known := self._module.instructions.get(printed))
       }
-    return self._twins.get(self.module.signature(instruction))
+    return self._twins.get(self._module.signature(instruction))
