@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def start(wanted: bool, environment: Mapping[str, str] = os.environ) -> None:
   address = environment.get(_ADDRESS)
   if not (wanted or address) or jax.distributed.is_initialized():
     return
-  given: dict[str, object] = {}
+  given: dict[str, Any] = {}
   if address:
     numbers = [environment.get(name, "") for name in _NUMBERS]
     if not all(number.isdecimal() for number in numbers):
@@ -59,7 +60,7 @@ def start(wanted: bool, environment: Mapping[str, str] = os.environ) -> None:
   # Of CPUs; there is no other of theirs that is compiled in everywhere.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
-    jax.distributed.initialize(**given)  # type: ignore[arg-type]
+    jax.distributed.initialize(**given)
   except (ValueError, RuntimeError) as error:
     raise UserError(
       f"distributed: cannot join the other processes: {error}; set {_ADDRESS} "

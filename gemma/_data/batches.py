@@ -36,10 +36,14 @@ def training_batches(
       found = batches[step]
       assert found is not None  # only a filter leaves gaps, and there is none
       return found
-    some: list[Any] = [endless[step * batch_size + int(i)] for i in mine]
-    return {name: np.stack([row[name] for row in some]) for name in some[0]}
+    return stacked([endless[step * batch_size + int(i)] for i in mine])
 
   return batch
+
+
+def stacked(rows: list[Any]) -> Batch:
+  """Rows as the batch that they make."""
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Ahead:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grain
 import numpy as np
 
 from .._errors import UserError
+from .batches import stacked
 from .rows import Batch, Rows
 
 
@@ -105,7 +105,6 @@ def mixed_batches(
       for index in range(int(first[text]), int(after[text]))
     ]
     chosen = range(len(wanted)) if mine is None else mine.tolist()
-    some: list[Any] = [endless[wanted[i][0]][wanted[i][1]] for i in chosen]
-    return {name: np.stack([row[name] for row in some]) for name in some[0]}
+    return stacked([endless[wanted[i][0]][wanted[i][1]] for i in chosen])
 
   return batch
