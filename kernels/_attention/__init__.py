@@ -23,6 +23,7 @@ Visible, from query i to key j (positions in the arrays, not `rope`'s):
     prefix_lengths                   j < prefix, beside is_causal
     query_offset                     i is the query's index plus it
     sinks                            one more key, of value 0
+    alibi_slopes                     s_j - slope |i - j|, see `alibi`
 
 Traffic: q, k, v and o once, and backward these, do, dq, dk and dv once; lse is
 one float32 per row, di is recomputed.  With T^2 / 2 visible pairs of H = 256
@@ -62,6 +63,7 @@ Read in this order; each page stands on those before it:
     stores     what lies in stacks, in a scan over layers
     masks      a mask that is an array
     blocks     which keys a block of queries meets, and the mask
+    alibi      logits that fall with the distance
     operands   segment ids and positions, as the kernels have them
     softmax    its steps in a forward kernel, those of decode attention too
     words      copies of [B, T, N, H] as it is, two heads at a time

@@ -44,16 +44,21 @@ class Weights(NamedTuple):
   rope: Rope | None = None
   bias: Any = None  # [B or 1, N or 1, T or 1, S or 1]
   sinks: Any = None  # [N] float32
+  alibi_slopes: Any = None  # [N] float32
 
 
 def problem_of(
   q: Any, k: Any, v: Any, seen: Seen, weights: Weights, **static: Any
 ) -> tuple[Problem, Arrays]:
   """A problem and its arrays; `static` are other fields of the problem."""
-  seen = positions.by_simpler(q, k, seen)
   wide = jnp.promote_types(q.dtype, jnp.float32)
+  alibi = None
+  if weights.alibi_slopes is not None:
+    alibi = jax.lax.stop_gradient(jnp.asarray(weights.alibi_slopes, wide))[None]
+    static["first_position"] = seen.query_offset
+  seen = positions.by_simpler(q, k, seen)
   arrays = Arrays(q, k, v, segments_of(seen.segment_ids), bias=weights.bias)
-  arrays = arrays._replace(sinks=weights.sinks)
+  arrays = arrays._replace(sinks=weights.sinks, alibi=alibi)
   static |= {"is_causal": seen.is_causal, "soft_cap": weights.soft_cap}
   scale, rope = weights.scale, weights.rope
   if is_traced(scale):

@@ -36,6 +36,7 @@ from .._frame.kernel import Saved
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
 from . import (
+  alibi,
   blocks,
   finite,
   masks,
@@ -190,7 +191,11 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   q = _taken(block.call, i.q, s.q, here)
   dout = _taken(block.call, i.dout, s.dout, here)
   logits = block.logits(tpu.dot(k, q, tpu.NT))
-  weights = jnp.exp2((logits - s.lse[:, here]) * p.to_base_2)
+  biased = logits
+  if i.alibi is not None:
+    of_keys = tile.key0, tile.width
+    biased += alibi.of_rows_beside(block, i.alibi, here, *of_keys)
+  weights = jnp.exp2((biased - s.lse[:, here]) * p.to_base_2)
   if tile.masked:
     mask = _mask(block, i, s, tile, logits.shape)
     weights = jnp.where(mask, weights, 0.0)
@@ -291,8 +296,9 @@ def _run(
   rope, rope_specs = operands.rope_operands(call, a)
   words, of_words = masks.operands_of(call, a.masks)
   plan = masks.plan_of(call, a.masks and a.masks.backward)
-  of_lanes = lane, lane, id_specs, rope_specs, of_words
-  inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope, words)
+  slopes, of_slopes = alibi.operands_of(call, a.alibi, a.q.shape[0], True)
+  of_lanes = lane, lane, id_specs, rope_specs, of_words, of_slopes
+  inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope, words, slopes)
   specs = Inputs(row, whole, whole, row, row, *of_lanes)
   refs, specs, layer = stores.read(places, inputs, specs)
   (gradients,) = pl.pallas_call(

@@ -18,16 +18,17 @@ from .._frame.check import (
   as_floats,
   as_integers,
   as_number,
+  as_scalar,
   as_segment_ids,
   as_whole_number,
   check_positive,
   check_shape,
   is_traced,
 )
-from .arguments import Seen
+from .arguments import Seen, Weights
 from .ring_order import check_parts
 from .shapes import LayoutName, to_btnh
-from .spec import Segments
+from .spec import Segments, default_scale
 
 _LETTERS = {  # of queries and of keys
   "BTNH": ("[B, T, N, H]", "[B, S, K, H]"),
@@ -257,6 +258,21 @@ def as_seen(op: str, q: Any, k: Any, given: Seen, parts: int) -> Seen:
   )
 
 
+def as_weights(
+  op: str, q: Any, k: Any, given: Weights, query_offset: Any
+) -> Weights:
+  """What makes weights of products, checked; the rotation is already."""
+  scale = given.scale
+  return Weights(
+    default_scale(q) if scale is None else as_scalar(op, "scale", scale),
+    as_cap(op, given.soft_cap),
+    given.rope,
+    as_bias(op, given.bias, q, k),
+    as_sinks(op, given.sinks, q),
+    as_slopes(op, given.alibi_slopes, q, query_offset),
+  )
+
+
 def as_sinks(op: str, sinks: Any, q: Any) -> jax.Array | None:
   """[N] float32."""
   if sinks is None:
@@ -264,6 +280,19 @@ def as_sinks(op: str, sinks: Any, q: Any) -> jax.Array | None:
   (sinks,) = as_floats(op, sinks=sinks)
   check_shape(op, "sinks", sinks, q.shape[2:3], "[N]")
   return sinks.astype(jnp.float32)
+
+
+def as_slopes(op: str, slopes: Any, q: Any, offset: Any) -> jax.Array | None:
+  """[N] float32."""
+  if slopes is None:
+    return None
+  (slopes,) = as_floats(op, alibi_slopes=slopes)
+  check_shape(op, "alibi_slopes", slopes, q.shape[2:3], "[N]")
+  if not isinstance(offset, int | np.integer):
+    raise ValueError(
+      f"{op}: query_offset must be an integer with alibi_slopes, got an array"
+    )
+  return slopes.astype(jnp.float32)
 
 
 def of_one_head_size(

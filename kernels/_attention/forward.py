@@ -27,6 +27,7 @@ from .._frame import tpu
 from .._frame.manual import varying_like
 from .._sincos import phases, rotate
 from . import (
+  alibi,
   blocks,
   finite,
   masks,
@@ -51,6 +52,7 @@ class Inputs(NamedTuple):
   segments: operands.SegmentRefs | None
   rope: operands.RopeRefs | None
   mask: Any  # [S / 4096, block_q or R, LANES] int32, see `masks`
+  alibi: alibi.Refs | None
 
 
 class Outputs(NamedTuple):
@@ -196,6 +198,8 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
     width = product.shape[1]
     v = i.v[pl.ds(keys.key0, width), :]
     logits = block.logits(product)
+    if i.alibi is not None:
+      logits += alibi.of_rows_below(block, i.alibi, g, keys.key0, width)
     if keys.masked:
       mask = _mask(block, i, s, g, keys.key0, logits.shape)
       logits = jnp.where(mask, logits, MASKED)
@@ -280,7 +284,9 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   bounds, ids, id_specs = operands.segment_operands(call, arrays.segments)
   rope, rope_specs = operands.rope_operands(call, arrays)
   words, word_spec = masks.operands_of(call, arrays.masks)
-  inputs = Inputs(q, k, v, ids, rope, words)
+  slopes, slope_specs = alibi.operands_of(call, arrays.alibi, batch, False)
+  inputs = Inputs(q, k, v, ids, rope, words, slopes)
+  lanes = id_specs, rope_specs, word_spec, slope_specs
   plan = masks.plan_of(call, arrays.masks and arrays.masks.forward)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
@@ -288,9 +294,7 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=call.layout.grid(batch, pl.cdiv(call.t, call.block_q)),
-      in_specs=[
-        Inputs(specs.q, specs.k, specs.k, id_specs, rope_specs, word_spec)
-      ],
+      in_specs=[Inputs(specs.q, specs.k, specs.k, *lanes)],
       out_specs=[Outputs(specs.q, specs.lanes)],
       scratch_shapes=[_state(call, inputs, out_dtype)],
     ),

@@ -64,6 +64,7 @@ class Sizes:
     has_pairs: whether two kv heads come together, as words; see `words`.
     is_partial: whether gradients are float32; see `Problem`.
     mask: of a mask that is an array.
+    has_alibi: whether logits fall with the distance.
   """
 
   t: int
@@ -79,6 +80,7 @@ class Sizes:
   has_pairs: bool = False
   is_partial: bool = False
   mask: MaskShape | None = None
+  has_alibi: bool = False
 
   @classmethod
   def of(cls, q: Any, k: Any) -> Sizes:
@@ -98,6 +100,7 @@ class Sizes:
       is_rotated=a.positions is not None,
       is_partial=p.is_partial,
       mask=_mask_shape(a),
+      has_alibi=a.alibi is not None,
     )
 
   @property
@@ -168,6 +171,8 @@ def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
     fixed, per_key = fixed + q, per_key + x.kv_heads_inside * h * x.itemsize
   of_mask = x.mask_bytes(config.block_q)
   fixed, per_key = fixed + of_mask[0], per_key + of_mask[1]
+  if x.has_alibi:  # a slope and a query of each row, in two buffers
+    fixed += 4 * rows * tpu.LANES * 4
   spilled_tiles = 6 if x.is_float32 else 3
   return fixed + spilled_tiles * rows * config.block_kv * 4, per_key
 

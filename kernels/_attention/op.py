@@ -15,7 +15,6 @@ from .._frame import room, switches
 from .._frame.check import (
   Implementation,
   as_array,
-  as_scalar,
   check_config,
   check_implementation,
 )
@@ -27,13 +26,11 @@ from . import masks, problems, ring, rotation, tiles
 from .arguments import Seen, Weights, problem_of
 from .backward import backward
 from .door import (
-  as_bias,
-  as_cap,
   as_parts,
   as_qkv,
   as_rope,
   as_seen,
-  as_sinks,
+  as_weights,
   check_layout,
   of_one_head_size,
 )
@@ -57,7 +54,6 @@ from .spec import (
   SegmentIds,
   Segments,
   Window,
-  default_scale,
 )
 from .stores import stored
 from .tiles import FlashAttentionConfig
@@ -96,6 +92,7 @@ def _split(p: Problem, a: Arrays) -> Split:
       base=None if a.base is None else "B",
       sinks=None if a.sinks is None else "N",
       mask=None if a.mask is None else _mask_letters(a),
+      alibi=None if a.alibi is None else "-N",
     ),
     Outs("BTNH", "BNT" if p.return_lse else None),
     over="BTN",
@@ -130,12 +127,8 @@ def _attended(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
     whole = dataclasses.replace(p, context_parts=1)
     outs = _attended(op, whole, in_time(a, p.context_parts), axes)
     return in_context(outs, p.context_parts)
-  if ring_axes and (a.mask is not None or p.query_offset):
-    shape = None if a.mask is None else a.mask.shape
-    raise ValueError(
-      f"flash_attention: with T split over {ring_axes}, mask must be None and "
-      f"query_offset 0, got {shape} and {p.query_offset}"
-    )
+  if ring_axes:
+    ring.check(p, a, ring_axes)
   p, a = masks.folded(p, _with_own_kv_heads(a, axes))
   if not p.scale > 0:  # the kernels take a maximum before they scale
     sign = np.sign(p.scale).astype(a.q.dtype)
@@ -231,6 +224,7 @@ def flash_attention(
   query_offset: int | jax.Array = 0,
   prefix_lengths: jax.Array | None = None,
   chunk_size: int | None = None,
+  alibi_slopes: jax.Array | None = None,
   implementation: Implementation = None,
   config: FlashAttentionConfig | None = None,
 ) -> Any:
@@ -299,6 +293,9 @@ def flash_attention(
       leaves visible; by a mask [B, 1, T, S].
     chunk_size: a query sees keys of its own chunk of so many positions alone;
       by segment ids, and with segment_ids by a mask [1, 1, T, S].
+    alibi_slopes: [N] floats: slope |i - j| is subtracted from a head's logits,
+      after the soft cap, i and j being the positions of query and key that
+      is_causal knows of, in one segment or several.  They have no gradient.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes; None picks them from the shape.
@@ -321,15 +318,10 @@ def flash_attention(
   rope, q, k = rotated_apart(rope, rotate, q, k)
   parts = as_parts(op, context_parts, q, k)
   ids, window = segment_ids, local_window_size
-  given = Seen(is_causal, ids, window, mask, query_offset, prefix_lengths)
-  seen = as_seen(op, q, k, given._replace(chunk_size=chunk_size), parts)
-  weights = Weights(
-    default_scale(q) if scale is None else as_scalar(op, "scale", scale),
-    as_cap(op, logits_soft_cap),
-    rope,
-    as_bias(op, bias, q, k),
-    as_sinks(op, sinks, q),
-  )
+  seen = Seen(is_causal, ids, window, mask, query_offset, prefix_lengths)
+  seen = as_seen(op, q, k, seen._replace(chunk_size=chunk_size), parts)
+  weights = Weights(scale, logits_soft_cap, rope, bias, sinks, alibi_slopes)
+  weights = as_weights(op, q, k, weights, query_offset)
   value_size = v.shape[3]
   q, k, v = of_one_head_size(q, k, v)
   problem, arrays = problem_of(

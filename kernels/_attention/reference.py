@@ -43,6 +43,13 @@ def visible(p: Problem, a: Arrays) -> jax.Array:
   return mask if a.mask is None else mask[:, None] & a.mask
 
 
+def penalties(p: Problem, a: Arrays) -> jax.Array:
+  """What ALiBi adds to the logits: [1, N, T, S]."""
+  q, k = (_order(n, p.context_parts) for n in (a.q.shape[1], a.k.shape[1]))
+  distance = jnp.abs(q[:, None] + p.first_position - k)
+  return -a.alibi[..., None, None] * distance
+
+
 def _order(length: int, parts: int) -> jax.Array:
   """The place of each token in the order of time."""
   if parts == 1:
@@ -131,9 +138,11 @@ def attention(p: Problem, a: Arrays) -> Outs:
   if a.segments is not None:
     bias = nan_by_finiteness(q, k, v)
     q, k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v))
-  if a.bias is not None:
-    given = by_kv_head(a.bias, k.shape[2])
-    bias = given if bias is None else bias + given
+  given = None if a.alibi is None else penalties(p, a)
+  for added in (a.bias, given):
+    if added is not None:
+      added = by_kv_head(added, k.shape[2])
+      bias = added if bias is None else bias + added
   mask = visible(p, a)
   outs = masked_attention(q, k, v, mask, scale, p.soft_cap, bias, a.sinks)
   if may_see_nothing(p, a):
@@ -232,6 +241,7 @@ def flash_attention_reference(
   query_offset: int | jax.Array = 0,
   prefix_lengths: jax.Array | None = None,
   chunk_size: int | None = None,
+  alibi_slopes: jax.Array | None = None,
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
   q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
@@ -249,7 +259,7 @@ def flash_attention_reference(
       prefix_lengths,
       chunk_size,
     ),
-    Weights(scale, logits_soft_cap, rope, bias, sinks),
+    Weights(scale, logits_soft_cap, rope, bias, sinks, alibi_slopes),
     return_lse=return_lse,
     context_parts=context_parts,
   )

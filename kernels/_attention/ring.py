@@ -311,6 +311,17 @@ _ring = kernel_op(
 )
 
 
+def check(p: Problem, a: Arrays, axes: Axes) -> None:
+  """Refuses what no ring goes with: it would be of rows and keys of all."""
+  given = {"mask": a.mask, "alibi_slopes": a.alibi}
+  names = [name for name, x in given.items() if x is not None]
+  if names or p.query_offset:
+    raise ValueError(
+      f"flash_attention: with T split over {axes}, {' and '.join(given)} must "
+      f"be None and query_offset 0, got {names} and {p.query_offset}"
+    )
+
+
 def attend(p: Problem, a: Arrays, axes: Axes) -> Outs:
   """One device's part of attention over a mesh whose `axes` split T and S.
 

@@ -76,9 +76,10 @@ def reordered(
 
 def in_time(a: Any, parts: int) -> Any:
   """The arrays, [B, T, ...], back in the order of time."""
-  tokens = a._replace(scale=None, window=None, base=None)
+  of_none = ("scale", "window", "base", "alibi")
+  tokens = a._replace(**dict.fromkeys(of_none))
   tokens = jax.tree.map(lambda x: reordered(x, parts, 1, inverse=True), tokens)
-  return tokens._replace(scale=a.scale, window=a.window, base=a.base)
+  return tokens._replace(**{name: getattr(a, name) for name in of_none})
 
 
 def in_context(outs: Any, parts: int) -> Any:

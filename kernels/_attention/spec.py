@@ -48,6 +48,7 @@ class Arrays(NamedTuple):
   mask: Any = None  # [B or 1, N or 1, T, S] booleans
   bias: Any = None  # [B or 1, N or 1, T or 1, S or 1]
   sinks: Any = None  # [N] float32
+  alibi: Any = None  # [B or 1, N] float32: slopes, without gradient
   masks: Any = None  # what kernels have in the place of `mask`, see `masks`
 
 
@@ -114,6 +115,8 @@ class Problem(Logits):
     is_causal: query i sees keys up to i.
     window: (left, right), both inclusive; or None, and it may be an array.
     query_offset: position of the first query among the keys.
+    first_position: the same for ALiBi, also where a mask has taken the place of
+      `query_offset`.
     base_frequency: of the rotation, if positions come along without a base.
     return_lse: whether the log of the sum of exponentials is a result.
     gives_mean: whether a query that sees no key gives the mean of all values,
@@ -129,6 +132,7 @@ class Problem(Logits):
   is_causal: bool = False
   window: tuple[int, int] | None = None
   query_offset: int = 0
+  first_position: int = 0
   base_frequency: float = 10_000.0
   return_lse: bool = False
   gives_mean: bool = False
