@@ -130,7 +130,7 @@ def test_forms_of_its_arguments():
       "key_value_seq_lengths must be integers",
     ),
     ({"implementation": "cudnn"}, "implementation must be"),
-    ({"dropout_rate": 0.1, "deterministic": False}, "dropout_rate must be 0"),
+    ({"dropout_rate": 0.1, "deterministic": False}, "dropout_rng must be a"),
     ({"module": object()}, "module must be None"),
     (
       {"bias": jnp.ones((1, 1, T, S)), "implementation": "pallas"},
@@ -146,7 +146,7 @@ def test_the_rest_is_refused_in_words(kwargs, message):
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("library", ["nnx", "linen"])
 def test_is_flax_attention_fn(library):
-  """A mask of numbers is not dropped, nor is dropout."""
+  """A mask of numbers is not lost, nor is dropout."""
   x = jnp.asarray(RNG.standard_normal((2, 7, 8)), jnp.float32)
   padding = jnp.asarray([[1] * 7, [1] * 3 + [0] * 4])
   mask = flax.linen.combine_masks(
@@ -176,5 +176,5 @@ def test_is_flax_attention_fn(library):
   want = run(module.dot_product_attention, deterministic=True)
   got = run(dot_product_attention, deterministic=True)
   np.testing.assert_allclose(got, want, atol=1e-5)
-  with pytest.raises(ValueError, match="dropout_rate must be 0"):
-    run(dot_product_attention, deterministic=False)
+  dropped = run(dot_product_attention, deterministic=False)
+  assert np.isfinite(dropped).all() and np.abs(dropped - got).max() > 1e-3

@@ -23,6 +23,7 @@ Visible, from query i to key j (positions in the arrays, not `rope`'s):
     prefix_lengths                   j < prefix, beside is_causal
     query_offset                     i is the query's index plus it
     sinks                            one more key, of value 0
+    dropout_rate                     p_j 0 or over 1 - rate, lse as without it
     alibi_slopes                     s_j - slope |i - j|, see `alibi`
 
 Traffic: q, k, v and o once, and backward these, do, dq, dk and dv once; lse is
@@ -65,6 +66,7 @@ Read in this order; each page stands on those before it:
     blocks     which keys a block of queries meets, and the mask
     alibi      logits that fall with the distance
     operands   segment ids and positions, as the kernels have them
+    dropout    which weights are dropped
     softmax    its steps in a forward kernel, those of decode attention too
     words      copies of [B, T, N, H] as it is, two heads at a time
     pairs      what comes and goes around a grid step of two kv heads

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._frame.check import is_traced
 from .._rope import Rope
-from . import positions
+from . import dropout, positions
 from .spec import (
   Arrays,
   Problem,
@@ -36,6 +36,14 @@ class Seen(NamedTuple):
   chunk_size: int | None = None
 
 
+class Drop(NamedTuple):
+  """Dropout of weights; none at rate 0."""
+
+  rate: float = 0.0
+  seed: Any = None  # an integer scalar
+  is_shared: bool = False  # by the batch and the heads
+
+
 class Weights(NamedTuple):
   """What makes weights of products, likewise."""
 
@@ -45,6 +53,7 @@ class Weights(NamedTuple):
   bias: Any = None  # [B or 1, N or 1, T or 1, S or 1]
   sinks: Any = None  # [N] float32
   alibi_slopes: Any = None  # [N] float32
+  drop: Drop = Drop()
 
 
 def problem_of(
@@ -59,6 +68,10 @@ def problem_of(
   seen = positions.by_simpler(q, k, seen)
   arrays = Arrays(q, k, v, segments_of(seen.segment_ids), bias=weights.bias)
   arrays = arrays._replace(sinks=weights.sinks, alibi=alibi)
+  rate, seed, is_shared = weights.drop
+  if rate:
+    words = dropout.words(seed, q, k, is_shared)
+    arrays, static["dropout_rate"] = arrays._replace(dropout=words), rate
   static |= {"is_causal": seen.is_causal, "soft_cap": weights.soft_cap}
   scale, rope = weights.scale, weights.rope
   if is_traced(scale):

@@ -38,6 +38,7 @@ from .._sincos import phases, rotate
 from . import (
   alibi,
   blocks,
+  dropout,
   finite,
   masks,
   memory,
@@ -140,6 +141,8 @@ def _take_statistics(call: Call, i: Inputs, s: State) -> None:
   lse = i.lse[...]
   s.lse[...] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
   s.di[...] -= _lse_part_of_di(call.problem, i)
+  if i.dropout is not None:  # what multiplies the kept is left for the end
+    s.di[...] *= 1 / call.problem.kept_scale
   if i.segments is not None:
     s.lse[...], s.di[...] = finite.nan_in_lse(s.lse[...], s.di[...])
 
@@ -199,8 +202,10 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   if tile.masked:
     mask = _mask(block, i, s, tile, logits.shape)
     weights = jnp.where(mask, weights, 0.0)
-  dv = tpu.dot(weights.astype(dout.dtype), dout, tpu.NN)
-  dlogits = weights * _minus_di(tpu.dot(v, dout, tpu.NT), s, here)
+  drop = _drop(block, i, tile, here)
+  dv = tpu.dot(drop(weights).astype(dout.dtype), dout, tpu.NN)
+  dweights = drop(tpu.dot(v, dout, tpu.NT))
+  dlogits = weights * _minus_di(dweights, s, here)
   dproducts = _through_soft_cap(p, logits, dlogits).astype(q.dtype)
   dk = tpu.dot(dproducts, q, tpu.NN)
   dq_transposed = tpu.dot(k, dproducts, tpu.TN)
@@ -229,6 +234,15 @@ def _mask(
     rows = i.segments.rows[:, pl.ds(tile.row0, shape[1])]
     ids = blocks.TileIds(rows, tpu.across(keys, shape[1]))
   return blocks.visible(block, shape, 1, tile.row0, tile.key0, ids)
+
+
+def _drop(block: blocks.Block, i: Inputs, tile: Tile, here: Any) -> Any:
+  """Makes 0 of what dropout drops of a tile."""
+  if i.dropout is None:
+    return lambda tile: tile
+  at = here, tile.key0, tile.width
+  is_kept = dropout.of_rows_beside(block.call, i.dropout, *at)
+  return lambda tile: jnp.where(is_kept, tile, 0.0)
 
 
 def _minus_di(dweights: jax.Array, s: State, here: Any) -> jax.Array:
@@ -270,11 +284,14 @@ def _dk_and_dv(
     dk *= block.scale
   if s.sin is not None:
     dk = _rotate_back(dk, s.sin[place[-2:]], s.cos[place[-2:]])
-  return dk, s.dv[place]
+  dv = s.dv[place]
+  if block.call.problem.dropout_rate:
+    dv *= block.call.problem.kept_scale
+  return dk, dv
 
 
 def _scaled(p: Problem, sums: jax.Array) -> jax.Array:
-  return sums * p.scale
+  return sums * (p.scale * p.kept_scale)
 
 
 def _rotate_back(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
@@ -297,8 +314,10 @@ def _run(
   words, of_words = masks.operands_of(call, a.masks)
   plan = masks.plan_of(call, a.masks and a.masks.backward)
   slopes, of_slopes = alibi.operands_of(call, a.alibi, a.q.shape[0], True)
-  of_lanes = lane, lane, id_specs, rope_specs, of_words, of_slopes
-  inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, ids, rope, words, slopes)
+  drop, of_drop = dropout.operands_of(call, a.dropout)
+  of_lanes = lane, lane, id_specs, rope_specs, of_words, of_slopes, of_drop
+  others = ids, rope, words, slopes, drop
+  inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, *others)
   specs = Inputs(row, whole, whole, row, row, *of_lanes)
   refs, specs, layer = stores.read(places, inputs, specs)
   (gradients,) = pl.pallas_call(

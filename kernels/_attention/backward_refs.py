@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from .._sincos import width
-from . import alibi, departure, masks, operands, pairs
+from . import alibi, departure, dropout, masks, operands, pairs
 from .tiles import Call
 
 
@@ -26,6 +26,7 @@ class Inputs(NamedTuple):
   rope: operands.RopeRefs | None
   mask: Any  # [S / 4096, block_q or R, LANES] int32, see `masks`
   alibi: alibi.Refs | None
+  dropout: dropout.Refs | None
 
 
 class Outputs(NamedTuple):

@@ -21,11 +21,12 @@ from .._frame.check import (
   as_scalar,
   as_segment_ids,
   as_whole_number,
+  check_integers,
   check_positive,
   check_shape,
   is_traced,
 )
-from .arguments import Seen, Weights
+from .arguments import Drop, Seen, Weights
 from .ring_order import check_parts
 from .shapes import LayoutName, to_btnh
 from .spec import Segments, default_scale
@@ -270,7 +271,29 @@ def as_weights(
     as_bias(op, given.bias, q, k),
     as_sinks(op, given.sinks, q),
     as_slopes(op, given.alibi_slopes, q, query_offset),
+    given.drop,
   )
+
+
+def as_drop(op: str, rate: Any, seed: Any, is_shared: bool = False) -> Drop:
+  """A rate from 0 to below 1, and the 32 bits of a seed."""
+  rate = as_number(op, "dropout_rate", rate)
+  if not 0 <= rate < 1:
+    raise ValueError(
+      f"{op}: dropout_rate must be at least 0 and below 1, got {rate}"
+    )
+  if not rate:
+    return Drop()
+  if isinstance(seed, int) and not isinstance(seed, bool):
+    seed = np.uint32(seed % 2**32)
+  if seed is None or jnp.shape(seed):
+    raise ValueError(
+      f"{op}: dropout_seed must be an integer scalar with dropout_rate {rate}, "
+      f"got {'None' if seed is None else jnp.shape(seed)}"
+    )
+  seed = as_array(op, "dropout_seed", seed)
+  check_integers(op, "dropout_seed", seed)
+  return Drop(rate, seed, is_shared)
 
 
 def as_sinks(op: str, sinks: Any, q: Any) -> jax.Array | None:

@@ -23,8 +23,8 @@ from .._frame.check import (
   check_implementation,
   check_shape,
 )
-from .arguments import Seen, Weights, problem_of
-from .door import as_bias, as_mask, as_qkv, as_window
+from .arguments import Drop, Seen, Weights, problem_of
+from .door import as_bias, as_drop, as_mask, as_qkv, as_window
 from .op import attend
 from .spec import Segments, Window
 from .tiles import FlashAttentionConfig
@@ -92,9 +92,10 @@ def dot_product_attention(
       the computation is lowered for TPU and plain jnp elsewhere.
     return_residual: also return the log of the sum of exponentials.
     config: tile sizes; None picks them from the shape.
-    broadcast_dropout: of flax; has no effect without dropout.
-    dropout_rng: of flax, likewise.
-    dropout_rate: of flax; more than 0 is refused unless `deterministic`.
+    broadcast_dropout: of flax: whether batch and heads drop the same weights.
+    dropout_rng: of flax: a key of `jax.random`, from which the seed is drawn.
+    dropout_rate: of flax: the part of the weights that is dropped, in the
+      kernels; what is kept is divided by 1 - dropout_rate.
     deterministic: of flax: True is without dropout.
     dtype: of flax: what query, key and value are cast to; None leaves them.
     precision: of flax.  Products of float32 are float32 and those of bfloat16
@@ -113,12 +114,12 @@ def dot_product_attention(
   Raises:
     ValueError: on wrong shapes, dtypes or values, and on what it cannot do.
   """
-  del broadcast_dropout, dropout_rng, precision, force_fp32_for_softmax
+  del precision, force_fp32_for_softmax
   check_implementation(_OP, implementation)
   check_config(_OP, config, FlashAttentionConfig)
   products = einsum_dot_general, qk_attn_weights_einsum
   _refuse(module, *products, attn_weights_value_einsum)
-  _check_dropout(dropout_rate, deterministic)
+  drop = _drop(dropout_rate, dropout_rng, deterministic, broadcast_dropout)
   if promote_dtype is not None:
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
   q, k, v = _with_batch(dtype, query, key, value)
@@ -132,7 +133,7 @@ def dot_product_attention(
   problem, arrays = problem_of(
     *(q, k, v),
     Seen(bool(is_causal), _segments(lengths, q, k), window, mask),
-    Weights(scale, bias=bias),
+    Weights(scale, bias=bias, drop=drop),
     return_lse=bool(return_residual),
     gives_mean=True,
     implementation=implementation,
@@ -165,11 +166,16 @@ def _refuse(*values: Any) -> None:
       )
 
 
-def _check_dropout(rate: Any, deterministic: Any) -> None:
-  if as_number(_OP, "dropout_rate", rate) > 0 and not deterministic:
+def _drop(rate: Any, rng: Any, deterministic: Any, is_shared: Any) -> Drop:
+  """Dropout, if there is any."""
+  if deterministic or not as_number(_OP, "dropout_rate", rate):
+    return Drop()
+  if rng is None:
     raise ValueError(
-      f"{_OP}: dropout_rate must be 0 unless deterministic, got {rate}"
+      f"{_OP}: dropout_rng must be a key with dropout_rate {rate}, got None"
     )
+  seed = jax.random.bits(rng, (), jnp.uint32)
+  return as_drop(_OP, rate, seed, bool(is_shared))
 
 
 def _with_batch(dtype: Any, *arrays: Any) -> list[jax.Array]:

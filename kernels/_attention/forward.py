@@ -29,6 +29,7 @@ from .._sincos import phases, rotate
 from . import (
   alibi,
   blocks,
+  dropout,
   finite,
   masks,
   memory,
@@ -53,6 +54,7 @@ class Inputs(NamedTuple):
   rope: operands.RopeRefs | None
   mask: Any  # [S / 4096, block_q or R, LANES] int32, see `masks`
   alibi: alibi.Refs | None
+  dropout: dropout.Refs | None
 
 
 class Outputs(NamedTuple):
@@ -69,6 +71,7 @@ class State(NamedTuple):
   total: Any  # [R, LANES] sum of the weights so far, a part in every lane
   acc: Any  # [R, H] sum of the weighted values so far
   ids: Any  # [R, LANES] segment ids by row, equal in all lanes; or None
+  words: Any  # [R, LANES] of dropout, likewise; or None
   q: Any  # [R, H] rotated; or None
   k: Any  # [S, H] rotated as far as the grid has come; or None; of pairs two
   pairs: pairs.Scratch | None
@@ -126,6 +129,8 @@ def _take(block: blocks.Block, i: Inputs, s: State) -> None:
     )
     pl.when(first)(clear)
     s.ids[...] = tpu.lanes_to_column(i.segments.rows[...])
+  if i.dropout is not None:
+    s.words[...] = tpu.lanes_to_column(i.dropout.rows[...])
   if i.rope is not None:
     sin, cos = phases(i.rope.positions[...], i.rope.timescale[...])
     # Keys before the queries' own have been rotated by earlier grid steps.
@@ -210,6 +215,10 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
     s.m[g, :] = m
     weights = jnp.exp2((logits - tpu.across(m, width)) * p.to_base_2)
     total = sum_by_lane(weights)
+    if i.dropout is not None:
+      at = s.words[g, :], keys.key0, width
+      kept = dropout.of_rows_below(call, i.dropout, *at)
+      weights = jnp.where(kept, weights, 0.0)
     acc = tpu.dot(weights.astype(v.dtype), v, tpu.NN)
     if before is not None:
       decay = jnp.exp2((before - m) * p.to_base_2)
@@ -255,6 +264,8 @@ def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   totals = [jnp.sum(s.total[r, :], axis=1, keepdims=True) for r in parts]
   for r, total in zip(parts, totals, strict=True):
     inverse = reciprocal(total, o.out.dtype)
+    if p.dropout_rate:
+      inverse *= p.kept_scale
     if may_see_nothing:
       inverse = jnp.where(s.m[r, :1] <= MASKED / 2, 0.0, inverse)
     out.store(int(r.start), s.acc[r, :] * inverse)
@@ -285,8 +296,9 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   rope, rope_specs = operands.rope_operands(call, arrays)
   words, word_spec = masks.operands_of(call, arrays.masks)
   slopes, slope_specs = alibi.operands_of(call, arrays.alibi, batch, False)
-  inputs = Inputs(q, k, v, ids, rope, words, slopes)
-  lanes = id_specs, rope_specs, word_spec, slope_specs
+  drop, drop_specs = dropout.operands_of(call, arrays.dropout)
+  inputs = Inputs(q, k, v, ids, rope, words, slopes, drop)
+  others = id_specs, rope_specs, word_spec, slope_specs, drop_specs
   plan = masks.plan_of(call, arrays.masks and arrays.masks.forward)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
@@ -294,7 +306,7 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=call.layout.grid(batch, pl.cdiv(call.t, call.block_q)),
-      in_specs=[Inputs(specs.q, specs.k, specs.k, *lanes)],
+      in_specs=[Inputs(specs.q, specs.k, specs.k, *others)],
       out_specs=[Outputs(specs.q, specs.lanes)],
       scratch_shapes=[_state(call, inputs, out_dtype)],
     ),
@@ -324,6 +336,7 @@ def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
     total=by_row,
     acc=pltpu.VMEM((call.rows, h), jnp.float32),
     ids=None if i.segments is None else ids,
+    words=None if i.dropout is None else ids,
     q=None if i.rope is None else pltpu.VMEM((call.rows, h), i.q.dtype),
     k=None if i.rope is None else pltpu.VMEM(keys, i.k.dtype),
     pairs=pairs.scratch(call, 1, i.q.dtype, out_dtype),

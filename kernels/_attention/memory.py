@@ -65,6 +65,7 @@ class Sizes:
     is_partial: whether gradients are float32; see `Problem`.
     mask: of a mask that is an array.
     has_alibi: whether logits fall with the distance.
+    has_dropout: whether some weights are dropped.
   """
 
   t: int
@@ -81,6 +82,7 @@ class Sizes:
   is_partial: bool = False
   mask: MaskShape | None = None
   has_alibi: bool = False
+  has_dropout: bool = False
 
   @classmethod
   def of(cls, q: Any, k: Any) -> Sizes:
@@ -101,6 +103,7 @@ class Sizes:
       is_partial=p.is_partial,
       mask=_mask_shape(a),
       has_alibi=a.alibi is not None,
+      has_dropout=a.dropout is not None,
     )
 
   @property
@@ -167,6 +170,8 @@ def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   fixed, per_key = x.copies * (q + out) + state, x.key_bytes
   if x.has_segments:  # by row, and those of keys in two buffers
     fixed, per_key = fixed + rows * tpu.LANES * 4, per_key + 2 * 4
+  if x.has_dropout:  # likewise
+    fixed, per_key = fixed + rows * tpu.LANES * 4, per_key + 2 * 4
   if x.is_rotated:  # q and k, rotated
     fixed, per_key = fixed + q, per_key + x.kv_heads_inside * h * x.itemsize
   of_mask = x.mask_bytes(config.block_q)
@@ -189,8 +194,7 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   per_key = x.key_bytes + x.kv_heads_inside * 2 * (leaving + 4) * h
   # A span of a window may end anywhere.
   is_ragged = x.t % config.block_q_bwd != 0 or x.has_window
-  if x.has_segments:
-    per_key += 2 * 4
+  per_key += (x.has_segments + x.has_dropout) * 2 * 4
   if x.is_rotated:  # k rotated, and the sine and cosine
     per_key += x.kv_heads_inside * h * x.itemsize
     per_key += 2 * tpu.lanes(width(x.head_size)) * 4
@@ -199,7 +203,7 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   if x.mask is not None:  # a column of it, rows in lanes
     fixed += rows * tpu.LANES * 4
   fixed += (is_ragged or x.is_rotated) * of_rows + is_ragged * of_rows  # q, do
-  tiles_of_logits = 2 + 2 * x.is_masked
+  tiles_of_logits = 2 + 2 * (x.is_masked or x.has_dropout)
   spilled = tiles_of_logits * rows * config.block_kv_bwd * 4
   spilled += (3 + is_ragged + x.is_rotated) * wide
   if x.is_float32:

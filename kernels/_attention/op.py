@@ -26,6 +26,7 @@ from . import masks, problems, ring, rotation, tiles
 from .arguments import Seen, Weights, problem_of
 from .backward import backward
 from .door import (
+  as_drop,
   as_parts,
   as_qkv,
   as_rope,
@@ -49,6 +50,7 @@ from .ring_order import in_context, in_time
 from .shapes import LayoutName, from_btnh
 from .spec import (
   Arrays,
+  Dropout,
   Outs,
   Problem,
   SegmentIds,
@@ -93,6 +95,7 @@ def _split(p: Problem, a: Arrays) -> Split:
       sinks=None if a.sinks is None else "N",
       mask=None if a.mask is None else _mask_letters(a),
       alibi=None if a.alibi is None else "-N",
+      dropout=None if a.dropout is None else Dropout("BTN", "BS"),
     ),
     Outs("BTNH", "BNT" if p.return_lse else None),
     over="BTN",
@@ -225,6 +228,8 @@ def flash_attention(
   prefix_lengths: jax.Array | None = None,
   chunk_size: int | None = None,
   alibi_slopes: jax.Array | None = None,
+  dropout_rate: float = 0.0,
+  dropout_seed: int | jax.Array | None = None,
   implementation: Implementation = None,
   config: FlashAttentionConfig | None = None,
 ) -> Any:
@@ -296,6 +301,13 @@ def flash_attention(
     alibi_slopes: [N] floats: slope |i - j| is subtracted from a head's logits,
       after the soft cap, i and j being the positions of query and key that
       is_causal knows of, in one segment or several.  They have no gradient.
+    dropout_rate: the part of the weights that is dropped, after the softmax;
+      what is kept is divided by 1 - dropout_rate.  A number, from 0 to below 1.
+    dropout_seed: an integer scalar, as
+      `jax.random.bits(key, (), "uint32")`: of it and of a weight's place in the
+      whole batch, its head, query and key follows whether it is dropped, the
+      same for all implementations, tiles and meshes.  Under vmap, what has one
+      seed drops alike.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes; None picks them from the shape.
@@ -321,7 +333,8 @@ def flash_attention(
   seen = Seen(is_causal, ids, window, mask, query_offset, prefix_lengths)
   seen = as_seen(op, q, k, seen._replace(chunk_size=chunk_size), parts)
   weights = Weights(scale, logits_soft_cap, rope, bias, sinks, alibi_slopes)
-  weights = as_weights(op, q, k, weights, query_offset)
+  drop = as_drop(op, dropout_rate, dropout_seed)
+  weights = as_weights(op, q, k, weights._replace(drop=drop), query_offset)
   value_size = v.shape[3]
   q, k, v = of_one_head_size(q, k, v)
   problem, arrays = problem_of(

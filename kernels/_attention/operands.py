@@ -25,10 +25,15 @@ class SegmentRefs(NamedTuple):
 
   def of_keys(self, key0: Any, width: int) -> jax.Array:
     """[1, width], from key0 on."""
-    first = key0 >> (tpu.LANES.bit_length() - 1)
-    return jnp.concatenate(
-      [self.keys[first + i] for i in range(width // tpu.LANES)], axis=1
-    )
+    return in_lanes(self.keys, key0, width)
+
+
+def in_lanes(keys: Any, key0: Any, width: int) -> jax.Array:
+  """[1, width] of a ref [S / LANES, 1, LANES], from key0 on."""
+  first = key0 >> (tpu.LANES.bit_length() - 1)
+  return jnp.concatenate(
+    [keys[first + i] for i in range(width // tpu.LANES)], axis=1
+  )
 
 
 def segment_operands(

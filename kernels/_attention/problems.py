@@ -113,6 +113,7 @@ TESTS = (
   _small("packed_rope", (2, 64, 2, 1, 128), **_PACKED),
   _causal("bf16", (1, 128, 2, 1, 256)),
   _small("heads_first", (1, 140, 4, 2, 64), layout="BNTH"),
+  _causal("dropout", (2, 128, 4, 2, 64), dropout_rate=0.3, dropout_seed=7),
   _case("alibi", (1, 140, 4, 2, 64), jnp.float32, alibi_slopes=_SLOPES),
   _case("flat", (2, 37, 4, 2, 128), jnp.float32, s=50, layout="BT(NH)"),
 )

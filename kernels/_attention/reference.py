@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .._frame import switches
 from .._rope import Rope, apply_rope_reference, rotated_apart
-from .arguments import Seen, Weights, problem_of
+from .arguments import Drop, Seen, Weights, problem_of
+from .dropout import kept_of
 from .positions import visible_pairs
 from .ring_order import context_order
 from .shapes import LayoutName, from_btnh, to_btnh
@@ -60,6 +61,18 @@ def _order(length: int, parts: int) -> jax.Array:
 # --- attention ----------------------------------------------------------------
 
 
+class More(NamedTuple):
+  """What attention may have beside q, k, v and a mask."""
+
+  bias: Any = None  # [B, K, N / K, T, S], or 1 for some: added to the logits
+  sinks: Any = None  # [N]: logits of one more key, of value 0, that all see
+  kept: Any = None  # [B, N, T, S] booleans: the weights that are not dropped
+  kept_scale: float = 1.0  # and what multiplies them
+
+
+_NO_MORE = More()
+
+
 def masked_attention(
   q: jax.Array,
   k: jax.Array,
@@ -67,15 +80,13 @@ def masked_attention(
   mask: jax.Array,
   scale: Any,
   logits_soft_cap: float | None,
-  bias: Any = None,
-  sinks: Any = None,
+  more: More = _NO_MORE,
 ) -> Outs:
   """Attention under a mask: out [B, T, N, H] and lse [B, N, T].
 
-  The mask is [B, T, S], or [B, N or 1, T, S].  The bias, of shape [B, K, N / K,
-  T, S] or one that broadcasts to it, is added to the logits of what is visible.
-  Of sinks [N], each is the logit of one more key, of value 0, that all see.
+  The mask is [B, T, S], or [B, N or 1, T, S].
   """
+  bias, sinks = more.bias, more.sinks
   batch, t, n, h = q.shape
   kv_heads = k.shape[2]
   at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
@@ -108,6 +119,9 @@ def masked_attention(
   # Of a row whose lse is NaN, too, the hidden weights are 0.
   weights = jnp.exp(logits - finite_lse)
   weights = jnp.where(mask, weights, 0.0)
+  if more.kept is not None:
+    kept = by_kv_head(more.kept, kv_heads)
+    weights = jnp.where(kept, weights * more.kept_scale, 0.0)
   out = jnp.einsum(
     "bkgts,bskh->btkgh",
     weights.astype(v.dtype),
@@ -144,7 +158,11 @@ def attention(p: Problem, a: Arrays) -> Outs:
       added = by_kv_head(added, k.shape[2])
       bias = added if bias is None else bias + added
   mask = visible(p, a)
-  outs = masked_attention(q, k, v, mask, scale, p.soft_cap, bias, a.sinks)
+  more = More(bias, a.sinks)
+  if a.dropout is not None:
+    kept = kept_of(p.dropout_rate, a.dropout)
+    more = more._replace(kept=kept, kept_scale=p.kept_scale)
+  outs = masked_attention(q, k, v, mask, scale, p.soft_cap, more)
   if may_see_nothing(p, a):
     outs = mean_of_nothing(p, a, outs)
   return outs if p.return_lse else outs._replace(lse=None)
@@ -242,6 +260,8 @@ def flash_attention_reference(
   prefix_lengths: jax.Array | None = None,
   chunk_size: int | None = None,
   alibi_slopes: jax.Array | None = None,
+  dropout_rate: float = 0.0,
+  dropout_seed: int | jax.Array | None = None,
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
   q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
@@ -259,7 +279,10 @@ def flash_attention_reference(
       prefix_lengths,
       chunk_size,
     ),
-    Weights(scale, logits_soft_cap, rope, bias, sinks, alibi_slopes),
+    Weights(
+      *(scale, logits_soft_cap, rope, bias, sinks, alibi_slopes),
+      drop=Drop(dropout_rate, dropout_seed),
+    ),
     return_lse=return_lse,
     context_parts=context_parts,
   )

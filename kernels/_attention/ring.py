@@ -313,7 +313,11 @@ _ring = kernel_op(
 
 def check(p: Problem, a: Arrays, axes: Axes) -> None:
   """Refuses what no ring goes with: it would be of rows and keys of all."""
-  given = {"mask": a.mask, "alibi_slopes": a.alibi}
+  given = {
+    "mask": a.mask,
+    "alibi_slopes": a.alibi,
+    "dropout_rate": p.dropout_rate or None,
+  }
   names = [name for name, x in given.items() if x is not None]
   if names or p.query_offset:
     raise ValueError(

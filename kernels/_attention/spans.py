@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .spec import Arrays, Outs, Problem, Segments
+from .spec import Arrays, Dropout, Outs, Problem, Segments
 from .tiles import Call
 
 Run = Callable[..., Any]
@@ -52,11 +52,15 @@ def part_of(arrays: Arrays, call: Call) -> Arrays:
   segments = arrays.segments
   if segments is not None:
     segments = Segments(segments.q[:, call.queries], segments.k[:, call.keys])
+  words = arrays.dropout
+  if words is not None:
+    words = Dropout(words.rows[:, call.queries], words.keys[:, call.keys])
   return arrays._replace(
     q=arrays.q[:, call.queries],
     k=arrays.k[:, call.keys],
     v=arrays.v[:, call.keys],
     segments=segments,
+    dropout=words,
   )
 
 

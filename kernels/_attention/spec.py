@@ -29,6 +29,13 @@ class Segments(NamedTuple):
   k: Any  # [B, S] integers
 
 
+class Dropout(NamedTuple):
+  """Words, of which follows what is dropped; see `dropout`."""
+
+  rows: Any  # [B, T, N] int32
+  keys: Any  # [B, S] int32
+
+
 class Arrays(NamedTuple):
   """What attention is given; None for what a problem does not have.
 
@@ -49,6 +56,7 @@ class Arrays(NamedTuple):
   bias: Any = None  # [B or 1, N or 1, T or 1, S or 1]
   sinks: Any = None  # [N] float32
   alibi: Any = None  # [B or 1, N] float32: slopes, without gradient
+  dropout: Dropout | None = None
   masks: Any = None  # what kernels have in the place of `mask`, see `masks`
 
 
@@ -117,6 +125,7 @@ class Problem(Logits):
     query_offset: position of the first query among the keys.
     first_position: the same for ALiBi, also where a mask has taken the place of
       `query_offset`.
+    dropout_rate: the part of the weights that is dropped, 0 without words.
     base_frequency: of the rotation, if positions come along without a base.
     return_lse: whether the log of the sum of exponentials is a result.
     gives_mean: whether a query that sees no key gives the mean of all values,
@@ -133,6 +142,7 @@ class Problem(Logits):
   window: tuple[int, int] | None = None
   query_offset: int = 0
   first_position: int = 0
+  dropout_rate: float = 0.0
   base_frequency: float = 10_000.0
   return_lse: bool = False
   gives_mean: bool = False
@@ -145,6 +155,11 @@ class Problem(Logits):
   def gradient_type(self, dtype: Any) -> Any:
     """Of gradients as the backward kernel gives them; parts are added up."""
     return jnp.float32 if self.is_partial else dtype
+
+  @property
+  def kept_scale(self) -> float:
+    """What multiplies the weights that dropout keeps."""
+    return 1 / (1 - self.dropout_rate)
 
   @property
   def tiles(self) -> FlashAttentionConfig:
