@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import v5e
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pallas_gemma import kernels
 from pallas_gemma.kernels import integrations
 from pallas_gemma.kernels.integrations import report
 
@@ -120,3 +123,66 @@ def test_what_kernels_do_not_serve_is_left_alone_and_said(library):
   assert_close(scored(model), wanted)
   assert {x.why for x in report().left_alone} == {"its layers have LoRA"}
   assert len(report()) == 2
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize(
+  "name, shape", [("gemma_2", (1, 1)), ("llama_3", (2, 4))]
+)
+def test_kernels_are_in_the_program_and_no_collective_more(
+  library, name, shape
+):
+  """The gradient of a small block, weights split over heads and over F."""
+  sizes = dict(num_query_heads=8, num_key_value_heads=4, hidden_dim=1024)
+  head = {"head_dim": 128} if name == "gemma_2" else {}
+  model = make(
+    library, name, **sizes, **head, intermediate_dim=1024, dtype="bfloat16"
+  )
+  chips = v5e.devices("x".join(map(str, shape)))
+  mesh = Mesh(np.array(chips).reshape(shape), ("data", "model"))
+
+  def spec(path, ndim):
+    if (
+      "attention" in path and ndim == 3
+    ):  # [N, D, H] and [N, H, D], or [D, N, H]
+      of_llama = name == "llama_3" and "output" not in path
+      dims = ((None,) if of_llama else ()) + ("model",)
+    elif ("ffw" in path or "feedforward" in path) and ndim == 2:  # [D, F]
+      is_down = "linear" in path or "output" in path
+      dims = ("model",) if is_down else (None, "model")
+    else:
+      dims = ()
+    return NamedSharding(mesh, PartitionSpec(*dims))
+
+  weights = [
+    jax.ShapeDtypeStruct(
+      v.shape, jnp.bfloat16, sharding=spec(v.path, len(v.shape))
+    )
+    for v in model.trainable_variables
+  ]
+  others = [v.value for v in model.non_trainable_variables]
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=rows)
+
+  def gradient(weights, tokens):
+    def loss(weights):
+      inputs = dict(token_ids=tokens, padding_mask=jnp.ones_like(tokens))
+      y, _ = model.stateless_call(weights, others, inputs)
+      return y.astype(jnp.float32).sum()
+
+    return jax.grad(loss)(weights)
+
+  def compiled():
+    rules = {"B": "data", "N": "model", "F": "model"}
+    with kernels.sharding(mesh, rules):
+      text = jax.jit(gradient).lower(weights, tokens).compile().as_text() or ""
+    return text, v5e.collective_bytes(text)
+
+  _, before = compiled()
+  integrations.keras_hub.apply()
+  text, after = compiled()
+  for op in ("flash_attention", "feed_forward"):
+    assert op in text, op
+  assert text.count("tpu_custom_call") >= 4
+  assert after <= before, (before, after)

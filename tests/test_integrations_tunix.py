@@ -100,6 +100,10 @@ def test_logits_and_gradients_are_what_they_were(library, name):
   paths = {(layer.part, layer.path) for layer in report()}
   expected = {("attention", "layers/0/attn"), ("feed_forward", "layers/0/mlp")}
   assert expected | {("norm", "final_norm")} <= paths
+  (inside,) = [
+    x for x in report() if x.path.endswith("post_attention_layernorm")
+  ]
+  assert inside.part == "norm" and inside.runs == "feed_forward"
   integrations.tunix.undo()
   assert_close(scored(library, model, tokens), wanted, slack=0)
 
@@ -151,6 +155,55 @@ def test_what_kernels_do_not_serve_is_left_alone_and_said(library):
   integrations.tunix.apply(implementation="xla")
   assert_close(scored(library, lora, tokens), wanted)
   assert {x.part for x in report().left_alone} == {"feed_forward"}
+
+
+@pytest.mark.parametrize(
+  "name, tied", [("llama3", {}), ("qwen3", {"use_tied_embedding": True})]
+)
+def test_losses_are_what_they_were_and_take_no_logits(library, name, tied):
+  """Of fine-tuning and of preferences, of a head of its own and a tied one."""
+  trainer, common, loss = (
+    importlib.import_module(name)
+    for name in (
+      "tunix.sft.peft_trainer",
+      "tunix.rl.common",
+      "pallas_gemma.kernels.integrations._tunix_loss",
+    )
+  )
+  graph, state = drawn(make(library, name, layers=1, **tied))
+  keys = TOKENS != 0
+  positions = library.utils.build_positions_from_mask(keys)
+  inputs = positions, library.utils.make_causal_attn_mask(keys)
+
+  def losses():
+    def of(state):
+      model = nnx.merge(graph, state)
+      return trainer._default_loss_fn(model, TOKENS, keys[:, ::-1], *inputs)
+
+    model = nnx.merge(graph, state)
+    logps = common.get_per_token_logps(model, TOKENS, *inputs, logits_to_keep=5)
+    return jax.tree.leaves((jax.value_and_grad(of)(state), logps))
+
+  @jax.jit
+  def called(state):
+    return nnx.merge(graph, state)(TOKENS, inputs[0], None, inputs[1])[0]
+
+  wanted = losses()
+  integrations.tunix.apply(implementation="pallas", parts=["loss"])
+  assert_close(losses(), wanted)
+  (noted,) = [x for x in report() if x.part == "loss"]
+  assert noted.runs == "linear_cross_entropy"
+  with loss._HEADLESS(True):
+    assert called(state).shape == (2, 16, 32)
+  assert called(state).shape == (2, 16, 48)
+
+  if tied:
+    return
+  model = nnx.merge(graph, state)
+  model.lm_head.w_lora_a = nnx.LoRAParam(jnp.ones((32, 2)))
+  graph, state = nnx.split(model)
+  assert_close(losses()[:1], wanted[:1])
+  assert [x.part for x in report().left_alone] == ["loss"]
 
 
 @v5e.needs_compiler

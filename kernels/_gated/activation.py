@@ -279,33 +279,30 @@ _ALONG_AN_AXIS = (
 def _check_elementwise(op: str, function: Elementwise) -> None:
   """Refuses a function of more than one element of its argument."""
 
-  def refuse(got: str) -> None:
-    raise ValueError(
+  def refused(got: str) -> ValueError:
+    return ValueError(
       f"{op}: activation must be an elementwise function of one float array, "
-      f"got {function!r}, {got}"
+      f"got {function!r}, which {got}"
     )
 
   tile = jax.ShapeDtypeStruct((8, 128), jnp.float32)
   try:
     closed = jax.make_jaxpr(function)(tile)
   except Exception as error:
-    raise ValueError(
-      f"{op}: activation must be an elementwise function of one float array, "
-      f"got {function!r}, which cannot be traced"
-    ) from error
+    raise refused("cannot be traced") from error
   avals: list[Any] = list(closed.out_avals)
   outs = [(out.shape, out.dtype) for out in avals]
   if outs != [(tile.shape, tile.dtype)]:
-    refuse(f"which makes {outs} of {tile.shape} float32")
+    raise refused(f"makes {outs} of {tile.shape} float32")
   if closed.consts:
-    refuse("which depends on another array")
+    raise refused("depends on another array")
   shapes = {(), (1, 1), tile.shape}
   for equation in _equations(closed.jaxpr):
     name = equation.primitive.name
     avals = [v.aval for v in (*equation.invars, *equation.outvars)]
     is_mixed = any(getattr(a, "shape", ()) not in shapes for a in avals)
     if is_mixed or name in _ALONG_AN_AXIS:
-      refuse(f"which has a {name}")
+      raise refused(f"has a {name}")
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

@@ -338,7 +338,7 @@ def _small_cases(*, down: bool) -> tuple[Case, ...]:
 
 
 def _model_cases(*, down: bool) -> tuple[Case, ...]:
-  """Gemma's own problems.
+  """Gemma's own problems, and Llama 3 8B's feed-forward.
 
   With weights in float32 it is the trainer's, with the norm the model's.
   """
@@ -349,7 +349,14 @@ def _model_cases(*, down: bool) -> tuple[Case, ...]:
     _case("gemma_7b_4k", *gemma_7b, down=down),
     _case("gemma_2b_8k_f32_weights", *gemma_2b, jnp.float32, down=down),
     _case("gemma_2b_8k_normed", *gemma_2b, down=down, normed=True),
+    *(_llama_case() if down else ()),
   )
+
+
+def _llama_case() -> tuple[Case, ...]:
+  llama_8b = ((4096, 4096), jnp.bfloat16), 14336
+  how: dict[str, Any] = dict(down=True, normed=True, activation="silu")
+  return (_case("llama3_8b_4k_normed", *llama_8b, **how),)
 
 
 _MODES = {

@@ -22,12 +22,13 @@ attention weights to look at, stays the library's own code, and `report` says so
 with the reason.  Nothing else changes: neither parameters nor their names, nor
 their sharding annotations.
 
-    _library   read this first: what apply and undo do
-    _log       what report says
-    _mask      masks that are still known for what they are
-    _nnx       what libraries on flax.nnx have in common
-    _weights   what the modules of nnx and of linen have in common
-    _parts     a norm, an attention, a feed-forward, of a library's arrays
+    _library      read this first: what apply and undo do
+    _log          what report says
+    _mask         masks that are still known for what they are
+    _nnx          what libraries on flax.nnx have in common
+    _tunix_loss   the losses of tunix without logits
+    _weights      what the modules of nnx and of linen have in common
+    _parts        a norm, an attention, a feed-forward, of a library's arrays
 """
 
 from . import gemma as gemma

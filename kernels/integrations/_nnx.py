@@ -62,8 +62,9 @@ def why_not_linear(*layers: Any) -> str | None:
   quantised weight, a product of somebody else's.
   """
   for layer in layers:
-    state = {name for name, x in vars(layer).items() if _is_variable(x)}
-    if state - {"kernel", "bias"} or "Linear" != type(layer).__name__:
+    if (
+      variables(layer) - {"kernel", "bias"} or "Linear" != type(layer).__name__
+    ):
       return "its products have adapters or weights of their own kind"
     if getattr(layer, "bias", None) is not None:
       return "its products have a bias"
@@ -77,6 +78,11 @@ def why_not_linear(*layers: Any) -> str | None:
     ):
       return "its weights are quantised"
   return None
+
+
+def variables(layer: Any) -> set[str]:
+  """The names of a layer's own variables."""
+  return {name for name, x in vars(layer).items() if _is_variable(x)}
 
 
 def _is_variable(x: Any) -> bool:

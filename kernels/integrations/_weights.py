@@ -81,6 +81,8 @@ def attention(
   x: jax.Array,
   weights: Mapping[str, jax.Array],
   norms: Mapping[str, Callable[[jax.Array], jax.Array]],
+  embedding: Any,
+  positions: jax.Array | None,
   **options: Any,
 ) -> jax.Array:
   """Self-attention with its projections.
@@ -89,11 +91,16 @@ def attention(
     x: [B, T, D].
     weights: "q" [D, N, H], "k" and "v" [D, K, H], "out" [N, H, D].
     norms: of the heads of "q" and "k", where they have one.
-    **options: as `flash_attention` takes them.
+    embedding: a `RotaryEmbedding`, or None.
+    positions: [B, T], of the embedding; None counts from 0.
+    **options: as `flash_attention` takes them; is_causal is True if not said.
 
   Returns:
     [B, T, D].
   """
+  if positions is None:
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+  rope = None if embedding is None else embedding.rope(positions)
   q, k, v = (
     jnp.einsum("btd,dnh->btnh", x, weights[name]) for name in ("q", "k", "v")
   )
@@ -101,5 +108,6 @@ def attention(
     norms[name](heads) if name in norms else heads
     for name, heads in (("q", q), ("k", k))
   )
+  options = {"is_causal": True, "rope": rope} | options
   out = _parts.attend(q, k, v, **options)
   return jnp.einsum("btnh,nhd->btd", out, weights["out"])

@@ -145,7 +145,8 @@ _library = Library(
   parts=("norm", "attention", "feed_forward"),
   swaps=_swaps,
   beyond="Gemma 3n, Gemma 4, T5Gemma and the vision encoder are as they were; "
-  "the loss is yours to call: integrations.gemma.cross_entropy",
+  "the loss, which is given logits, is yours to replace: "
+  "integrations.gemma.cross_entropy",
 )
 
 

@@ -99,7 +99,8 @@ _library = Library(
   versions=("0.32.0",),
   parts=("attention", "feed_forward"),
   swaps=_swaps,
-  beyond="norms, RoPE and the loss are Keras's; other models are as they were",
+  beyond="norms, RoPE and the loss, which is given logits, are Keras's; other "
+  "models are as they were",
 )
 
 

@@ -195,8 +195,6 @@ class Attention(nn.Module):
     """
     d, n, k, h = x.shape[-1], self.num_heads, self.num_kv_heads, self.head_size
     dtype = self.weights.dtype_of(x)
-    if positions is None:
-      positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     shapes = {"q": (d, n, h), "k": (d, k, h), "v": (d, k, h), "out": (n, h, d)}
     make = self.qk_norm
     return attention(
@@ -206,7 +204,8 @@ class Attention(nn.Module):
         for name, shape in shapes.items()
       },
       {} if make is None else {x: make(name=f"{x}_norm") for x in ("q", "k")},
-      rope=None if self.rope is None else self.rope.rope(positions),
+      self.rope,
+      positions,
       segment_ids=segment_ids,
-      **({"is_causal": True} | dict(self.options or {})),
+      **dict(self.options or {}),
     )

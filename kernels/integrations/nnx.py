@@ -244,7 +244,7 @@ class Attention(nnx.Module):
     self.q_norm = None if qk_norm is None else qk_norm(h, rngs=rngs)
     self.k_norm = None if qk_norm is None else qk_norm(h, rngs=rngs)
     self.rope = rope
-    self.options = tuple(sorted(({"is_causal": True} | options).items()))
+    self.options = tuple(sorted(options.items()))
 
   def __call__(
     self,
@@ -264,14 +264,13 @@ class Attention(nnx.Module):
       [B, T, D], in the dtype of the products.
     """
     dtype = self.q.weights.dtype_of(x)
-    if positions is None:
-      positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     norms = {"q": self.q_norm, "k": self.k_norm}
     return attention(
       x.astype(dtype),
       {name: getattr(self, name)(dtype) for name in ("q", "k", "v", "out")},
       {name: norm for name, norm in norms.items() if norm is not None},
-      rope=None if self.rope is None else self.rope.rope(positions),
+      self.rope,
+      positions,
       segment_ids=segment_ids,
       **dict(self.options),
     )

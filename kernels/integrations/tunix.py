@@ -8,7 +8,8 @@
 What is swapped: `RMSNorm`, `Attention` (with its RoPE and its norms of q and k)
 and `MLP` of `tunix.models.llama3` and `tunix.models.qwen3`, and
 `make_causal_attn_mask` of `tunix.sft.utils` and `tunix.rl.common`, which says
-that the mask is causal.  Devices are those of `config.shd_config` on the mesh
+that the mask is causal; and the losses of fine-tuning and of preferences, see
+`_tunix_loss.py`.  Devices are those of `config.shd_config` on the mesh
 of the context, as for the library's own activations.
 
 What stays the library's own code, layer by layer, and is in the report: a KV
@@ -33,7 +34,8 @@ import jax.numpy as jnp
 from .._frame.check import Implementation
 from .._gated import feed_forward
 from .._rope import Rope
-from . import _log, _nnx, _parts
+from .._row_norm import Norm
+from . import _log, _nnx, _parts, _tunix_loss
 from ._library import Choice, Library, Swap, module
 from ._mask import CausalMask, dense
 
@@ -54,7 +56,7 @@ def apply(
 
   Args:
     implementation: as in `integrations.gemma.apply`.
-    parts: some of "norm", "attention", "feed_forward"; None is all.
+    parts: some of "norm", "attention", "feed_forward", "loss"; None is all.
 
   Raises:
     ValueError: if `tunix` is not installed, or in a version whose classes are
@@ -72,8 +74,10 @@ def undo() -> None:
 
 
 def _swaps(choice: Choice) -> Iterator[Swap]:
-  for name in _MODELS:
-    model = module(f"tunix.models.{name}.model")
+  models = [module(f"tunix.models.{name}.model") for name in _MODELS]
+  if "loss" in choice.parts:
+    yield from _tunix_loss.swaps(choice, models, _split_loss)
+  for name, model in zip(_MODELS, models, strict=True):
 
     def swap(
       owner: Any, method: str, make: Any, model: Any = model, name: str = name
@@ -82,8 +86,7 @@ def _swaps(choice: Choice) -> Iterator[Swap]:
       new = make(choice, model, name, original)
       return Swap(owner, method, functools.wraps(original)(new))
 
-    whole = model.Llama3 if name == "llama3" else model.Qwen3
-    yield swap(whole, "__call__", _model)
+    yield swap(_tunix_loss.whole(model), "__call__", _model)
     if "norm" in choice.parts:
       yield swap(model.RMSNorm, "__call__", _norm)
     if "attention" in choice.parts:
@@ -102,10 +105,10 @@ _library = Library(
   name=_NAME,
   distribution="google-tunix",
   versions=("0.1.7",),
-  parts=("norm", "attention", "feed_forward"),
+  parts=("norm", "attention", "feed_forward", "loss"),
   swaps=_swaps,
-  beyond="models other than Llama 3 and Qwen 3 are as they were, and so is the "
-  "loss, which is made of logits",
+  beyond="models other than Llama 3 and Qwen 3 are as they were, and so are "
+  "losses that take logits: of distillation, and of compute_per_token_logps",
 )
 
 
@@ -177,7 +180,10 @@ def _why_not_mlp(mlp: Any) -> str | None:
   return _nnx.why_not_linear(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
-def _mlp(choice: Choice, model: Any, mlp: Any, x: jax.Array) -> jax.Array:
+def _mlp(
+  choice: Choice, model: Any, mlp: Any, x: jax.Array, **kwargs: Any
+) -> jax.Array:
+  """The kernel, perhaps with the norm before it and the residual after it."""
   layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
   dtype = _nnx.dtype_of(x, *layers)
   weights = [_nnx.value(layer.kernel).astype(dtype) for layer in layers]
@@ -188,24 +194,60 @@ def _mlp(choice: Choice, model: Any, mlp: Any, x: jax.Array) -> jax.Array:
       *weights,
       activation="silu",
       implementation=choice.implementation,
+      **kwargs,
     )
 
 
 def _layer(
   choice: Choice, model: Any, name: str, original: Callable[..., Any]
 ) -> Any:
-  """A layer that says so if its feed-forward is another than `MLP`."""
-  del choice
+  """A layer whose feed-forward has its norm and its residual inside.
 
-  def block(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, jax.Array]:
-    if not isinstance(self.mlp, model.MLP):
-      kind = type(self.mlp).__name__
-      path = _nnx.path_of(self.mlp, f"{name}.{kind}")
+  One that says so if its feed-forward is another than `MLP`.
+  """
+
+  def block(
+    self: Any, x: jax.Array, *args: Any, **kwargs: Any
+  ) -> tuple[Any, jax.Array]:
+    norm, mlp = self.post_attention_layernorm, self.mlp
+    if not isinstance(mlp, model.MLP):
+      path = _nnx.path_of(mlp, f"{name}.{type(mlp).__name__}")
       why = "a mixture of experts is the library's"
       _log.note(_NAME, path, "feed_forward", _log.OWN, why)
-    return original(self, *args, **kwargs)
+    elif "norm" in choice.parts and _takes_its_norm(model, mlp, norm, x):
+      normed = self.input_layernorm(x)
+      cache, out = self.attn(normed, *args, **kwargs)
+      words = _parts.in_words(choice.implementation)
+      for module, part, its in (
+        (norm, "norm", "RMSNorm"),
+        (mlp, "feed_forward", "MLP"),
+      ):
+        path = _nnx.path_of(module, f"{name}.{its}")
+        _log.note(_NAME, path, part, "feed_forward", words)
+      scale = Norm(_nnx.value(norm.w), norm.norm_eps)
+      with jax.named_scope("feed_forward"):
+        y = _mlp(choice, model, mlp, x + out, norm=scale, residual=True)
+      return cache, y
+    return original(self, x, *args, **kwargs)
 
   return block
+
+
+def _takes_its_norm(model: Any, mlp: Any, norm: Any, x: jax.Array) -> bool:
+  """Whether the feed-forward can have its norm and its residual inside.
+
+  Not if it is the library's own, recomputed alone, or in another dtype than the
+  residual stream.
+  """
+  if mlp.config.remat_config in (
+    model.RematConfig.BLOCK,
+    model.RematConfig.BLOCK.value,
+  ):
+    return False
+  of_norm = getattr(norm, "dtype", x.dtype)
+  layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+  of_mlp = _nnx.dtype_of(x, *layers)
+  return _why_not_mlp(mlp) is None and x.dtype == of_norm == of_mlp
 
 
 # --- attention ----------------------------------------------------------------
@@ -305,3 +347,14 @@ def _rules(
   sizes["B"] = x.shape[0]
   axes = {letter: axes[letter] for letter in sizes}
   return {} if mesh.empty else _nnx.rules_of(mesh, sizes, axes)
+
+
+def _split_loss(config: Any, x: jax.Array) -> Any:
+  """The mesh of the context, and how it splits tokens and the vocabulary."""
+  mesh = _mesh(module(f"tunix.models.{_MODELS[0]}.model"))
+  if mesh.empty:
+    return _nnx.split(mesh, {})
+  of = config.shd_config
+  axes = {"B": of.act_btd[0], "V": of.emb_vd[0]}
+  sizes = {"B": x.shape[0], "V": config.vocab_size}
+  return _nnx.split(mesh, _nnx.rules_of(mesh, sizes, axes))
