@@ -18,7 +18,6 @@ SMALL = FlashAttentionConfig(
 PALLAS = functools.partial(
   dot_product_attention, implementation="pallas", config=SMALL
 )
-PLAIN = functools.partial(dot_product_attention, implementation="xla")
 B, T, S, N, K, H = 2, 24, 40, 4, 2, 16
 RNG = np.random.default_rng(0)
 
@@ -84,7 +83,7 @@ BY_BIAS = {
 @pytest.mark.parametrize("name", [*BY_FLASH, *BY_MASK, *BY_BIAS])
 def test_is_jax_nn(name):
   kwargs: Any = (BY_FLASH | BY_MASK | BY_BIAS)[name]
-  agrees(draw(), PLAIN if name in BY_BIAS else PALLAS, **kwargs)
+  agrees(draw(), PALLAS, **kwargs)
 
 
 def test_more_queries_than_keys():
@@ -132,10 +131,6 @@ def test_forms_of_its_arguments():
     ({"implementation": "cudnn"}, "implementation must be"),
     ({"dropout_rate": 0.1, "deterministic": False}, "dropout_rng must be a"),
     ({"module": object()}, "module must be None"),
-    (
-      {"bias": jnp.ones((1, 1, T, S)), "implementation": "pallas"},
-      "bias must be None with implementation='pallas'",
-    ),
   ],
 )
 def test_the_rest_is_refused_in_words(kwargs, message):

@@ -24,6 +24,7 @@ Visible, from query i to key j (positions in the arrays, not `rope`'s):
     query_offset                     i is the query's index plus it
     sinks                            one more key, of value 0
     dropout_rate                     p_j 0 or over 1 - rate, lse as without it
+    bias                             s_j + bias, whose gradient is ds_j
     alibi_slopes                     s_j - slope |i - j|, see `alibi`
 
 Traffic: q, k, v and o once, and backward these, do, dq, dk and dv once; lse is
@@ -64,6 +65,7 @@ Read in this order; each page stands on those before it:
     stores     what lies in stacks, in a scan over layers
     masks      a mask that is an array
     blocks     which keys a block of queries meets, and the mask
+    bias       an array that is added to the logits
     alibi      logits that fall with the distance
     operands   segment ids and positions, as the kernels have them
     dropout    which weights are dropped

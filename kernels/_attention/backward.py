@@ -37,6 +37,7 @@ from .._frame.manual import varying_like
 from .._sincos import phases, rotate
 from . import (
   alibi,
+  bias,
   blocks,
   dropout,
   finite,
@@ -81,15 +82,17 @@ def _kernel(
     for c in range(0, call.block_q, tpu.LANES):
       key0, row0 = pl.multiple_of(block.q0 + c, tpu.LANES), c * call.group
       tile = Tile(key0, tpu.LANES, row0, True, c == 0, starts_dk)
-      _attend(block, i, s, tile)
+      _attend(block, i, o, s, tile)
 
   def on_others(key0: Any, masked: bool) -> None:
     if masked and s.mask is not None:
       masks.load_column(call, i.mask, key0, s.mask)
-    _attend(block, i, s, Tile(key0, call.block_kv, 0, masked))
+    _attend(block, i, o, s, Tile(key0, call.block_kv, 0, masked))
 
   if s.mask is not None:
     s.mask.column[0] = -1
+  if o.bias is not None:  # of what nobody sees
+    o.bias[...] = jnp.zeros_like(o.bias)
   block.start(on_diagonal, functools.partial(_start_dq, s))
   block.for_other_keys(on_others)
   _finish_dq(block, i, o, s)
@@ -186,7 +189,9 @@ class Tile(NamedTuple):
   starts_dk: bool = False
 
 
-def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
+def _attend(
+  block: blocks.Block, i: Inputs, o: Outputs, s: State, tile: Tile
+) -> None:
   """Adds what a tile gives to dq, dk and dv."""
   p, rows = block.call.problem, block.call.rows
   keys, here = pl.ds(tile.key0, tile.width), pl.ds(tile.row0, rows - tile.row0)
@@ -195,10 +200,14 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   dout = _taken(block.call, i.dout, s.dout, here)
   logits = block.logits(tpu.dot(k, q, tpu.NT))
   biased = logits
+  if i.bias is not None:
+    biased = bias.added_beside(block.call, i.bias, logits, tile.row0, keys)
   if i.alibi is not None:
     of_keys = tile.key0, tile.width
     biased += alibi.of_rows_beside(block, i.alibi, here, *of_keys)
   weights = jnp.exp2((biased - s.lse[:, here]) * p.to_base_2)
+  if i.bias is not None and block.call.has_ragged_end:  # it is anything there
+    weights = jnp.where(s.lse[:, here] < jnp.inf, weights, 0.0)
   if tile.masked:
     mask = _mask(block, i, s, tile, logits.shape)
     weights = jnp.where(mask, weights, 0.0)
@@ -206,6 +215,9 @@ def _attend(block: blocks.Block, i: Inputs, s: State, tile: Tile) -> None:
   dv = tpu.dot(drop(weights).astype(dout.dtype), dout, tpu.NN)
   dweights = drop(tpu.dot(v, dout, tpu.NT))
   dlogits = weights * _minus_di(dweights, s, here)
+  if o.bias is not None:
+    of_bias = (dlogits * p.kept_scale).T
+    bias.store(block.call, o.bias, tile.row0, of_bias, keys)
   dproducts = _through_soft_cap(p, logits, dlogits).astype(q.dtype)
   dk = tpu.dot(dproducts, q, tpu.NN)
   dq_transposed = tpu.dot(k, dproducts, tpu.TN)
@@ -302,10 +314,16 @@ def _rotate_back(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 
 
 def _run(
-  call: Call, a: Arrays, outs: Outs, d: Outs, dq_dtype: Any, places: Any = None
+  call: Call,
+  a: Arrays,
+  outs: Outs,
+  d: Outs,
+  dq_dtype: Any,
+  places: Any = None,
+  wants_bias: bool = False,
 ) -> Arrays:
-  """dq, dk and dv; lse and its cotangent are by row."""
-  layout = call.layout
+  """dq, dk, dv and that of the bias; lse and its cotangent are by row."""
+  layout, batch = call.layout, a.q.shape[0]
   (q, k, v), (row, whole, lane) = tiles.operands(call, a)
   out, dout = map(layout.of_queries, (outs.out, d.out))
   bounds, ids, id_specs = operands.segment_operands(call, a.segments)
@@ -313,40 +331,43 @@ def _run(
   rope, rope_specs = operands.rope_operands(call, a)
   words, of_words = masks.operands_of(call, a.masks)
   plan = masks.plan_of(call, a.masks and a.masks.backward)
-  slopes, of_slopes = alibi.operands_of(call, a.alibi, a.q.shape[0], True)
+  slopes, of_slopes = alibi.operands_of(call, a.alibi, batch, True)
   drop, of_drop = dropout.operands_of(call, a.dropout)
+  of_bias = bias.spec_of(call, a.bias, batch)
+  d_bias, of_d_bias = bias.gradient_of(call, a.bias, batch, wants_bias)
   of_lanes = lane, lane, id_specs, rope_specs, of_words, of_slopes, of_drop
-  others = ids, rope, words, slopes, drop
+  others = ids, rope, words, slopes, drop, a.bias
   inputs = Inputs(q, k, v, out, dout, outs.lse, d.lse, *others)
-  specs = Inputs(row, whole, whole, row, row, *of_lanes)
+  specs = Inputs(row, whole, whole, row, row, *of_lanes, of_bias)
   refs, specs, layer = stores.read(places, inputs, specs)
+  in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+  of_keys = varying_like(q, k.shape, call.problem.gradient_type(k.dtype))
   (gradients,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
     name="flash_attention_bwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=layout.grid(a.q.shape[0], pl.cdiv(call.t, call.block_q)),
+      grid=layout.grid(batch, pl.cdiv(call.t, call.block_q)),
       in_specs=[specs],
-      out_specs=[Outputs(row, *[pl.BlockSpec(memory_space=pl.ANY)] * 2)],
+      out_specs=[Outputs(row, in_hbm, in_hbm, of_d_bias)],
       scratch_shapes=[state_of(call, inputs, dq_dtype)],
     ),
     out_shape=[
-      Outputs(
-        varying_like(q, q.shape, dq_dtype),
-        *[varying_like(q, k.shape, call.problem.gradient_type(k.dtype))] * 2,
-      )
+      Outputs(varying_like(q, q.shape, dq_dtype), of_keys, of_keys, d_bias)
     ],
     compiler_params=tpu.compiler_params(memory.VMEM_BYTES),
   )(blocks.Scalars.of(bounds, a, plan, mixed, layer), refs)
-  dk, dv = (layout.to_keys(x, a.k.shape) for x in gradients[1:])
-  return Arrays(layout.to_queries(gradients.dq, a.q.shape), dk, dv)
+  dq = layout.to_queries(gradients.dq, a.q.shape)
+  dk, dv = (layout.to_keys(x, a.k.shape) for x in (gradients.dk, gradients.dv))
+  d_bias = bias.summed(gradients.bias, a.bias, call.kv_heads)
+  return Arrays(dq, dk, dv, bias=d_bias)
 
 
 # --- the pass -----------------------------------------------------------------
 
 
 def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
-  """dq, dk and dv, by one call if VMEM holds all keys, else by several.
+  """dq, dk, dv and a bias's, by one call if VMEM holds all keys, else several.
 
   Args:
     p: as `forward` had it.
@@ -358,13 +379,15 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   sizes = memory.Sizes.of_problem(p, a)
   whole = tiles.backward_call(p, sizes)
   calls = spans.of_call(whole, tiles.backward_keys(whole, sizes))
+  wants_bias = saved.wanted is not None and saved.wanted.bias is True
+  run = functools.partial(_run, wants_bias=wants_bias)
   if calls == [whole]:
     dq_dtype = p.gradient_type(a.q.dtype if a.scale is None else jnp.float32)
-    grads = _run(whole, a, outs, d, dq_dtype, saved.places)
+    grads = run(whole, a, outs, d, dq_dtype, saved.places)
   else:
     by_head = functools.partial(whole.layout.to_lse, shape=a.q.shape)
     outs, d = (x._replace(lse=by_head(x.lse)) for x in (outs, d))
-    grads = spans.added(_run, calls, a, outs, d)
+    grads = spans.added(run, calls, a, outs, d)
   dq, d_scale = grads.q, None
   if a.scale is not None:
     d_scale = (a.q.astype(jnp.float32) * dq).sum(axis=(1, 2, 3))

@@ -27,6 +27,7 @@ class Inputs(NamedTuple):
   mask: Any  # [S / 4096, block_q or R, LANES] int32, see `masks`
   alibi: alibi.Refs | None
   dropout: dropout.Refs | None
+  bias: Any  # [G or 1, block_q, S]
 
 
 class Outputs(NamedTuple):
@@ -35,6 +36,7 @@ class Outputs(NamedTuple):
   dq: Any  # as q
   dk: Any  # all keys of all kv heads, in HBM: the layout has them
   dv: Any  # likewise
+  bias: Any  # [G or 1, block_q, S]: its gradient; or None
 
 
 class State(NamedTuple):

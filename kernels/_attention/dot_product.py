@@ -77,8 +77,8 @@ def dot_product_attention(
     key: [B, S, K, H]; N is a multiple of K.
     value: [B, S, K, H].
     bias: added to the logits after the scale; broadcasts to [B, N, T, S].
-      There is no kernel for it: it goes by plain jnp, with [N, T, S] in memory,
-      and `implementation="pallas"` refuses it.
+      The kernels read it in full T and S; its gradient takes as much, or more
+      if it is shared, see `flash_attention`.
     mask: booleans that broadcast to [B, N, T, S], True where a query sees a
       key.  Blocks that see nothing are skipped.  One of keys alone, [B, 1, 1,
       S], costs next to nothing.  Of flax, which has masks of numbers, what is

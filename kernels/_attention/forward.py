@@ -28,6 +28,7 @@ from .._frame.manual import varying_like
 from .._sincos import phases, rotate
 from . import (
   alibi,
+  bias,
   blocks,
   dropout,
   finite,
@@ -55,6 +56,7 @@ class Inputs(NamedTuple):
   mask: Any  # [S / 4096, block_q or R, LANES] int32, see `masks`
   alibi: alibi.Refs | None
   dropout: dropout.Refs | None
+  bias: Any  # [G or 1, block_q, S]
 
 
 class Outputs(NamedTuple):
@@ -203,6 +205,9 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
     width = product.shape[1]
     v = i.v[pl.ds(keys.key0, width), :]
     logits = block.logits(product)
+    if i.bias is not None:
+      place = g.start, pl.ds(keys.key0, width)
+      logits = bias.added_below(call, i.bias, logits, *place)
     if i.alibi is not None:
       logits += alibi.of_rows_below(block, i.alibi, g, keys.key0, width)
     if keys.masked:
@@ -297,8 +302,9 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   words, word_spec = masks.operands_of(call, arrays.masks)
   slopes, slope_specs = alibi.operands_of(call, arrays.alibi, batch, False)
   drop, drop_specs = dropout.operands_of(call, arrays.dropout)
-  inputs = Inputs(q, k, v, ids, rope, words, slopes, drop)
-  others = id_specs, rope_specs, word_spec, slope_specs, drop_specs
+  inputs = Inputs(q, k, v, ids, rope, words, slopes, drop, arrays.bias)
+  of_bias = bias.spec_of(call, arrays.bias, batch)
+  others = id_specs, rope_specs, word_spec, slope_specs, drop_specs, of_bias
   plan = masks.plan_of(call, arrays.masks and arrays.masks.forward)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),

@@ -38,6 +38,14 @@ from .spec import Problem
 Kind = Literal["packed", "heads", "flat", "pairs"]
 
 
+class Piece(NamedTuple):
+  """Rows that are tokens of one head, in turn."""
+
+  head: int  # of those of a kv head
+  token: int  # the first, of a block's
+  rows: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """How a kernel finds queries and keys.
@@ -65,7 +73,7 @@ class Layout:
     kind: Kind = "heads"
     if p.layout == "BT(NH)" and head_size % tpu.LANES == 0:
       kind = "flat"
-    elif p.layout in ("BTNH", None) and kv_heads == 1:
+    elif p.layout in ("BTNH", None) and kv_heads == 1 and not p.has_bias:
       kind = "packed"
     return cls(kind, kv_heads, group, _chunk(p, group), head_size)
 
@@ -223,6 +231,22 @@ class Layout:
     ]
     return jnp.concatenate([x for x in chunks for _ in range(self.group)])
 
+  def pieces(self, start: int, size: int) -> Iterator[Piece]:
+    """Of some rows of a block, those that are tokens of one head in turn.
+
+    Packed, they are rows of no head.
+    """
+    if self.is_by_token:
+      yield Piece(0, start, size)
+      return
+    row, end = start, start + size
+    while row < end:
+      chunk, rest = divmod(row, self.chunk * self.group)
+      head, first = divmod(rest, self.chunk)
+      count = min(self.chunk - first, end - row)
+      yield Piece(head, chunk * self.chunk + first, count)
+      row += count
+
   # --- blocks ---
   # The grid is (B K, blocks of queries), and of pairs (B K / 2, blocks, 2).
 
@@ -318,17 +342,13 @@ class Rows(NamedTuple):
     if layout.is_by_token:
       yield (pl.ds(start, size), slice(None)), slice(None)
       return
-    row, end = start, start + size
-    while row < end:
-      chunk, rest = divmod(row, layout.chunk * layout.group)
-      head, first = divmod(rest, layout.chunk)
-      count = min(layout.chunk - first, end - row)
-      tokens = pl.ds(chunk * layout.chunk + first, count)
+    at, flat = 0, layout.kind == "flat"
+    for head, token, count in layout.pieces(start, size):
+      tokens = pl.ds(token, count)
       lanes = pl.ds(head * layout.head_size, layout.head_size)
-      flat = layout.kind == "flat"
-      part = slice(row - start, row - start + count)
+      part = slice(at, at + count)
       yield (tokens, lanes) if flat else (head, tokens, slice(None)), part
-      row += count
+      at += count
 
 
 def _chunk(p: Problem, group: int) -> int:

@@ -34,6 +34,18 @@ VMEM_BYTES = 120 << 20
 MASK_KEYS = 32 * tpu.LANES
 
 
+class BiasShape(NamedTuple):
+  """Of a bias.
+
+  Attributes:
+    by_head: whether query heads have their own.
+    itemsize: bytes of an element.
+  """
+
+  by_head: bool
+  itemsize: int
+
+
 class MaskShape(NamedTuple):
   """Of a mask that is an array.
 
@@ -66,6 +78,7 @@ class Sizes:
     mask: of a mask that is an array.
     has_alibi: whether logits fall with the distance.
     has_dropout: whether some weights are dropped.
+    bias: of a bias.
   """
 
   t: int
@@ -83,6 +96,7 @@ class Sizes:
   mask: MaskShape | None = None
   has_alibi: bool = False
   has_dropout: bool = False
+  bias: BiasShape | None = None
 
   @classmethod
   def of(cls, q: Any, k: Any) -> Sizes:
@@ -104,6 +118,7 @@ class Sizes:
       mask=_mask_shape(a),
       has_alibi=a.alibi is not None,
       has_dropout=a.dropout is not None,
+      bias=_bias_shape(a),
     )
 
   @property
@@ -149,6 +164,13 @@ class Sizes:
     column = 2 * rows * tpu.LANES * 4
     return column, -(-column // MASK_KEYS)
 
+  def bias_bytes(self, block_q: int, gradient: bool) -> int:
+    """Of a block of queries for each key, in two buffers."""
+    if self.bias is None:
+      return 0
+    rows = block_q * (self.group if self.bias.by_head else 1)
+    return 2 * rows * (self.bias.itemsize + 4 * gradient)
+
   @property
   def is_float32(self) -> bool:
     """Products of float32 take its factors apart, in many more tiles."""
@@ -160,6 +182,12 @@ def _mask_shape(a: Arrays) -> MaskShape | None:
     return None
   repeats = a.q.shape[0] // a.mask.shape[0]
   return MaskShape(repeats, a.mask.shape[1] > 1)
+
+
+def _bias_shape(a: Arrays) -> BiasShape | None:
+  if a.bias is None:
+    return None
+  return BiasShape(a.bias.shape[1] > 1, a.bias.dtype.itemsize)
 
 
 def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
@@ -178,7 +206,8 @@ def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   fixed, per_key = fixed + of_mask[0], per_key + of_mask[1]
   if x.has_alibi:  # a slope and a query of each row, in two buffers
     fixed += 4 * rows * tpu.LANES * 4
-  spilled_tiles = 6 if x.is_float32 else 3
+  per_key += x.bias_bytes(config.block_q, gradient=False)
+  spilled_tiles = (6 if x.is_float32 else 3) + (x.bias is not None)
   return fixed + spilled_tiles * rows * config.block_kv * 4, per_key
 
 
@@ -195,6 +224,7 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
   # A span of a window may end anywhere.
   is_ragged = x.t % config.block_q_bwd != 0 or x.has_window
   per_key += (x.has_segments + x.has_dropout) * 2 * 4
+  per_key += x.bias_bytes(config.block_q_bwd, gradient=True)
   if x.is_rotated:  # k rotated, and the sine and cosine
     per_key += x.kv_heads_inside * h * x.itemsize
     per_key += 2 * tpu.lanes(width(x.head_size)) * 4
@@ -204,6 +234,7 @@ def backward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
     fixed += rows * tpu.LANES * 4
   fixed += (is_ragged or x.is_rotated) * of_rows + is_ragged * of_rows  # q, do
   tiles_of_logits = 2 + 2 * (x.is_masked or x.has_dropout)
+  tiles_of_logits += 2 * (x.bias is not None)
   spilled = tiles_of_logits * rows * config.block_kv_bwd * 4
   spilled += (3 + is_ragged + x.is_rotated) * wide
   if x.is_float32:

@@ -93,7 +93,8 @@ def _split(p: Problem, a: Arrays) -> Split:
       window=None if a.window is None else "B-",
       base=None if a.base is None else "B",
       sinks=None if a.sinks is None else "N",
-      mask=None if a.mask is None else _mask_letters(a),
+      mask=_letters(a, a.mask),
+      bias=_letters(a, a.bias),
       alibi=None if a.alibi is None else "-N",
       dropout=None if a.dropout is None else Dropout("BTN", "BS"),
     ),
@@ -105,8 +106,11 @@ def _split(p: Problem, a: Arrays) -> Split:
   )
 
 
-def _mask_letters(a: Arrays) -> str:
-  parts, heads = a.mask.shape[:2]
+def _letters(a: Arrays, scores: Any) -> str | None:
+  """Of [B or 1, N or 1, T, S]."""
+  if scores is None:
+    return None
+  parts, heads = scores.shape[:2]
   batch = "B" if parts == a.q.shape[0] else "-"
   return batch + ("N" if heads == a.q.shape[2] else "-") + "--"
 
@@ -185,15 +189,8 @@ def attend(op: str, p: Problem, a: Arrays) -> Outs:
   """The op, by a public function of that name.
 
   Raises:
-    ValueError: if it is to be the kernel and there is none.
+    ValueError: if there is a mask, and tokens are in another order.
   """
-  if a.bias is not None:
-    if p.implementation == "pallas":
-      raise ValueError(
-        f"{op}: bias must be None with implementation='pallas', got shape "
-        f"{a.bias.shape}; pass None or 'xla'"
-      )
-    p = dataclasses.replace(p, implementation="xla")
   if a.mask is not None and p.context_parts > 1:
     raise ValueError(
       f"{op}: mask must be None with context_parts > 1, got shape "
@@ -285,9 +282,11 @@ def flash_attention(
       blocks that hide everything, and compute those that hide nothing without
       a mask; it takes T S / 8 bytes more, for all heads that share it.  What it
       hides must be finite, also where segment_ids hide it.
-    bias: floats of such a shape, added to the logits, after the soft cap.
-      There is no kernel for it: it goes by the reference, with [N, T, S] in
-      memory, and implementation="pallas" refuses it.
+    bias: floats of such a shape, added to the logits, after the soft cap; with
+      a gradient.  The kernels read it as it is, but in full T and S: it takes
+      T S values for each of its heads and batch elements.  Its gradient, where
+      it is asked for, takes as much; or, of what is shared, T S float32 for
+      each element of the batch, times K if heads share it, else times N.
     sinks: [N] floats: of each query head the logit of one more key, of value
       0, which every query sees; with a gradient.  They scale the kernels'
       results by lse, in plain jnp.

@@ -102,6 +102,7 @@ _small = functools.partial(_causal, dtype=jnp.float32)
 _WINDOW = {"local_window_size": (16, 0), "logits_soft_cap": 20.0}
 _PACKED = {"segment_ids": _packed((2, 64), 3), "rope": _rope_at((2, 64))}
 _SLOPES = jax.ShapeDtypeStruct((4,), jnp.float32)
+_BIAS = jax.ShapeDtypeStruct((1, 2, 128, 128), jnp.float32)
 _GEMMA_2B = (1, 8192, 8, 1, 256)
 _GEMMA_7B = (1, 8192, 16, 16, 256)
 _LLAMA = (1, 8192, 32, 8, 128)
@@ -114,6 +115,7 @@ TESTS = (
   _causal("bf16", (1, 128, 2, 1, 256)),
   _small("heads_first", (1, 140, 4, 2, 64), layout="BNTH"),
   _causal("dropout", (2, 128, 4, 2, 64), dropout_rate=0.3, dropout_seed=7),
+  _causal("bias", (1, 128, 2, 1, 64), bias=_BIAS),
   _case("alibi", (1, 140, 4, 2, 64), jnp.float32, alibi_slopes=_SLOPES),
   _case("flat", (2, 37, 4, 2, 128), jnp.float32, s=50, layout="BT(NH)"),
 )

@@ -315,6 +315,7 @@ def check(p: Problem, a: Arrays, axes: Axes) -> None:
   """Refuses what no ring goes with: it would be of rows and keys of all."""
   given = {
     "mask": a.mask,
+    "bias": a.bias,
     "alibi_slopes": a.alibi,
     "dropout_rate": p.dropout_rate or None,
   }

@@ -76,10 +76,14 @@ def reordered(
 
 def in_time(a: Any, parts: int) -> Any:
   """The arrays, [B, T, ...], back in the order of time."""
-  of_none = ("scale", "window", "base", "alibi")
+  of_none = ("scale", "window", "base", "alibi", "bias")
   tokens = a._replace(**dict.fromkeys(of_none))
   tokens = jax.tree.map(lambda x: reordered(x, parts, 1, inverse=True), tokens)
-  return tokens._replace(**{name: getattr(a, name) for name in of_none})
+  tokens = tokens._replace(**{name: getattr(a, name) for name in of_none})
+  if a.bias is None:
+    return tokens
+  by_query = reordered(a.bias, parts, 2, inverse=True)
+  return tokens._replace(bias=reordered(by_query, parts, 3, inverse=True))
 
 
 def in_context(outs: Any, parts: int) -> Any:

@@ -55,12 +55,16 @@ def part_of(arrays: Arrays, call: Call) -> Arrays:
   words = arrays.dropout
   if words is not None:
     words = Dropout(words.rows[:, call.queries], words.keys[:, call.keys])
+  bias = arrays.bias
+  if bias is not None:
+    bias = bias[:, :, call.queries, call.keys]
   return arrays._replace(
     q=arrays.q[:, call.queries],
     k=arrays.k[:, call.keys],
     v=arrays.v[:, call.keys],
     segments=segments,
     dropout=words,
+    bias=bias,
   )
 
 
@@ -112,10 +116,14 @@ def added(
   dq = jnp.zeros(a.q.shape, jnp.float32)
   of_keys = calls[0].problem.gradient_type(a.k.dtype)
   dk, dv = (jnp.zeros(x.shape, of_keys) for x in (a.k, a.v))
+  d_bias = None
   for call in calls:
     of_call = [part_of_outs(x, call) for x in (outs, d)]
     new = run(call, part_of(a, call), *of_call, jnp.float32)
     dq = dq.at[:, call.queries].add(new.q)
     dk = dk.at[:, call.keys].set(new.k)
     dv = dv.at[:, call.keys].set(new.v)
-  return Arrays(dq, dk, dv)
+    if new.bias is not None:
+      d_bias = jnp.zeros_like(a.bias) if d_bias is None else d_bias
+      d_bias = d_bias.at[:, :, call.queries, call.keys].set(new.bias)
+  return Arrays(dq, dk, dv, bias=d_bias)

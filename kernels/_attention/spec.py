@@ -53,7 +53,7 @@ class Arrays(NamedTuple):
   window: Any = None  # [B, 2] int32
   base: Any = None  # [B] float32
   mask: Any = None  # [B or 1, N or 1, T, S] booleans
-  bias: Any = None  # [B or 1, N or 1, T or 1, S or 1]
+  bias: Any = None  # [B or 1, N or 1, T, S]
   sinks: Any = None  # [N] float32
   alibi: Any = None  # [B or 1, N] float32: slopes, without gradient
   dropout: Dropout | None = None
@@ -126,6 +126,7 @@ class Problem(Logits):
     first_position: the same for ALiBi, also where a mask has taken the place of
       `query_offset`.
     dropout_rate: the part of the weights that is dropped, 0 without words.
+    has_bias: whether there is a bias, beside which a token's heads are apart.
     base_frequency: of the rotation, if positions come along without a base.
     return_lse: whether the log of the sum of exponentials is a result.
     gives_mean: whether a query that sees no key gives the mean of all values,
@@ -143,6 +144,7 @@ class Problem(Logits):
   query_offset: int = 0
   first_position: int = 0
   dropout_rate: float = 0.0
+  has_bias: bool = False
   base_frequency: float = 10_000.0
   return_lse: bool = False
   gives_mean: bool = False

@@ -138,9 +138,27 @@ def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
     config = FlashAttentionConfig(**found) if found else None
   config = config or FlashAttentionConfig.fitting(group, h, a.q.dtype)
   config = config.clipped(t, s, group)
+  if a.bias is not None and p.config is None:
+    config = _beside_bias(config, Sizes.of_problem(p, a))
   if a.mask is not None:  # no block has keys of two columns
     most = min(config.block_kv, MASK_KEYS), min(config.block_kv_bwd, MASK_KEYS)
     config = dataclasses.replace(config, block_kv=most[0], block_kv_bwd=most[1])
+  return config
+
+
+def _beside_bias(
+  config: FlashAttentionConfig, x: Sizes
+) -> FlashAttentionConfig:
+  """Fewer queries to a step, if a bias to all keys would not fit else."""
+  sums = {"": memory.forward_bytes, "_bwd": memory.backward_bytes}
+  for end, bytes_of in sums.items():
+    while True:
+      fixed, per_key = bytes_of(config, x)
+      half = getattr(config, f"block_q{end}") // 2
+      fits = fixed + per_key * x.s <= memory.VMEM_BYTES
+      if fits or half * x.group < 2 * tpu.LANES or half % 16:
+        break
+      config = dataclasses.replace(config, **{f"block_q{end}": half})
   return config
 
 
@@ -266,7 +284,8 @@ def _in_pairs(call: Call, x: Sizes, bytes_of: Any) -> Call:
   layout = call.layout.in_pairs(call.problem)
   # A copy ends between registers where these lie beside each other.
   whole = call.t % tpu.SUBLANES == 0 and call.s % tpu.SUBLANES == 0
-  if call.mask is not None and call.mask.by_head:
+  by_head = call.mask is not None and call.mask.by_head
+  if by_head or call.problem.has_bias:
     return call
   if layout is None or not (whole or x.head_size == tpu.LANES):
     return call
