@@ -57,21 +57,29 @@ def _step(eqn, operands):
     return _call_back(eqn, operands)
   if eqn.effects and (control := _CONTROL.get(name)):
     return control(params, operands)
+  multiple = eqn.primitive.multiple_results
   if exact := _EXACT.get(name):
     result = exact(params, *operands)
     if result is not None:
-      return [np.asarray(result)]
+      return [np.asarray(r) for r in (result if multiple else [result])]
   params = eqn.primitive.get_bind_params(params)
   bind = functools.partial(eqn.primitive.bind, **params)
+  if name in _OF_ONE and _kind(operands[0]) == "f":
+    return [_in_a_common_shape(bind, np.asarray(operands[0]))]
   try:
     results = bind(*operands)
   except (
     NotImplementedError
   ):  # some of Pallas's are for compiled programs alone
     results = jax.jit(bind)(*operands)
-  if not eqn.primitive.multiple_results:
+  if not multiple:
     results = [results]
-  return [np.asarray(result) for result in results]
+  return [_numpy(result) for result in results]
+
+
+def _numpy(x):
+  # A key of random numbers has no NumPy form.
+  return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
 
 
 def _closed(jaxpr, operands):
@@ -115,6 +123,31 @@ def _cond(params, operands):
 
 
 _CONTROL = {"while": _while, "cond": _cond}
+
+
+# --- what XLA does, in few shapes --------------------------------------------
+
+_OF_ONE = {
+  *("cos", "sin", "exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic"),
+  *(
+    "erf",
+    "erfc",
+    "erf_inv",
+    "integer_pow",
+    "rsqrt",
+    "sqrt",
+    "square",
+    "round",
+  ),
+}
+
+
+def _in_a_common_shape(function, x):
+  """Each number by itself: in rows of a few lengths, which programs share."""
+  length = 1 << max(8, 2 * -(-(x.size - 1).bit_length() // 2))
+  row = np.ones(length, x.dtype)
+  row[: x.size] = x.ravel()
+  return np.asarray(function(row))[: x.size].reshape(x.shape)
 
 
 # --- what NumPy does as XLA does ----------------------------------------------
@@ -218,9 +251,17 @@ def _in_float64(function):
   return apply
 
 
-def _dot_in_float64(params, x, y):
+def _dot(params, x, y):
+  """Sums of products in float32, or float64, in no order that is promised."""
   x, y = np.asarray(x), np.asarray(y)
-  if not x.dtype == y.dtype == np.float64:
+  wide = np.result_type(
+    *(np.float64 if a.dtype == np.float64 else np.float32 for a in (x, y))
+  )
+  out = params["preferred_element_type"] or jnp.result_type(x, y)
+  if (
+    not _kind(x) == _kind(y) == "f"
+    or jnp.finfo(out).bits > jnp.finfo(wide).bits
+  ):
     return None
   (of_x, of_y), (batch_x, batch_y) = params["dimension_numbers"]
   names_x, names_y = list(range(x.ndim)), list(range(20, 20 + y.ndim))
@@ -230,11 +271,44 @@ def _dot_in_float64(params, x, y):
   free_y = [n for j, n in enumerate(names_y) if j not in (*of_y, *batch_y)]
   batch = [names_x[i] for i in batch_x]
   result = [*batch, *free_x, *free_y]
-  return np.einsum(x, names_x, y, names_y, result, optimize=True)
+  x, y = x.astype(wide), y.astype(wide)
+  return np.einsum(x, names_x, y, names_y, result, optimize=True).astype(out)
+
+
+def _sum(params, x):
+  # In float32 the order of the sum is plain jnp's error: XLA's own.
+  x = np.asarray(x)
+  return x.sum(axis=params["axes"]) if x.dtype == np.float64 else None
+
+
+def _reduce(function, kinds="biuf"):
+  def apply(params, x):
+    x = np.asarray(x)
+    if _kind(x) not in kinds or not x.size:
+      return None
+    return function.reduce(x, axis=params["axes"])
+
+  return apply
+
+
+def _split(params, x):
+  ends = np.cumsum(params["sizes"])[:-1]
+  return np.split(np.asarray(x), ends, axis=params["axis"])
+
+
+def _pad(params, x, value):
+  x = np.asarray(x)
+  low, high, inner = zip(*params["padding_config"], strict=True)
+  if any(inner) or min(*low, *high, 0) < 0:
+    return None
+  result = np.full(np.add(x.shape, np.add(low, high)), value, x.dtype)
+  result[tuple(slice(i, i + n) for i, n in zip(low, x.shape, strict=True))] = x
+  return result
 
 
 _EXACT = {
   "add": _elementwise(np.add),
+  "add_any": _elementwise(np.add),
   "sub": _elementwise(np.subtract, "iuf"),
   "mul": _elementwise(np.multiply),
   "neg": _elementwise(np.negative, "if"),
@@ -271,7 +345,16 @@ _EXACT = {
     xs, axis=params["dimension"]
   ),
   "tile": lambda params, x: np.tile(x, params["reps"]),
-  "dot_general": _dot_in_float64,
+  "dot_general": _dot,
+  "reduce_sum": _sum,
+  "reduce_max": _reduce(np.maximum),
+  "reduce_min": _reduce(np.minimum),
+  "reduce_or": _reduce(np.logical_or, "b"),
+  "reduce_and": _reduce(np.logical_and, "b"),
+  "split": _split,
+  "pad": _pad,
+  "sign": _elementwise(np.sign, "if"),
+  "is_finite": _elementwise(np.isfinite, "f"),
   "exp": _in_float64(np.exp),
   "exp2": _in_float64(np.exp2),
   "log": _in_float64(np.log),

@@ -1,11 +1,15 @@
 """JAX's TPU interpreter, set up to catch what hardware would not forgive."""
 
 import dataclasses
+import functools
 import inspect
 
 import eager
+import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
+from jax._src import core
 from jax._src.state import types as state
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -16,10 +20,30 @@ PARAMS = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
 
 
 def evaluate_op_by_op():
-  """A kernel runs once: to compile it would take longer than all its ops."""
+  """A kernel runs once: to compile it would take longer than all its ops.
+
+  Neither what a core does is compiled, nor what brings it there, which becomes
+  a single call out of the program: but for the devices of a mesh, which wait
+  for each other.
+  """
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call as module
   from jax._src.pallas.mosaic.interpret import thread_map
 
   thread_map._run_jaxpr = eager.evaluate
+  interpret = module.interpret_pallas_call
+
+  @functools.wraps(interpret)
+  def interpret_pallas_call(*args, out_avals, **params):
+    function = functools.partial(interpret, out_avals=out_avals, **params)
+    if core.get_axis_env().axis_sizes:
+      return function(*args)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
+    jaxpr = jax.make_jaxpr(function)(*shapes)
+    call = functools.partial(eager.evaluate, jaxpr.jaxpr, jaxpr.consts)
+    outs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in out_avals]
+    return jax.experimental.io_callback(call, outs, *args, ordered=True)
+
+  module.interpret_pallas_call = interpret_pallas_call
 
 
 def copy_words_too():
