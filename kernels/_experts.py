@@ -16,6 +16,7 @@ HBM, [T, F] each.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,9 @@ from ._frame.check import (
   check_integers,
   check_shape,
 )
+from ._frame.derivative import is_perturbed, linear
+from ._frame.manual import partitioned
+from ._frame.mapped import in_turns
 from ._gated.activation import Activation, ClampedSwiGLU, as_activation, gated
 
 _OP = "expert_feed_forward"
@@ -93,8 +97,21 @@ def expert_feed_forward(
   activation = as_activation(_OP, activation)
   given = biases if biases is not None else ExpertBiases()
   x, sizes, weights = _checked(x, (w_gate, w_up, w_down), group_sizes)
+  if weights[0] is None and isinstance(activation, ClampedSwiGLU):
+    raise ValueError(
+      f"{_OP}: w_gate must be given for a ClampedSwiGLU, which has two "
+      f"branches, got None"
+    )
+  run = functools.partial(_feed_forward, activation=activation)
+  spec = jax.typeof(x).sharding.spec
+  return partitioned(run, spec)(x, weights, sizes, _biases(given, weights))
+
+
+def _feed_forward(
+  x: Any, weights: Any, sizes: Any, own: Any, activation: Any
+) -> jax.Array:
+  """[T, D], of arrays that are checked."""
   gate_weight, up_weight, down_weight = weights
-  own = _biases(given, weights)
   expert = _expert_of_row(sizes, x.shape[0])
   first = gate_weight if gate_weight is not None else up_weight
   gate = _product(x, first, sizes, own.gate, expert)
@@ -103,11 +120,6 @@ def expert_feed_forward(
     up = _product(x, up_weight, sizes, own.up, expert)
   elif gate_weight is not None:
     gate, up = jnp.split(gate, 2, axis=1)
-  if up is None and isinstance(activation, ClampedSwiGLU):
-    raise ValueError(
-      f"{_OP}: w_gate must be given for a ClampedSwiGLU, which has two "
-      f"branches, got None"
-    )
   h = gated(activation, gate, up).astype(x.dtype)
   y = _product(h, down_weight, sizes, own.down, expert)
   # What a product has past its groups is not defined on all platforms.
@@ -127,16 +139,59 @@ def _product(
   x: jax.Array, w: jax.Array, sizes: jax.Array, bias: Any, expert: jax.Array
 ) -> jax.Array:
   """Each row with its expert's weight, float32 at least; 0 for rows of none."""
-  sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
   is_some = (expert < sizes.shape[0])[:, None]
   # So that no gradient has what a row of none holds.
   x = jnp.where(is_some, x, jnp.zeros_like(x))
-  y = jax.lax.ragged_dot(
-    x, w.astype(x.dtype), sizes, preferred_element_type=sum_dtype
-  )
+  y = _grouped(x, w.astype(x.dtype), sizes)
   if bias is not None:
-    y += bias.astype(sum_dtype)[jnp.minimum(expert, sizes.shape[0] - 1)]
+    y += bias.astype(y.dtype)[jnp.minimum(expert, sizes.shape[0] - 1)]
   return jnp.where(is_some, y, 0)
+
+
+def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+  sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=sum_dtype)
+
+
+# JAX maps some ragged products, and not those of their derivatives.  Here each
+# direction is a function of its own, of which examples take turns.
+
+
+@jax.custom_jvp
+def _grouped(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+  """Each group of rows with its weight, in float32 at least."""
+  return in_turns(_ragged)(x, w, sizes)
+
+
+@functools.partial(_grouped.defjvp, symbolic_zeros=True)
+def _grouped_jvp(primals: Any, tangents: Any) -> Any:
+  x, w, sizes = primals
+  dx, dw, _ = tangents
+  y = _grouped(x, w, sizes)
+
+  def by_rows(kept: Any, d: Any) -> Any:
+    return (in_turns(_ragged)(d[0], *kept),)
+
+  def by_weights(kept: Any, d: Any) -> Any:
+    return (in_turns(_ragged)(kept[0], d[0], kept[1]),)
+
+  @in_turns
+  def to_rows(w: Any, sizes: Any, dy: Any) -> Any:
+    return jax.linear_transpose(lambda d: _ragged(d, w, sizes), x)(dy)
+
+  @in_turns
+  def to_weights(x: Any, sizes: Any, dy: Any) -> Any:
+    return jax.linear_transpose(lambda d: _ragged(x, d, sizes), w)(dy)
+
+  def back(transpose: Any) -> Any:
+    return lambda kept, dy: transpose(*kept, dy[0])
+
+  parts: list[Any] = []
+  if is_perturbed(dx):
+    parts += linear(by_rows, back(to_rows), (w, sizes), (dx,), (y,))
+  if is_perturbed(dw):
+    parts += linear(by_weights, back(to_weights), (x, sizes), (dw,), (y,))
+  return y, functools.reduce(jnp.add, parts, jnp.zeros_like(y))
 
 
 def _checked(x: Any, weights: Any, group_sizes: Any) -> tuple[Any, Any, Any]:

@@ -245,8 +245,8 @@ def test_bad_soft_targets_are_refused():
   x, table, *_ = draw()
   for targets, message in (
     (jnp.zeros((24, 100)), r"targets must be \(24, 200\)"),
-    (Teacher(x[:3], table), r"targets.x must be \(24,\)"),
-    (Teacher(x, table[:9]), r"targets.embedding must be \(200,\)"),
+    (Teacher(x[:3], table), r"targets.x must be \(24, 72\)"),
+    (Teacher(x, table[:9]), r"targets.embedding must be \(200, 72\)"),
   ):
     with pytest.raises(ValueError, match=f"linear_soft_.*: {message}"):
       linear_soft_cross_entropy(x, table, targets)

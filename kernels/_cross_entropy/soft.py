@@ -17,6 +17,7 @@ block of the table has its gradient whole; that of x is summed in float32.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +31,13 @@ from .._frame.check import (
   check_positive,
   check_shape,
 )
+from .._frame.manual import partitioned
 from .spec import LOWEST_LOGIT, capped
 
 _OP = "linear_soft_cross_entropy"
 # Logits of a block in float32, 128 MiB: enough to fill the matrix units.
 _BLOCK_NUMBERS = 1 << 25
+_MANY_ROWS = 8192
 
 
 class Teacher(NamedTuple):
@@ -57,7 +60,7 @@ class Teacher(NamedTuple):
 class _Head(NamedTuple):
   """A model's last layer, and what comes into it."""
 
-  x: Any  # [R, D]
+  x: Any  # [R, D]; as given [..., D]
   table: Any  # [V, D]; of a scan's step [words, D]
   bias: Any  # [V] float32, or [words]; None for none
 
@@ -115,15 +118,11 @@ def linear_soft_cross_entropy(
   temperature = as_number(_OP, "temperature", temperature)
   check_positive(_OP, temperature=temperature)
   cap = _cap("logits_soft_cap", logits_soft_cap)
-  student, lead = _head("", x, embedding, bias)
-  vocab = student.table.shape[0]
-  counted: Any = None
+  student = _head("", x, embedding, bias)
+  lead, vocab = student.x.shape[:-1], student.table.shape[0]
   if weights is not None:
     (weights,) = as_floats(_OP, weights=weights)
     check_shape(_OP, "weights", weights, lead, "x without its last dimension")
-    counted = weights != 0
-    rows = jnp.where(counted.reshape(-1, 1), student.x, 0)
-    student = student._replace(x=rows)
   valid = vocab
   if valid_vocab_size is not None:
     valid = as_whole_number(_OP, "valid_vocab_size", valid_vocab_size)
@@ -134,20 +133,21 @@ def linear_soft_cross_entropy(
   numbers = _Numbers(cap, None, temperature, valid)
   if isinstance(targets, Teacher):
     name = "targets."
-    teacher, own = _head(name, targets.x, targets.embedding, targets.bias)
-    check_shape(_OP, f"{name}x", jnp.empty(own), lead, "x's, but for its width")
-    check_shape(_OP, f"{name}embedding", teacher.table[:, 0], (vocab,), "V")
+    teacher = _head(name, targets.x, targets.embedding, targets.bias)
+    width = teacher.x.shape[-1]
+    check_shape(
+      _OP, f"{name}x", teacher.x, (*lead, width), "x's, but for its width"
+    )
+    check_shape(_OP, f"{name}embedding", teacher.table, (vocab, width), "V")
     own_cap = _cap(f"{name}logits_soft_cap", targets.logits_soft_cap)
     numbers = numbers._replace(teacher_cap=own_cap)
-    aim: Any = jax.lax.stop_gradient(teacher)
+    aim: Any = teacher
   else:
     (aim,) = as_floats(_OP, targets=targets)
     check_shape(_OP, "targets", aim, (*lead, vocab), "[..., V]")
-    aim = jax.lax.stop_gradient(aim.reshape(-1, vocab))
-  loss = _losses(student, aim, numbers).reshape(lead)
-  if weights is None:
-    return loss
-  return jnp.where(counted, loss * weights.astype(jnp.float32), 0.0)
+  losses = functools.partial(_losses_of_tokens, p=numbers)
+  spec = jax.typeof(student.x).sharding.spec[:-1]
+  return partitioned(losses, spec)(student, aim, weights)
 
 
 class _Numbers(NamedTuple):
@@ -165,10 +165,8 @@ def _cap(name: str, cap: Any) -> float | None:
   return cap
 
 
-def _head(
-  prefix: str, x: Any, embedding: Any, bias: Any
-) -> tuple[_Head, tuple[int, ...]]:
-  """A model's arrays, checked, and the shape of its tokens."""
+def _head(prefix: str, x: Any, embedding: Any, bias: Any) -> _Head:
+  """A model's arrays, checked; x [..., D]."""
   x, table = as_floats(
     _OP, **{f"{prefix}x": x, f"{prefix}embedding": embedding}
   )
@@ -181,10 +179,30 @@ def _head(
     (bias,) = as_floats(_OP, **{f"{prefix}bias": bias})
     check_shape(_OP, f"{prefix}bias", bias, table.shape[:1], "V")
     bias = bias.astype(jnp.float32)
-  return _Head(x.reshape(-1, x.shape[-1]), table, bias), x.shape[:-1]
+  return _Head(x, table, bias)
 
 
 # --- the scan -----------------------------------------------------------------
+
+
+def _losses_of_tokens(
+  student: _Head, aim: Any, weights: Any, p: _Numbers
+) -> jax.Array:
+  """[...], with a teacher or targets [..., V] to aim at."""
+  lead = student.x.shape[:-1]
+
+  def rows(array: jax.Array) -> jax.Array:
+    return array.reshape(-1, array.shape[-1])
+
+  aim = jax.lax.stop_gradient(aim)
+  aim = aim._replace(x=rows(aim.x)) if isinstance(aim, _Head) else rows(aim)
+  x = rows(student.x)
+  if weights is None:
+    return _losses(student._replace(x=x), aim, p).reshape(lead)
+  counted = weights != 0
+  x = jnp.where(counted.reshape(-1, 1), x, 0)
+  loss = _losses(student._replace(x=x), aim, p).reshape(lead)
+  return jnp.where(counted, loss * weights.astype(jnp.float32), 0.0)
 
 
 def _losses(student: _Head, aim: Any, p: _Numbers) -> jax.Array:
@@ -241,6 +259,8 @@ def _losses(student: _Head, aim: Any, p: _Numbers) -> jax.Array:
 
 def _blocks(vocab: int, rows: int) -> tuple[int, int]:
   """Words of a block, and how many there are: such as divide V, if any do."""
+  # `jax.export` may leave open how many rows there are.
+  rows = rows if isinstance(rows, int) else _MANY_ROWS
   words = max(1024, _BLOCK_NUMBERS // max(rows, 1) // tpu.LANES * tpu.LANES)
   least = -(-vocab // words)
   # Whole tiles of lanes before others, and fewer blocks before more.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 Axes = tuple[str, ...]
 
@@ -52,6 +52,30 @@ def varying_like(array: Any, shape: Sequence[int], dtype: Any) -> Any:
     dtype,
     manual_axis_type=jax.typeof(array).manual_axis_type,
   )
+
+
+# --- what XLA's partitioner does ----------------------------------------------
+
+
+def partitioned(
+  function: Callable[..., jax.Array], spec: Sequence[Any]
+) -> Callable[..., jax.Array]:
+  """`function` of trees of arrays, plain jnp, of which a mesh asks no types.
+
+  On a mesh with Explicit axes each operation would have to say how its result
+  is split; here XLA's partitioner says so, as it does where axes are Auto.
+
+  Args:
+    function: gives one array.
+    spec: how the dimensions of its result are split, as a type says it.
+  """
+  kinds = jax.sharding.get_abstract_mesh().axis_types
+  if AxisType.Explicit not in kinds:
+    return function
+  by_xla: Any = jax.sharding.auto_axes(
+    function, out_sharding=PartitionSpec(*spec)
+  )
+  return by_xla
 
 
 # --- one inside another ------------------------------------------------------

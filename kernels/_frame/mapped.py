@@ -28,6 +28,11 @@ def mapped_kernel(vmap: Vmap, kernel: Callable[..., Any]) -> Callable[..., Any]:
       return _as_batch(kernel)
 
 
+def in_turns(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function`, plain jnp that JAX cannot map: examples take turns."""
+  return sequential_vmap(function)
+
+
 def _as_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
   """`kernel` of arrays [B, ...] that vmap maps by a larger B."""
   mapped = custom_vmap(kernel)
