@@ -212,7 +212,9 @@ def test_two_depths_give_a_layer_and_the_whole_model():
     )
 
   few, more = row(2, 3_000_000), row(4, 4_500_000)
-  table = report.steps([few, more, dataclasses.replace(few, op="rms_norm")])
+  whole = dataclasses.replace(few, case="gemma_2b_v5e_8", cycles=9_000_000)
+  other = dataclasses.replace(few, op="rms_norm")
+  table = report.steps([few, more, other, whole])
   name = "`gemma_train_step` gemma_2b_v5e_8, step"
   mfu = f"{1e5 * 1.5e9 / 197e12:.1%}"
   assert table.splitlines()[2:] == [
@@ -222,6 +224,7 @@ def test_two_depths_give_a_layer_and_the_whole_model():
     f"{mfu} | 3.00 |",
     f"| {name}: a layer more | 0.500 | | | |",
     f"| {name}: 18 layers by a straight line | 10.000 |  | {mfu} |  |",
+    f"| {name} | 2.000 |  | {mfu} | 3.00 |",
   ]
   assert "≥ 3.000" in report.steps(
     [few, dataclasses.replace(more, lower_bound=True)]

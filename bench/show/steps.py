@@ -43,7 +43,7 @@ def _beyond(row: Row, rows: Sequence[Row]) -> Iterator[str]:
   fewer = [
     (other, _depth(other))
     for other in rows
-    if _family(other) == _family(row) and _depth(other) < depth
+    if _family(other) == _family(row) and 0 < _depth(other) < depth
   ]
   if not depth or not fewer:
     return

@@ -221,6 +221,4 @@ def step(case: Case, collectives_apart: bool = True) -> Built:
 def _state_bytes(case: Case) -> int:
   """A chip's shards of weights and moments, read once and written once."""
   state = jax.eval_shape(lambda: trainer.fresh_state(case.config))
-  sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  mesh = case.mesh
-  return 2 * sum(sizes) // (mesh.fsdp * mesh.context * mesh.model)
+  return 2 * case.layout.part_bytes(state)

@@ -75,8 +75,8 @@ def described(config: InspectConfig) -> Iterator[str]:
   yield from (f"  {line}" for line in layouts.describe(layout, params))
   yield ""
   yield "memory of a device"
-  of_params = _part(layout.state(params), params)
-  of_moments = _part(layout.state(optimizer), optimizer)
+  of_params = layout.part_bytes(params)
+  of_moments = layout.part_bytes(optimizer)
   for name, nbytes in (
     ("parameters", of_params),
     ("optimizer state, split as they are", of_moments),
@@ -101,18 +101,6 @@ def _sizes(config: InspectConfig) -> GemmaConfig:
 
   model, _ = load_checkpoint(config.checkpoint)
   return model.config
-
-
-def _part(shardings: Any, arrays: Any) -> int:
-  """Bytes of a device's part of arrays."""
-  import jax
-
-  return sum(
-    math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
-    for where, x in zip(
-      jax.tree.leaves(shardings), jax.tree.leaves(arrays), strict=True
-    )
-  )
 
 
 def _activations(

@@ -30,7 +30,9 @@ from .._processes import count as count_processes
 from .._weights import name_of
 from ..ops import sharding
 from .config import TrainConfig
-from .mesh import ROWS, MeshConfig, chosen, parse
+from .mesh import AXES, ROWS, MeshConfig, chosen, parse
+
+_AUTO = (AxisType.Auto,) * len(AXES)
 
 
 def layout_of(config: TrainConfig) -> Layout | None:
@@ -72,23 +74,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices: all that there are by default.
   """
   devices = jax.devices() if devices is None else devices
-  names = tuple(field.name for field in dataclasses.fields(config))
   if config.pods > 1 and len({_pod(d) for d in devices}) == config.pods:
     grid = mesh_utils.create_hybrid_device_mesh(
-      (1, *config.shape[1:]), (config.pods, *(1,) * (len(names) - 1)), devices
+      (1, *config.shape[1:]), (config.pods, *(1,) * (len(AXES) - 1)), devices
     )
   elif devices[0].platform == "tpu":
     grid = mesh_utils.create_device_mesh(config.shape, devices)
   else:
     grid = np.array(devices).reshape(config.shape)
-  return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+  return Mesh(grid, AXES, axis_types=_AUTO)
 
 
 def abstract_mesh(config: MeshConfig) -> Any:
   """The same of devices of no matter which name, to ask what lies where."""
-  names = tuple(field.name for field in dataclasses.fields(config))
-  auto = (AxisType.Auto,) * len(names)
-  return AbstractMesh(config.shape, names, axis_types=auto)
+  return AbstractMesh(config.shape, AXES, axis_types=_AUTO)
 
 
 def _pod(device: Any) -> Any:
@@ -183,6 +182,18 @@ class Layout:
       return NamedSharding(self.mesh, self.spec(name, x.shape))
 
     return jax.tree_util.tree_map_with_path(of, state)
+
+  def part_bytes(self, state: Any) -> int:
+    """Bytes of a device's part of parameters, or of an optimizer's state.
+
+    Args:
+      state: as of `state`.
+    """
+    shardings = jax.tree.leaves(self.state(state))
+    return sum(
+      math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+      for where, x in zip(shardings, jax.tree.leaves(state), strict=True)
+    )
 
   def spec(self, name: str, shape: Sequence[int]) -> PartitionSpec:
     """How a parameter of a name and a shape is split.

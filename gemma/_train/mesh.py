@@ -82,6 +82,9 @@ class MeshConfig:
     return ",".join(parts) or "fsdp=1"
 
 
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+"""The names of all axes, in order."""
+
 PRESETS = {
   "v5e-1": MeshConfig(),
   "v5e-4": MeshConfig(fsdp=4),
@@ -109,14 +112,13 @@ def parse(text: str) -> MeshConfig | None:
     return None
   if text in PRESETS:
     return PRESETS[text]
-  names = [field.name for field in dataclasses.fields(MeshConfig)]
   sizes: dict[str, int] = {}
   for part in text.split(","):
     name, equals, size = (p.strip() for p in part.partition("="))
-    if name not in names or not equals or not size.isdecimal() or name in sizes:
+    if name not in AXES or not equals or not size.isdecimal() or name in sizes:
       raise UserError(
         f"mesh {text!r}: wanted auto, {', '.join(PRESETS)}, or sizes of the "
-        f"axes {', '.join(names)}, such as fsdp=4,model=2"
+        f"axes {', '.join(AXES)}, such as fsdp=4,model=2"
       )
     sizes[name] = int(size)
   return MeshConfig(**sizes)
