@@ -22,7 +22,7 @@ from .run.job import Job
 from .run.row import Result, Row
 from .show import beside, calibration, compare, files, published
 from .show import table as tables
-from .suites.program import Program, suite
+from .suites.program import APART, OVERLAPPED, Program, suite
 
 SUITES = ("registry", "baselines", "gemma", "others")
 _WIDTH = 180  # of what goes to a file or a pipe: the tables whole
@@ -322,8 +322,7 @@ def _train_step(arguments: Arguments, console: rich.console.Console) -> None:
     for p in gemma_step.programs()
     if p.case == case.name
   }
-  names = gemma_step.APART, gemma_step.OVERLAPPED
-  rows = estimate(arguments, [both[name] for name in names])
+  rows = estimate(arguments, [both[name] for name in (APART, OVERLAPPED)])
   _write(arguments, rows)
   for row in rows:
     if row.error:

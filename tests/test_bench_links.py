@@ -1,6 +1,10 @@
 """Collectives: what they move, how long that takes, what covers it."""
 
+import dataclasses
+from typing import Any
+
 import pytest
+from pallas_gemma.bench import Row
 from pallas_gemma.bench.show import train_step
 from pallas_gemma.bench.v5e import V5E, estimate_module, links
 
@@ -139,3 +143,33 @@ def test_collectives_are_added_up_by_what_they_are_of(met):
   assert gate.nbytes == 3 * (4 << 20)
   assert gate.exposed == pytest.approx(3 * met["whole"].seconds)
   assert found[0] == gate
+
+
+def test_readers_get_a_line_for_each_step_and_its_long_collectives(met):
+  long = {**vars(met["whole"]), "times": 100}
+  fields: dict[str, Any] = dict(
+    op="gemma_train_step", case="gemma_on_a_slice", which="step"
+  )
+  apart = Row(
+    implementation="pallas", seconds=0.1, model_flops=197 * 10**11, **fields
+  )
+  overlapped = Row(
+    implementation="pallas-overlapped",
+    peak_bytes=3 << 30,
+    collectives=[vars(met["sent"]), long],
+    **fields,
+  )
+  alone = dataclasses.replace(overlapped, case="without_the_other")
+  lines = train_step.markdown([overlapped, apart, alone]).splitlines()
+  links, exposed = (
+    1e3 * (100 * met["whole"].seconds + of)
+    for of in (met["sent"].seconds, met["sent"].exposed)
+  )
+  assert lines[2] == (
+    f"| gemma_on_a_slice | 3.00 | 100.0 | {links:.1f} | {exposed:.1f} | "
+    f"100.0% | {100 / (100 + exposed):.1%} |"
+  )
+  assert sum("all-gather" in line for line in lines) == 1
+  assert not any(
+    "permute" in line or "without_the_other" in line for line in lines
+  )

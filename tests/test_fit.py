@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib
+import types
 
 import jax
 import pytest
 from pallas_gemma.gemma import GemmaConfig, TrainConfig, UserError
 from small_gemma import TWO_LAYERS
 
+COMPILER = importlib.import_module("pallas_gemma.bench.v5e.compiler")
 FIT = importlib.import_module("pallas_gemma.gemma._train.fit")
 REMAT = importlib.import_module("pallas_gemma.gemma._remat")
 STEP = importlib.import_module("pallas_gemma.gemma._train.step")
@@ -55,6 +57,24 @@ def test_less_is_kept_where_less_fits(monkeypatch):
   tight = STEP.resolved(settings(), least + 1)
   assert tight.model.remat not in ("none", "auto")
   assert sizes[tight.model.remat, tight.head] <= least + 1
+
+
+def test_the_gaps_of_a_heap_count_once():
+  """Sizes as JAX gives them of a program for a TPU: 10 of 30 are gaps."""
+  sizes = dict(
+    argument_size_in_bytes=100,
+    output_size_in_bytes=60,
+    alias_size_in_bytes=50,
+    temp_size_in_bytes=40,
+  )
+  for total, want in ((140, 140), (0, 150), (None, 150)):
+    told = (
+      sizes if total is None else {**sizes, "total_allocation_bytes": total}
+    )
+    memory = types.SimpleNamespace(**told)
+    step = types.SimpleNamespace(memory_analysis=lambda memory=memory: memory)
+    assert FIT._bytes(lambda _, step=step: step, settings()) == want
+    assert COMPILER._temp_bytes(memory, 110) == want - 110
 
 
 def test_without_known_memory_nothing_is_compiled():

@@ -13,6 +13,7 @@ import pytest
 import v5e
 from hypothesis import given
 from hypothesis import strategies as st
+from pallas_gemma.bench.v5e import hlo, links
 from pallas_gemma.gemma import (
   GemmaConfig,
   OptimizerConfig,
@@ -154,23 +155,84 @@ def test_kernels_are_compiled_for_a_slice(mesh):
     num_heads=4,
     num_kv_heads=1,
     head_size=128,
-    context_length=256,
+    context_length=384,
   )
   settings = TrainConfig(
-    model=model, sequence_length=256, mesh=mesh, head="recompute"
+    model=model, sequence_length=384, mesh=mesh, head="recompute"
   )
   sizes = MESH.parse(mesh)
   chips = v5e.devices("2x4", (2, 4, 1))
   layout = LAYOUT.Layout(LAYOUT.make_mesh(sizes, chips), sizes)
   step, _ = STEP.make_steps(settings, 512, layout)
-  ids = jax.ShapeDtypeStruct((8, 256), jnp.int32)
+  ids = jax.ShapeDtypeStruct((8, 384), jnp.int32)
   batch: dict[str, Any] = dict.fromkeys(
     ("tokens", "labels", "segment_ids"), ids
   )
-  batch["weights"] = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+  batch["weights"] = jax.ShapeDtypeStruct((8, 384), jnp.float32)
   text = step.lower(*STEP.abstract_state(settings), batch).compile().as_text()
   for kernel in ("flash_attention", "feed_forward", "linear_cross_entropy"):
     assert f"{kernel}_fwd" in text and f"{kernel}_bwd" in text
+  assert unplanned(text, settings, layout) == []
+
+
+# Over which axes a step's collectives go.  Whatever the model axis splits is
+# summed over it.
+PLAN = {
+  "all-gather": [("fsdp",)],
+  "all-to-all": [("fsdp",)],
+  "reduce-scatter": [("fsdp",)],
+  "all-reduce": [("fsdp",), ("model",), ("fsdp", "model")],
+}
+
+
+def unplanned(text, settings, layout):
+  """The collectives of a step that the plan does not know.
+
+  Over fsdp go a layer's weights, in the compute dtype, and their gradients,
+  token ids, and rows of the table, which alone are exchanged; over model sums
+  of tokens' rows.
+  """
+  params, _ = STEP.abstract_state(settings)
+  weights = set()
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    split = "model" in str(layout.spec(path[-1].key, x.shape))
+    stacked = settings.model.num_layers if len(x.shape) > 2 else 1
+    weights.add(x.size // stacked // (layout.config.model if split else 1))
+  rows = settings.batch_size // layout.config.rows * settings.sequence_length
+
+  def is_planned(kind, axes, array, source):
+    if axes not in PLAN.get(kind, []):
+      return False
+    if array.size <= settings.model.width:  # sums, and scales of norms
+      return True
+    match kind, axes:
+      case "all-gather", _:
+        tokens = settings.batch_size * settings.sequence_length
+        is_weight = array.size in weights and array.dtype == "bf16"
+        return is_weight or (array.size, array.dtype) == (tokens, "s32")
+      case "all-to-all", _:
+        return array.size == rows * settings.model.width and "embed" in source
+      case _, ("model",):
+        return array.size % rows == 0
+    return array.size in weights
+
+  return [
+    (kind, axes, f"{array.dtype}[{array.dims}]", each.source)
+    for each in hlo.parse(text).instructions.values()
+    if (kind := each.opcode.removesuffix("-start")) in hlo.COLLECTIVES
+    for axes in [axes_of(each.text, layout)]
+    for array in each.arrays
+    if not is_planned(kind, axes, array, each.source)
+  ]
+
+
+def axes_of(text, layout):
+  """The axes of more than one device along which a collective goes."""
+  group = links.first_group(text) or sum(links.pairs_of(text), ())
+  group = group or range(layout.mesh.size)  # no groups: all are one
+  places = np.unravel_index(np.array(group, int), layout.mesh.devices.shape)
+  pairs = zip(layout.mesh.axis_names, places, strict=True)
+  return tuple(name for name, place in pairs if len(set(place)) > 1)
 
 
 # --- what the user may ask for ------------------------------------------------

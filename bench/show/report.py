@@ -21,7 +21,8 @@ import tyro
 from pallas_gemma.kernels import OPS
 
 from ..run.row import Row
-from . import files
+from ..suites.program import OVERLAPPED
+from . import files, train_step
 from .plots import draw as draw
 from .problems import OURS, Problem, problems
 from .steps import steps as steps
@@ -263,7 +264,10 @@ def readme_text(text: str, rows: Sequence[Row]) -> str:
 
 def full_text(text: str, rows: Sequence[Row], commands: Sequence[str]) -> str:
   """results/README.md with its generated parts as they should be."""
-  return insert(insert(text, markdown(rows, commands)), steps(rows), "steps")
+  # What is computed in these cannot be told from what communicates.
+  timed = [row for row in rows if row.implementation != OVERLAPPED]
+  text = insert(insert(text, markdown(timed, commands)), steps(timed), "steps")
+  return insert(text, train_step.markdown(rows), "slices")
 
 
 def main() -> None:

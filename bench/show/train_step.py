@@ -13,6 +13,7 @@ import rich.console
 import rich.table
 
 from ..run.row import Row
+from ..suites.program import APART, OVERLAPPED
 from ..v5e import V5E
 
 _GIB = 2**30
@@ -93,6 +94,61 @@ def show(console: rich.console.Console, apart: Row, overlapped: Row) -> None:
       f"{t.exposed * 1e3:.2f}",
     )
   console.print(table)
+
+
+_LEAST = 1e-3  # seconds on the links of what the tables of readers tell
+
+
+def markdown(rows: Sequence[Row]) -> str:
+  """A table of all steps of which both programs are there, and one of each."""
+  of = {
+    name: {
+      row.case: row
+      for row in rows
+      if row.op == "gemma_train_step" and row.implementation == name
+    }
+    for name in (APART, OVERLAPPED)
+  }
+  pairs = [(of[APART].get(case), row) for case, row in of[OVERLAPPED].items()]
+  both = [(apart, row) for apart, row in pairs if apart]
+  lines = [
+    "| step | peak GiB | computing, ms | on the links, ms | exposed, ms | "
+    "MFU, computing | MFU, with what is exposed |",
+    "|---|---:|---:|---:|---:|---:|---:|",
+    *(_step_line(apart, row) for apart, row in both),
+  ]
+  for _, row in both:
+    lines += [
+      "",
+      f"{row.case}: collectives of more than a millisecond",
+      "",
+      "| collective | of | runs | MiB | on the links, ms | exposed, ms |",
+      "|---|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+      f"| {t.kind} | `{t.source}` | {t.runs:,} | {t.nbytes / 2**20:,.1f} | "
+      f"{t.seconds * 1e3:.2f} | {t.exposed * 1e3:.2f} |"
+      for t in traffic(row.collectives)
+      if t.seconds >= _LEAST
+    ]
+  return "\n".join(lines)
+
+
+def _step_line(apart: Row, overlapped: Row) -> str:
+  found = traffic(overlapped.collectives)
+  exposed = sum(t.exposed for t in found)
+  at_least, at_most = ("≥ ", "≤ ") if apart.lower_bound else ("", "")
+  work = (apart.model_flops or 0) / V5E.peak_flops
+  cells = [
+    apart.case,
+    f"{(overlapped.peak_bytes or 0) / _GIB:.2f}",
+    f"{at_least}{apart.seconds * 1e3:.1f}",
+    f"{sum(t.seconds for t in found) * 1e3:.1f}",
+    f"{exposed * 1e3:.1f}",
+    f"{at_most}{work / apart.seconds:.1%}",
+    f"{at_most}{work / (apart.seconds + exposed):.1%}",
+  ]
+  return f"| {' | '.join(cells)} |"
 
 
 def summary(

@@ -39,7 +39,7 @@ from pallas_gemma.gemma._train import step as trainer
 from pallas_gemma.kernels import Cost
 
 from ..v5e import Placement
-from .program import Built, Program
+from .program import APART, OVERLAPPED, Built, Program
 
 _SENTENCEPIECE = 256_000  # pieces of Gemma's tokenizer
 _DEPTHS = (2, 4)
@@ -47,7 +47,6 @@ _COLLECTIVES_APART = (
   ("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),
   ("xla_tpu_enable_async_collective_fusion", "false"),
 )
-APART, OVERLAPPED = "pallas", "pallas-overlapped"
 
 
 @dataclasses.dataclass(frozen=True)

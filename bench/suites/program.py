@@ -20,6 +20,9 @@ from pallas_gemma.kernels import Case, Cost, Integers, Op
 from ..v5e import ONE_CHIP, V5E, Chip, Placement
 
 Pass = Literal["fwd", "fwd+bwd", "step"]
+APART, OVERLAPPED = "pallas", "pallas-overlapped"
+"""Implementations of a step of training: its collectives apart, for the time of
+what is computed; and as a user compiles it, for memory and collectives."""
 
 
 class Built(typing.NamedTuple):
