@@ -11,7 +11,7 @@ import pytest
 from pallas_gemma.kernels import integrations
 from pallas_gemma.kernels.integrations import CausalMask, report
 
-LIBRARIES = ["gemma", "keras_hub", "tunix"]
+LIBRARIES = ["gemma", "keras_hub", "maxtext", "tunix"]
 library = importlib.import_module("pallas_gemma.kernels.integrations._library")
 log = importlib.import_module("pallas_gemma.kernels.integrations._log")
 

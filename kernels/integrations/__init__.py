@@ -13,6 +13,7 @@ library only when `apply` is called: `kernels/` alone still needs JAX alone.
     gemma      Gemma 1, 2 and 3 of DeepMind's `gemma`
     tunix      Llama 3 and Qwen 3 of Google's `tunix`
     keras_hub  Gemma 1 and 2, Llama 3 and Qwen 3 of `keras_hub`, on JAX
+    maxtext    the dense models of Google's `maxtext`, Llama and Qwen among them
 
 `nnx` and `linen` are modules for `flax`, to build models of; importing them
 imports flax.
@@ -33,6 +34,7 @@ their sharding annotations.
 
 from . import gemma as gemma
 from . import keras_hub as keras_hub
+from . import maxtext as maxtext
 from . import tunix as tunix
 from ._log import Layer as Layer
 from ._log import Report as Report

@@ -1,0 +1,119 @@
+"""maxtext with its classes swapped gives what it gave."""
+
+import importlib
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from pallas_gemma.kernels import integrations
+from pallas_gemma.kernels.integrations import report
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def library():
+  pytest.importorskip("maxtext.layers", reason="maxtext is not installed")
+  config, llama, attention = (
+    importlib.import_module(f"maxtext.{name}")
+    for name in ("configs.pyconfig", "models.llama2", "layers.attention_op")
+  )
+  return types.SimpleNamespace(config=config, llama=llama, attention=attention)
+
+
+@pytest.fixture(autouse=True)
+def undone():
+  yield
+  integrations.maxtext.undo()
+
+
+def make(library, **changes):
+  """A little decoder layer, and the mesh it wants."""
+  folder = pathlib.Path(library.config.__file__).parent
+  fields = dict(
+    run_name="little",
+    enable_checkpointing=False,
+    per_device_batch_size=2,
+    max_target_length=16,
+    base_emb_dim=32,
+    base_mlp_dim=64,
+    base_num_query_heads=4,
+    base_num_kv_heads=2,
+    base_num_decoder_layers=1,
+    head_dim=16,
+    vocab_size=48,
+    dtype="float32",
+    weight_dtype="float32",
+    attention="dot_product",
+    mlp_activations=["silu", "linear"],
+    skip_jax_distributed_system=True,
+    scan_layers=False,
+  )
+  config = library.config.initialize(
+    ["", str(folder / "base.yml")], **(fields | changes)
+  )
+  axes = config.mesh_axes
+  mesh = jax.sharding.Mesh(
+    np.array(jax.devices()[:1]).reshape((1,) * len(axes)), axes
+  )
+  return mesh, library.llama.LlamaDecoderLayer(
+    config, "train", mesh, nnx.Rngs(0)
+  )
+
+
+IDS = jnp.asarray([[1] * 5 + [2] * 8 + [0] * 3, [1] * 16])
+
+
+def scored(mesh, layer, **kwargs):
+  """The layer's output where there are tokens, and gradients of it."""
+  graph, state, rest = nnx.split(layer, nnx.Param, ...)
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, 16, 32)), jnp.float32)
+  positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
+
+  def loss(state, x):
+    y = nnx.merge(graph, state, rest)(
+      x, IDS, positions, True, "train", **kwargs
+    )
+    y = jnp.where((IDS != 0)[..., None], y[0], 0)
+    return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+  with mesh:
+    (_, y), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(state, x)
+  return jax.tree.leaves((y, gradients))
+
+
+def assert_close(got, wanted, slack=1e-4):
+  assert len(got) == len(wanted)
+  for have, want in zip(got, wanted, strict=True):
+    assert have.dtype == want.dtype
+    error = np.abs(np.asarray(have - want)).max()
+    assert error <= slack * np.abs(np.asarray(want)).max()
+
+
+def test_outputs_and_gradients_are_what_they_were(library):
+  mesh, layer = make(library)
+  wanted = scored(mesh, layer)
+  integrations.maxtext.apply(implementation="pallas")
+  assert_close(scored(mesh, layer), wanted)
+  assert report().left_alone == ()
+  assert {x.part for x in report()} == {"norm", "attention", "feed_forward"}
+  integrations.maxtext.undo()
+  assert_close(scored(mesh, layer), wanted, slack=0)
+
+
+@pytest.mark.no_interpreter
+def test_a_window_and_what_is_left_alone(library):
+  mesh, layer = make(library, mlp_activations=["relu"])
+  op = layer.self_attention.attention_op
+  op.attention_type = library.attention.AttentionType.LOCAL_SLIDING
+  op.sliding_window_size = 4
+  op.attn_logits_soft_cap = 5.0
+  wanted = scored(mesh, layer)
+  integrations.maxtext.apply(implementation="xla")
+  assert_close(scored(mesh, layer), wanted)
+  assert [x.part for x in report().left_alone] == ["feed_forward"]
