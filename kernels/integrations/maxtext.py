@@ -16,8 +16,8 @@ quantisation, and whatever qwix changes; a feed-forward with biases, dropout,
 fused weights or an activation without a gate; `shard_mode: explicit`.
 
 On a mesh of several devices trace the step inside `kernels.sharding`.  A remat
-policy that keeps the feed-forward's inner products by name (`mlpwi`) finds none
-where the kernel runs; `mlpwo` and attention's names are where they were.
+policy that keeps the feed-forward's products by name (`mlpwi`, `mlpwo`) finds
+none where the kernel runs; attention's names are where they were.
 """
 
 from __future__ import annotations
@@ -234,14 +234,12 @@ def _feed_forward(choice: Choice, original: Callable[..., Any]) -> Any:
       inputs = self.mlp_layer_norm(inputs)
     layers = self.wi_0, self.wi_1, self.wo
     weights = [_nnx.value(x.kernel).astype(self.dtype) for x in layers]
-    output = feed_forward(
+    return feed_forward(
       inputs.astype(self.dtype),
       *weights,
       activation=_ACTIVATIONS[self.activations[0]],
       implementation=choice.implementation,
     )
-    # As the library names it, for its remat policies.
-    return module("maxtext.layers.linears").checkpoint_name(output, "mlpwo")
 
   return __call__
 
