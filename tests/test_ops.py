@@ -51,8 +51,8 @@ def test_default_off_tpu_is_the_reference(op, case):
   arrays = case.sample()
   run = numerics.value_and_gradients
   run = run if has_gradient(op, case) else numerics.values
-  got = run(case.bind(op.function), arrays)
-  want = run(case.bind(op.reference), arrays)
+  got = run(case.bind(op.function), arrays, jit=True)
+  want = run(case.bind(op.reference), arrays, jit=True)
   numerics.assert_within_bar(got, want, want, softmax=op.through_softmax)
 
 
