@@ -191,7 +191,7 @@ def _grouped_jvp(primals: Any, tangents: Any) -> Any:
     parts += linear(by_rows, back(to_rows), (w, sizes), (dx,), (y,))
   if is_perturbed(dw):
     parts += linear(by_weights, back(to_weights), (x, sizes), (dw,), (y,))
-  return y, functools.reduce(jnp.add, parts, jnp.zeros_like(y))
+  return y, functools.reduce(jnp.add, parts)
 
 
 def _checked(x: Any, weights: Any, group_sizes: Any) -> tuple[Any, Any, Any]:

@@ -127,19 +127,10 @@ _CONTROL = {"while": _while, "cond": _cond}
 
 # --- what XLA does, in few shapes --------------------------------------------
 
-_OF_ONE = {
-  *("cos", "sin", "exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic"),
-  *(
-    "erf",
-    "erfc",
-    "erf_inv",
-    "integer_pow",
-    "rsqrt",
-    "sqrt",
-    "square",
-    "round",
-  ),
-}
+_OF_ONE = set(
+  "cos sin exp exp2 expm1 log log1p tanh logistic erf erfc erf_inv integer_pow "
+  "rsqrt sqrt square round".split()
+)
 
 
 def _in_a_common_shape(function, x):
@@ -254,9 +245,7 @@ def _in_float64(function):
 def _dot(params, x, y):
   """Sums of products in float32, or float64, in no order that is promised."""
   x, y = np.asarray(x), np.asarray(y)
-  wide = np.result_type(
-    *(np.float64 if a.dtype == np.float64 else np.float32 for a in (x, y))
-  )
+  wide = np.float64 if np.float64 in (x.dtype, y.dtype) else np.float32
   out = params["preferred_element_type"] or jnp.result_type(x, y)
   if (
     not _kind(x) == _kind(y) == "f"

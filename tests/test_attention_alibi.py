@@ -1,7 +1,6 @@
 """ALiBi: logits that fall with the distance."""
 
 import functools
-import importlib
 from typing import Any
 
 import jax
@@ -11,35 +10,21 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from pallas_gemma.kernels import (
-  FlashAttentionConfig,
   flash_attention,
   flash_attention_reference,
   sharding,
 )
-
-SMALL = FlashAttentionConfig(
-  block_q=128, block_kv=128, rows=128, block_q_bwd=64, block_kv_bwd=128
-)
-KERNEL = functools.partial(
-  flash_attention, implementation="pallas", config=SMALL
-)
-MEMORY = importlib.import_module("pallas_gemma.kernels._attention.memory")
+from small_attention import MEMORY, NARROW, assert_same, draw, mesh_of
 
 
 def slopes_of(n):
   return jnp.asarray(0.5 ** np.arange(1, n + 1), jnp.float32)
 
 
-def draw(b, t, s, n, k, h):
-  rng = np.random.default_rng(0)
-  shapes = (b, t, n, h), (b, s, k, h), (b, s, k, h)
-  return [jnp.asarray(rng.standard_normal(x), jnp.float32) for x in shapes]
-
-
 def agrees(arrays, **kwargs):
   kwargs["alibi_slopes"] = slopes_of(arrays[0].shape[2])
   numerics.assert_agrees(
-    functools.partial(KERNEL, **kwargs),
+    functools.partial(NARROW, **kwargs),
     functools.partial(flash_attention_reference, **kwargs),
     arrays,
     softmax=True,
@@ -94,23 +79,20 @@ def test_vmap_of_slopes_and_of_pairs_of_kv_heads():
 
       return jax.vmap(one, (0, 0, 0, axis))(q, k, v, slopes)
 
-    got, want = map(run, (KERNEL, flash_attention_reference))
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    got, want = map(run, (NARROW, flash_attention_reference))
+    assert_same(got, want)
 
 
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_slopes_are_split_as_heads_are(kind):
-  arrays, devices = draw(2, 8, 8, 4, 2, 16), np.array(jax.devices())
-  mesh = jax.sharding.Mesh(
-    devices.reshape(2, 4), ("data", "model"), axis_types=(kind,) * 2
-  )
+  arrays, mesh = draw(2, 8, 8, 4, 2, 16), mesh_of(kind)
   kwargs: Any = {"alibi_slopes": slopes_of(4), "is_causal": True}
   want = flash_attention_reference(*arrays, **kwargs)
   with jax.set_mesh(mesh):
     with sharding(mesh, {"B": "data", "N": "model"}):
       got = jax.jit(functools.partial(flash_attention, **kwargs))(*arrays)
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert_same(got, want)
     with sharding(mesh, {"T": "data"}):
       with pytest.raises(ValueError, match="with T split .* alibi_slopes"):
         jax.jit(functools.partial(flash_attention, **kwargs))(*arrays)
@@ -125,9 +107,9 @@ def test_tokens_in_the_order_of_a_context():
     "context_parts": 2,
   }
   got, want = (
-    f(*arrays, **kwargs) for f in (KERNEL.func, flash_attention_reference)
+    f(*arrays, **kwargs) for f in (NARROW.func, flash_attention_reference)
   )
-  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert_same(got, want)
 
 
 @pytest.mark.no_interpreter

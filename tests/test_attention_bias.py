@@ -1,35 +1,27 @@
 """A bias that is an array, and its gradient."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numerics
 import numpy as np
 import pytest
+import small_attention
 from jax.sharding import AxisType
 from pallas_gemma.kernels import (
-  FlashAttentionConfig,
   flash_attention,
   flash_attention_reference,
   sharding,
 )
-
-SMALL = FlashAttentionConfig(
-  block_q=128, block_kv=128, rows=128, block_q_bwd=64, block_kv_bwd=128
-)
-KERNEL = functools.partial(
-  flash_attention, implementation="pallas", config=SMALL
-)
-MEMORY = importlib.import_module("pallas_gemma.kernels._attention.memory")
+from small_attention import MEMORY, NARROW, assert_same, mesh_of
 
 
-def draw(b, t, s, n, k, h, bias):
-  """q, k, v and the bias."""
-  rng = np.random.default_rng(0)
-  shapes = (b, t, n, h), (b, s, k, h), (b, s, k, h), bias
-  return [jnp.asarray(rng.standard_normal(x), jnp.float32) for x in shapes]
+def draw(*sizes):
+  """q, k, v and a bias, of the last size."""
+  *sizes, shape = sizes
+  bias = np.random.default_rng(2).standard_normal(shape, np.float32)
+  return [*small_attention.draw(*sizes), jnp.asarray(bias)]
 
 
 def with_bias(function, **kwargs):
@@ -68,7 +60,7 @@ def test_kernels_meet_the_bar(name, monkeypatch):
     kwargs = kwargs | {"layout": "BT(NH)", "head_size": shape[5]}
     arrays[:3] = [x.reshape(*x.shape[:2], -1) for x in arrays[:3]]
   numerics.assert_agrees(
-    with_bias(KERNEL, **kwargs),
+    with_bias(NARROW, **kwargs),
     with_bias(flash_attention_reference, **kwargs),
     arrays,
     softmax=True,
@@ -87,19 +79,15 @@ def test_it_may_hide_keys_and_be_mapped():
     return jax.value_and_grad(loss)(bias)
 
   for got, want in zip(
-    run(KERNEL), run(flash_attention_reference), strict=True
+    run(NARROW), run(flash_attention_reference), strict=True
   ):
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert_same(got, want)
 
 
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_bias_is_split_over_a_mesh(kind):
-  mesh = jax.sharding.Mesh(
-    np.array(jax.devices()).reshape(2, 4),
-    ("data", "model"),
-    axis_types=(kind,) * 2,
-  )
+  mesh = mesh_of(kind)
 
   def run(function, arrays):
     def loss(arrays):
@@ -113,7 +101,7 @@ def test_a_bias_is_split_over_a_mesh(kind):
     with jax.set_mesh(mesh), sharding(mesh, {"B": "data", "N": "model"}):
       got = jax.jit(functools.partial(run, flash_attention))(arrays)
     for x, y in zip(got, want, strict=True):
-      np.testing.assert_allclose(x, y, atol=1e-5)
+      assert_same(x, y)
 
 
 @pytest.mark.no_interpreter
@@ -122,4 +110,4 @@ def test_tokens_in_the_order_of_a_context():
   kwargs = {"is_causal": True, "context_parts": 2}
   got = with_bias(flash_attention, **kwargs)(*arrays)
   want = with_bias(flash_attention_reference, **kwargs)(*arrays)
-  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert_same(got, want)

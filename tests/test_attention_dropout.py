@@ -1,7 +1,6 @@
 """Dropout of weights, by a seed."""
 
 import functools
-import importlib
 from typing import Any
 
 import jax
@@ -17,21 +16,9 @@ from pallas_gemma.kernels import (
   flash_attention_reference,
   sharding,
 )
+from small_attention import KERNEL, MEMORY, SMALL, draw, mesh_of
 
-SMALL = FlashAttentionConfig(
-  block_q=128, block_kv=128, rows=128, block_q_bwd=64, block_kv_bwd=256
-)
-KERNEL = functools.partial(
-  flash_attention, implementation="pallas", config=SMALL
-)
-MEMORY = importlib.import_module("pallas_gemma.kernels._attention.memory")
 RATE = 0.3
-
-
-def draw(b, t, s, n, k, h):
-  rng = np.random.default_rng(0)
-  shapes = (b, t, n, h), (b, s, k, h), (b, s, k, h)
-  return [jnp.asarray(rng.standard_normal(x), jnp.float32) for x in shapes]
 
 
 def even(b=2, n=4, size=64):
@@ -92,11 +79,7 @@ def test_kernels_meet_the_bar_in_calls_of_some_keys(monkeypatch):
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_mesh_drops_the_same(kind):
-  mesh = jax.sharding.Mesh(
-    np.array(jax.devices()).reshape(2, 4),
-    ("data", "model"),
-    axis_types=(kind,) * 2,
-  )
+  mesh = mesh_of(kind)
   want = kept(flash_attention_reference)
   with jax.set_mesh(mesh), sharding(mesh, {"B": "data", "N": "model"}):
     got = kept(jax.jit(flash_attention, static_argnames="dropout_rate"))

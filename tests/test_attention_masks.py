@@ -1,7 +1,6 @@
 """Masks that are arrays: block-sparse kernels."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +14,7 @@ from pallas_gemma.kernels import (
   flash_attention_reference,
   sharding,
 )
-
-SMALL = FlashAttentionConfig(
-  block_q=128, block_kv=128, rows=128, block_q_bwd=64, block_kv_bwd=256
-)
-KERNEL = functools.partial(
-  flash_attention, implementation="pallas", config=SMALL
-)
-MEMORY = importlib.import_module("pallas_gemma.kernels._attention.memory")
-
-
-def draw(b, t, s, n, k, h, dtype=jnp.float32):
-  rng = np.random.default_rng(0)
-  return [
-    jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
-    for shape in ((b, t, n, h), (b, s, k, h), (b, s, k, h))
-  ]
+from small_attention import KERNEL, MEMORY, assert_same, draw, mesh_of
 
 
 def mask_of(parts, heads, t, s, seed=1):
@@ -90,17 +74,14 @@ def test_vmap_of_one_mask_or_several():
       )(q, k, v, mask)
 
     got, want = map(run, (KERNEL, flash_attention_reference))
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert_same(got, want)
 
 
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_masks_are_split_over_a_mesh(kind):
   """As batch and heads are, where they have them."""
-  arrays, devices = draw(2, 8, 8, 4, 2, 16), np.array(jax.devices())
-  mesh = jax.sharding.Mesh(
-    devices.reshape(2, 4), ("data", "model"), axis_types=(kind,) * 2
-  )
+  arrays, mesh = draw(2, 8, 8, 4, 2, 16), mesh_of(kind)
   rules = {"B": "data", "N": "model"}
   for parts, heads in ((1, 1), (2, 4), (1, 4), (2, 1)):
     mask = mask_of(parts, heads, 8, 8).at[:, :, 5:9].set(True)
@@ -110,4 +91,4 @@ def test_masks_are_split_over_a_mesh(kind):
         got = jax.jit(functools.partial(flash_attention, is_causal=True))(
           *arrays, mask=mask
         )
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert_same(got, want)

@@ -64,14 +64,16 @@ def case(request):
 
   def run(*arrays):
     out, vjp = jax.vjp(function, *arrays)
-    return out, *vjp(jnp.cos(out))
+    return out, *vjp(jnp.tanh(out))
 
   return run, arrays, specs
 
 
 def assert_alike(got, want):
+  """Two programs of the same float32 sums, in any order."""
   for g, w in zip(got, want, strict=True):
-    np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
+    bound = 1e-5 * max(1.0, np.abs(w).max())
+    np.testing.assert_allclose(g, w, rtol=0, atol=bound)
 
 
 def test_meshes(case):

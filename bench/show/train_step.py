@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import rich.box
 import rich.console
@@ -41,6 +41,16 @@ class Traffic:
   nbytes: int
   seconds: float
   exposed: float
+
+  @property
+  def cells(self) -> tuple[str, ...]:
+    """Runs, MiB, ms on the links and ms exposed, as tables have them."""
+    return (
+      f"{self.runs:,}",
+      f"{self.nbytes / 2**20:,.1f}",
+      f"{self.seconds * 1e3:.2f}",
+      f"{self.exposed * 1e3:.2f}",
+    )
 
 
 def traffic(collectives: Iterable[Mapping[str, Any]]) -> list[Traffic]:
@@ -85,14 +95,7 @@ def show(console: rich.console.Console, apart: Row, overlapped: Row) -> None:
   for heading in ("runs", "MiB", "ms on the links", "ms exposed"):
     table.add_column(heading, justify="right")
   for t in found:
-    table.add_row(
-      t.kind,
-      t.source,
-      f"{t.runs:,}",
-      f"{t.nbytes / 2**20:,.1f}",
-      f"{t.seconds * 1e3:.2f}",
-      f"{t.exposed * 1e3:.2f}",
-    )
+    table.add_row(t.kind, t.source, *t.cells)
   console.print(table)
 
 
@@ -110,14 +113,14 @@ def markdown(rows: Sequence[Row]) -> str:
     for name in (APART, OVERLAPPED)
   }
   pairs = [(of[APART].get(case), row) for case, row in of[OVERLAPPED].items()]
-  both = [(apart, row) for apart, row in pairs if apart]
+  both = [(a, row, traffic(row.collectives)) for a, row in pairs if a]
   lines = [
     "| step | peak GiB | computing, ms | on the links, ms | exposed, ms | "
     "MFU, computing | MFU, with what is exposed |",
     "|---|---:|---:|---:|---:|---:|---:|",
-    *(_step_line(apart, row) for apart, row in both),
+    *(_step_line(*step) for step in both),
   ]
-  for _, row in both:
+  for _, row, found in both:
     lines += [
       "",
       f"{row.case}: collectives of more than a millisecond",
@@ -126,51 +129,71 @@ def markdown(rows: Sequence[Row]) -> str:
       "|---|---|---:|---:|---:|---:|",
     ]
     lines += [
-      f"| {t.kind} | `{t.source}` | {t.runs:,} | {t.nbytes / 2**20:,.1f} | "
-      f"{t.seconds * 1e3:.2f} | {t.exposed * 1e3:.2f} |"
-      for t in traffic(row.collectives)
+      _line(t.kind, f"`{t.source}`", *t.cells)
+      for t in found
       if t.seconds >= _LEAST
     ]
   return "\n".join(lines)
 
 
-def _step_line(apart: Row, overlapped: Row) -> str:
-  found = traffic(overlapped.collectives)
-  exposed = sum(t.exposed for t in found)
+def _step_line(apart: Row, overlapped: Row, found: Sequence[Traffic]) -> str:
+  sums = _sums(apart, found)
   at_least, at_most = ("≥ ", "≤ ") if apart.lower_bound else ("", "")
-  work = (apart.model_flops or 0) / V5E.peak_flops
-  cells = [
+  return _line(
     apart.case,
     f"{(overlapped.peak_bytes or 0) / _GIB:.2f}",
     f"{at_least}{apart.seconds * 1e3:.1f}",
-    f"{sum(t.seconds for t in found) * 1e3:.1f}",
-    f"{exposed * 1e3:.1f}",
-    f"{at_most}{work / apart.seconds:.1%}",
-    f"{at_most}{work / (apart.seconds + exposed):.1%}",
-  ]
+    f"{sums.links * 1e3:.1f}",
+    f"{sums.exposed * 1e3:.1f}",
+    f"{at_most}{sums.mfu:.1%}",
+    f"{at_most}{sums.mfu_exposed:.1%}",
+  )
+
+
+def _line(*cells: str) -> str:
   return f"| {' | '.join(cells)} |"
+
+
+class _Sums(NamedTuple):
+  """Of a step: seconds, and what of the peak the model's operations are."""
+
+  links: float
+  exposed: float
+  mfu: float
+  mfu_exposed: float
+
+
+def _sums(apart: Row, found: Sequence[Traffic]) -> _Sums:
+  exposed = sum(t.exposed for t in found)
+  work = (apart.model_flops or 0) / V5E.peak_flops
+  return _Sums(
+    sum(t.seconds for t in found),
+    exposed,
+    work / apart.seconds,
+    work / (apart.seconds + exposed),
+  )
 
 
 def summary(
   apart: Row, overlapped: Row, found: Sequence[Traffic]
 ) -> Iterator[str]:
   """The lines above the table."""
-  compute = apart.seconds
-  links = sum(t.seconds for t in found)
-  exposed = sum(t.exposed for t in found)
+  sums = _sums(apart, found)
   at_least = "at least " if apart.lower_bound else ""
   yield f"{apart.case}: one chip's part of a step, estimated, not measured"
   for name, row in (("as compiled", overlapped), ("collectives apart", apart)):
     if row.peak_bytes is not None:
       yield f"  memory at the peak, {name}: {row.peak_bytes / _GIB:.2f} GiB"
-  yield f"  compute: {at_least}{apart.cycles:,} cycles, {compute * 1e3:.2f} ms"
   yield (
-    f"  collectives: {links * 1e3:.2f} ms on the links, of which "
-    f"{exposed * 1e3:.2f} ms are exposed"
+    f"  compute: {at_least}{apart.cycles:,} cycles, "
+    f"{apart.seconds * 1e3:.2f} ms"
+  )
+  yield (
+    f"  collectives: {sums.links * 1e3:.2f} ms on the links, of which "
+    f"{sums.exposed * 1e3:.2f} ms are exposed"
   )
   if apart.model_flops:
-    work = apart.model_flops / V5E.peak_flops
     yield (
-      f"  MFU: {work / compute:.1%} without exposed communication, "
-      f"{work / (compute + exposed):.1%} with it"
+      f"  MFU: {sums.mfu:.1%} without exposed communication, "
+      f"{sums.mfu_exposed:.1%} with it"
     )

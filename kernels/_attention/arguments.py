@@ -66,8 +66,8 @@ def problem_of(
     alibi = jax.lax.stop_gradient(jnp.asarray(weights.alibi_slopes, wide))[None]
     static["first_position"] = seen.query_offset
   seen = positions.by_simpler(q, k, seen)
-  arrays = Arrays(q, k, v, segments_of(seen.segment_ids), sinks=weights.sinks)
-  arrays, bias = arrays._replace(alibi=alibi), weights.bias
+  ids, bias = segments_of(seen.segment_ids), weights.bias
+  arrays = Arrays(q, k, v, ids, sinks=weights.sinks, alibi=alibi)
   if bias is not None:
     whole = (*bias.shape[:2], q.shape[1], k.shape[1])
     arrays = arrays._replace(bias=jnp.broadcast_to(bias, whole))

@@ -23,13 +23,13 @@ def mapped_kernel(vmap: Vmap, kernel: Callable[..., Any]) -> Callable[..., Any]:
     case "grid":
       return kernel
     case "loop":
-      return sequential_vmap(kernel)
+      return in_turns(kernel)
     case "batch":
       return _as_batch(kernel)
 
 
 def in_turns(function: Callable[..., Any]) -> Callable[..., Any]:
-  """`function`, plain jnp that JAX cannot map: examples take turns."""
+  """`function`, of which examples take turns under vmap."""
   return sequential_vmap(function)
 
 
