@@ -6,6 +6,7 @@ operation at a time: these programs are small, and tests share them.
 """
 
 import functools
+import string
 
 import jax
 import jax.numpy as jnp
@@ -253,15 +254,18 @@ def _dot(params, x, y):
   ):
     return None
   (of_x, of_y), (batch_x, batch_y) = params["dimension_numbers"]
-  names_x, names_y = list(range(x.ndim)), list(range(20, 20 + y.ndim))
+  # Plain strings of letters: what every version of NumPy's types knows.
+  spec_x = string.ascii_lowercase[: x.ndim]
+  letters = list(string.ascii_uppercase[: y.ndim])
   for i, j in zip((*of_x, *batch_x), (*of_y, *batch_y), strict=True):
-    names_y[j] = names_x[i]
-  free_x = [n for i, n in enumerate(names_x) if i not in (*of_x, *batch_x)]
-  free_y = [n for j, n in enumerate(names_y) if j not in (*of_y, *batch_y)]
-  batch = [names_x[i] for i in batch_x]
-  result = [*batch, *free_x, *free_y]
+    letters[j] = spec_x[i]
+  spec_y = "".join(letters)
+  free_x = [n for i, n in enumerate(spec_x) if i not in (*of_x, *batch_x)]
+  free_y = [n for j, n in enumerate(spec_y) if j not in (*of_y, *batch_y)]
+  result = "".join([*(spec_x[i] for i in batch_x), *free_x, *free_y])
   x, y = x.astype(wide), y.astype(wide)
-  return np.einsum(x, names_x, y, names_y, result, optimize=True).astype(out)
+  product = np.einsum(f"{spec_x},{spec_y}->{result}", x, y, optimize=True)
+  return product.astype(out)
 
 
 def _sum(params, x):
