@@ -91,6 +91,14 @@ def test_more_queries_than_keys():
   agrees(draw(t=S, s=T), PALLAS, local_window_size=3, return_residual=True)
 
 
+def test_queries_that_see_no_key_of_several_calls(monkeypatch):
+  """And of heads whose rows are packed."""
+  monkeypatch.setattr(
+    "pallas_gemma.kernels._attention.memory.keys_that_fit", lambda *_: 128
+  )
+  agrees(draw(t=160, s=140, k=1, b=1), PALLAS, local_window_size=9)
+
+
 @pytest.mark.no_interpreter
 def test_forms_of_its_arguments():
   q, k, v = draw(b=1)

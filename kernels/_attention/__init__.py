@@ -69,6 +69,7 @@ Read in this order; each page stands on those before it:
     alibi      logits that fall with the distance
     operands   segment ids and positions, as the kernels have them
     dropout    which weights are dropped
+    nothing    queries that see no key
     softmax    its steps in a forward kernel, those of decode attention too
     words      copies of [B, T, N, H] as it is, two heads at a time
     pairs      what comes and goes around a grid step of two kv heads

@@ -43,6 +43,7 @@ from . import (
   finite,
   masks,
   memory,
+  nothing,
   operands,
   pairs,
   rotation,
@@ -386,12 +387,13 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     grads = run(whole, a, outs, d, dq_dtype, saved.places)
   else:
     by_head = functools.partial(whole.layout.to_lse, shape=a.q.shape)
-    outs, d = (x._replace(lse=by_head(x.lse)) for x in (outs, d))
-    grads = spans.added(run, calls, a, outs, d)
+    both = [x._replace(lse=by_head(x.lse)) for x in (outs, d)]
+    grads = spans.added(run, calls, a, *both)
   dq, d_scale = grads.q, None
   if a.scale is not None:
     d_scale = (a.q.astype(jnp.float32) * dq).sum(axis=(1, 2, 3))
     dq *= a.scale[:, None, None, None]
   dq = dq.astype(p.gradient_type(a.q.dtype))
-  grads = grads._replace(q=dq, scale=d_scale)
+  dv = nothing.added(p, a, outs, d, grads.v)
+  grads = grads._replace(q=dq, v=dv, scale=d_scale)
   return rotation.back(p, grads, saved.arrays, a)

@@ -34,6 +34,7 @@ from . import (
   finite,
   masks,
   memory,
+  nothing,
   operands,
   pairs,
   rotation,
@@ -57,6 +58,7 @@ class Inputs(NamedTuple):
   alibi: alibi.Refs | None
   dropout: dropout.Refs | None
   bias: Any  # [G or 1, block_q, S]
+  mean: Any  # [1, H] float32: of all values, for rows that see none of them
 
 
 class Outputs(NamedTuple):
@@ -273,27 +275,27 @@ def _finish(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
       inverse *= p.kept_scale
     if may_see_nothing:
       inverse = jnp.where(s.m[r, :1] <= MASKED / 2, 0.0, inverse)
-    out.store(int(r.start), s.acc[r, :] * inverse)
+    result = s.acc[r, :] * inverse
+    if i.mean is not None:
+      saw_nothing = nothing.is_nothing(s.m[r, :1], total)
+      result = jnp.where(saw_nothing, i.mean[...], result)
+    out.store(int(r.start), result)
   columns = [jnp.broadcast_to(t, (tpu.LANES, tpu.LANES)) for t in totals]
   m, total = jnp.split(
     tpu.columns_to_lanes([s.m[r, :] for r in parts] + columns), 2
   )
   lse = lse_of(m, total, p)
   if may_see_nothing:
-    lse = _minus_infinity_where_masked(lse, m)
+    lse = jnp.where(nothing.is_nothing(m, total), -jnp.inf, lse)
   tpu.store_lanes(o.lse, lse)
-
-
-def _minus_infinity_where_masked(lse: jax.Array, m: jax.Array) -> jax.Array:
-  # A maximum may pass over NaN; the sum does not.
-  is_nan = lse != lse
-  return jnp.where((m <= MASKED / 2) & ~is_nan, -jnp.inf, lse)
 
 
 # --- the call -----------------------------------------------------------------
 
 
-def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
+def _run(
+  call: Call, arrays: Arrays, out_dtype: Any, mean: jax.Array | None = None
+) -> Outs:
   """out [B, T, N, H], and lse by row, [B K, 1, rows]."""
   (q, k, v), specs = tiles.operands(call, arrays)
   batch = arrays.q.shape[0]
@@ -302,9 +304,11 @@ def _run(call: Call, arrays: Arrays, out_dtype: Any) -> Outs:
   words, word_spec = masks.operands_of(call, arrays.masks)
   slopes, slope_specs = alibi.operands_of(call, arrays.alibi, batch, False)
   drop, drop_specs = dropout.operands_of(call, arrays.dropout)
-  inputs = Inputs(q, k, v, ids, rope, words, slopes, drop, arrays.bias)
+  added = arrays.bias, mean
+  inputs = Inputs(q, k, v, ids, rope, words, slopes, drop, *added)
   of_bias = bias.spec_of(call, arrays.bias, batch)
-  others = id_specs, rope_specs, word_spec, slope_specs, drop_specs, of_bias
+  of_added = slope_specs, drop_specs, of_bias, nothing.spec_of(call, mean)
+  others = id_specs, rope_specs, word_spec, *of_added
   plan = masks.plan_of(call, arrays.masks and arrays.masks.forward)
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, call=call),
@@ -371,6 +375,7 @@ def forward(p: Problem, a: Arrays) -> Outs:
   if calls == [whole]:
     # A ring's first part starts float32 sums; to write them costs no time here.
     starts = p.is_partial and p.is_causal
-    return _run(whole, a, jnp.float32 if starts else a.q.dtype)
-  outs = spans.merged(_run, calls, a)
+    dtype = jnp.float32 if starts else a.q.dtype
+    return _run(whole, a, dtype, nothing.mean_for_rows(p, a))
+  outs = nothing.given(p, a, spans.merged(_run, calls, a))
   return outs._replace(lse=whole.layout.of_lse(outs.lse))

@@ -42,8 +42,6 @@ from .layout import Layout
 from .reference import (
   attention,
   flash_attention_reference,
-  may_see_nothing,
-  mean_of_nothing,
   with_sinks,
 )
 from .ring_order import in_context, in_time
@@ -65,7 +63,7 @@ from .tiles import FlashAttentionConfig
 
 def _plain_forward(p: Problem, a: Arrays) -> Outs:
   """The reference, with lse as the kernel gives it."""
-  p = dataclasses.replace(p, return_lse=True, gives_mean=False)
+  p = dataclasses.replace(p, return_lse=True)
   outs = attention(p, a)
   layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
   return outs._replace(lse=layout.of_lse(outs.lse / p.unit))
@@ -150,13 +148,10 @@ def _attended(op: Any, p: Problem, a: Arrays, axes: Mapping[str, Any]) -> Outs:
   if known_base and not rotation.is_inside(p, a):
     a = rotation.by_op(p, a)  # else the passes do it
   outs = op(p, a)
-  if not (p.return_lse or p.gives_mean):
+  if not p.return_lse:
     return outs._replace(lse=None)
   layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
-  lse = layout.to_lse(outs.lse, a.q.shape) * p.unit
-  if may_see_nothing(p, a):
-    outs = mean_of_nothing(p, a, outs._replace(lse=lse))
-  return outs._replace(lse=lse if p.return_lse else None)
+  return outs._replace(lse=layout.to_lse(outs.lse, a.q.shape) * p.unit)
 
 
 def _with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:

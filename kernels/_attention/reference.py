@@ -197,15 +197,24 @@ def mean_of_nothing(p: Problem, a: Arrays, outs: Outs) -> Outs:
     return outs
 
   def with_mean(out: jax.Array) -> jax.Array:
-    at_least_float32 = jnp.promote_types(a.v.dtype, jnp.float32)
-    mean = a.v.mean(axis=1, keepdims=True, dtype=at_least_float32)
+    mean = mean_of_values(a.v)
     mean = jnp.repeat(mean, out.shape[2] // mean.shape[2], axis=2)
-    nothing = jnp.isneginf(outs.lse).swapaxes(1, 2)[..., None]
-    return jnp.where(nothing, mean.astype(out.dtype), out)
+    return jnp.where(rows_of_nothing(outs.lse), mean.astype(out.dtype), out)
 
   some = jnp.isneginf(outs.lse).any()
   out = jax.lax.cond(some, with_mean, lambda out: out, outs.out)
   return outs._replace(out=out)
+
+
+def mean_of_values(v: jax.Array) -> jax.Array:
+  """[B, 1, K, H], at least float32."""
+  at_least_float32 = jnp.promote_types(v.dtype, jnp.float32)
+  return v.mean(axis=1, keepdims=True, dtype=at_least_float32)
+
+
+def rows_of_nothing(lse: jax.Array) -> jax.Array:
+  """Of lse [B, N, T], which queries see no key: [B, T, N, 1] booleans."""
+  return jnp.isneginf(lse).swapaxes(1, 2)[..., None]
 
 
 def nan_by_finiteness(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
