@@ -10,7 +10,11 @@ import numerics
 import numpy as np
 import pytest
 from flax import nnx
-from pallas_gemma.kernels import FlashAttentionConfig, dot_product_attention
+from pallas_gemma.kernels import (
+  FlashAttentionConfig,
+  dot_product_attention,
+  flash_attention,
+)
 
 SMALL = FlashAttentionConfig(
   block_q=128, block_kv=128, rows=128, block_q_bwd=128, block_kv_bwd=128
@@ -181,3 +185,8 @@ def test_is_flax_attention_fn(library):
   np.testing.assert_allclose(got, want, atol=1e-5)
   dropped = run(dot_product_attention, deterministic=False)
   assert np.isfinite(dropped).all() and np.abs(dropped - got).max() > 1e-3
+  if library == "linen":  # which hands on what a signature has
+    again = run(flash_attention, deterministic=True)
+    np.testing.assert_allclose(again, want, atol=1e-5)
+    with pytest.raises(ValueError, match="dropout_seed must be .* of flax"):
+      run(flash_attention, deterministic=False)

@@ -59,11 +59,16 @@ def packed(length, parts):
   return dict(segment_ids=jnp.asarray(ids[:, order]), rope=Rope(positions))
 
 
+_SLOPES = jnp.asarray([0.5, 0.25, 0.125, 0.0625])
 CASES: dict[str, dict[str, Any]] = {
   "zigzag": dict(is_causal=True, context_parts=4, rope=None),
   "packed": dict(is_causal=True, context_parts=4, kv_heads=2),
   "window": dict(is_causal=True, context_parts=4, local_window_size=(9, 0)),
   "in_time": dict(is_causal=True, logits_soft_cap=3.0, kind=AxisType.Explicit),
+  "alibi": dict(is_causal=True, context_parts=4, alibi_slopes=_SLOPES),
+  "dropped": dict(
+    alibi_slopes=_SLOPES, kv_heads=2, dropout_rate=0.3, dropout_seed=5
+  ),
   "full": dict(s=32, kv_heads=4, segment_ids=None, rope=None),
 }
 
@@ -83,9 +88,12 @@ def test_a_ring_gives_what_one_device_does(name):
     np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
-def test_the_kernels_go_round():
+@pytest.mark.parametrize("more", [{}, {"alibi_slopes": _SLOPES[:2]}])
+def test_the_kernels_go_round(more):
   arrays = draw(64, n=2, h=128, batch=1)
-  options = dict(is_causal=True, context_parts=2, return_lse=True)
+  options = dict(is_causal=True, context_parts=2, return_lse=True) | more
+  if more:
+    options |= dict(dropout_rate=0.3, dropout_seed=5)
   kernel = functools.partial(
     flash_attention, implementation="pallas", **options
   )

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 
 from .._frame import tpu
 from .blocks import Block
+from .spec import Arrays
 from .tiles import Call
 
 # --- as operands --------------------------------------------------------------
@@ -27,35 +28,39 @@ class Refs(NamedTuple):
   """Of the rows of a block of queries: forward [R, LANES], backward [1, R]."""
 
   slopes: Any  # negative, in units of `Problem.unit`
-  tokens: Any  # queries, counted from the block's first
+  tokens: Any  # queries, counted from the block's first, and what is not known
 
 
 def operands_of(
-  call: Call, slopes: Any, batch: int, in_lanes: bool
+  call: Call, a: Arrays, in_lanes: bool
 ) -> tuple[Refs | None, Refs | None]:
-  """Operands and their block specs; None without slopes [P, N].
+  """Operands and their block specs; None without slopes.
 
   Args:
     call: the kernel's.
-    slopes: of all heads; of P parts of the batch, or None.
-    batch: B, a multiple of P.
+    a: its arrays, slopes [P, N] of P parts of the batch among them, or None.
     in_lanes: whether the kernel has rows in lanes.
   """
-  if slopes is None:
+  if a.alibi is None:
     return None, None
+  slopes, first = a.alibi, a.first_position
   parts, heads = slopes.shape
-  layout, repeats = call.layout, batch // parts
+  layout, repeats = call.layout, a.q.shape[0] // parts
   of_logits = slopes.astype(jnp.float32) * (-1 / call.problem.unit)
   by_query = (parts, heads, call.block_q)
   by_row = layout.of_lse(jnp.broadcast_to(of_logits[:, :, None], by_query))
   token = jnp.arange(call.block_q, dtype=jnp.float32)
-  token = layout.repeated(token[None])
+  known = jnp.zeros(1) if first is None else first.astype(jnp.float32)
+  token = layout.repeated(known[:, None] + token)[:, None, :]
 
   def head(b: Any, i: Any, *rest: Any) -> tuple[Any, ...]:
     del i
     part = jax.lax.div(layout.batch(b), repeats)
     own = b if layout.together == 1 else layout.together * b + rest[0]
     return part * call.kv_heads + jax.lax.rem(own, call.kv_heads), 0, 0
+
+  def element(b: Any, *_: Any) -> tuple[Any, ...]:
+    return 0 if first is None else layout.batch(b), 0, 0
 
   if not in_lanes:
     by_row, token = (
@@ -64,8 +69,11 @@ def operands_of(
       )
       for x in (by_row, token)
     )
-  spec = pl.BlockSpec((None, *by_row.shape[1:]), head)
-  return Refs(by_row, token), Refs(spec, tpu.resident(token.shape))
+  specs = Refs(
+    pl.BlockSpec((None, *by_row.shape[1:]), head),
+    pl.BlockSpec((None, *token.shape[1:]), element),
+  )
+  return Refs(by_row, token), specs
 
 
 # --- in a kernel --------------------------------------------------------------

@@ -61,13 +61,18 @@ def problem_of(
 ) -> tuple[Problem, Arrays]:
   """A problem and its arrays; `static` are other fields of the problem."""
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  alibi = None
+  alibi = first = None
   if weights.alibi_slopes is not None:
     alibi = jax.lax.stop_gradient(jnp.asarray(weights.alibi_slopes, wide))[None]
-    static["first_position"] = seen.query_offset
+    if isinstance(seen.query_offset, int):
+      static["first_position"] = seen.query_offset
+    else:
+      first = jnp.asarray(seen.query_offset, jnp.int32)
+      first = jnp.broadcast_to(first, q.shape[:1])
   seen = positions.by_simpler(q, k, seen)
   ids, bias = segments_of(seen.segment_ids), weights.bias
   arrays = Arrays(q, k, v, ids, sinks=weights.sinks, alibi=alibi)
+  arrays = arrays._replace(first_position=first)
   if bias is not None:
     whole = (*bias.shape[:2], q.shape[1], k.shape[1])
     arrays = arrays._replace(bias=jnp.broadcast_to(bias, whole))
@@ -103,7 +108,8 @@ def problem_of(
       hides |= right < k.shape[1] - 1 - offset and not seen.is_causal
       static["window"] = (left, right) if hides else None
   problem = Problem(query_offset=seen.query_offset, **static)
-  if not problem.is_causal and not has_window(problem, arrays):
+  by_position = problem.is_causal or has_window(problem, arrays)
+  if not by_position and alibi is None:
     problem = dataclasses.replace(problem, context_parts=1)
   return problem, _with_mask(arrays, seen.mask)
 

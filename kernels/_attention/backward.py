@@ -332,7 +332,7 @@ def _run(
   rope, rope_specs = operands.rope_operands(call, a)
   words, of_words = masks.operands_of(call, a.masks)
   plan = masks.plan_of(call, a.masks and a.masks.backward)
-  slopes, of_slopes = alibi.operands_of(call, a.alibi, batch, True)
+  slopes, of_slopes = alibi.operands_of(call, a, True)
   drop, of_drop = dropout.operands_of(call, a.dropout)
   of_bias = bias.spec_of(call, a.bias, batch)
   d_bias, of_d_bias = bias.gradient_of(call, a.bias, batch, wants_bias)

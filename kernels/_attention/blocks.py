@@ -8,7 +8,8 @@ block_kv keys,
 
 are to be visited.  On a diagonal the queries' own keys come first, apart, and
 the rest ends before them.  Segment ids leave of these blocks the ones between
-the first and the last that can share an id with the queries; all are masked.
+the first and the last that can share an id with the queries; of them a run is
+all visible, if the queries have one id, that of all keys of the run.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def bounds_of(call: Call, q0: Any, window: Any) -> Bounds:
 class Scalars(NamedTuple):
   """Refs in SMEM: what steers a kernel; None for what is static or absent."""
 
-  segment_bounds: Any  # [2 B n_q], see `segment_bounds`
+  segment_bounds: Any  # [4 B n_q], see `operands.segment_bounds`
   mixed: Any  # [B n_q], see `finite.mixed_segments`; of the backward
   scale: Any  # [B] float32
   window: Any  # [2 B]: left and right of each batch element
@@ -118,8 +119,7 @@ class Block:
     q0: the first query, counted from the call's first.
     window: (left, right), numbers or scalars; or None.
     scale: multiplies the logits beside the problem's; or None.
-    kv_blocks: the first and the end of the kv blocks that can share a segment;
-      or None.
+    kv_blocks: what segment ids leave, as `Bounds`; or None.
     mixed: whether ids hide some of these from some queries; or None.
     plan: of a mask, and where in it the block's part starts; or None.
   """
@@ -128,7 +128,7 @@ class Block:
   q0: Any
   window: tuple[Any, Any] | None
   scale: Any
-  kv_blocks: tuple[Any, Any] | None
+  kv_blocks: Bounds | None
   mixed: Any
   plan: tuple[Any, Any] | None
 
@@ -145,7 +145,8 @@ class Block:
         scale = scalars.scale[batch]
       place = batch * pl.num_programs(1) + pl.program_id(1)
       if scalars.segment_bounds is not None:
-        kv_blocks = _pair(scalars.segment_bounds, place)
+        of_step = [scalars.segment_bounds[4 * place + i] for i in range(4)]
+        kv_blocks = Bounds(*of_step)
       if scalars.mixed is not None:
         mixed = scalars.mixed[place] != 0
       if scalars.plan is not None:
@@ -200,8 +201,20 @@ class Block:
       full_last = _min(last, call.s // block_kv) if has_masked_end else last
       full_first = _min(full_first, full_last)
     if self.kv_blocks is not None:
-      low, high = self.kv_blocks
-      loop(_max(first, low), _min(last, high), True)
+      by_id = self.kv_blocks
+      first, last = _max(first, by_id.first), _min(last, by_id.last)
+      full_first = _min(_max(full_first, by_id.full_first), last)
+      full_last = _max(_min(full_last, by_id.full_last), full_first)
+      # The masked ones on both sides by one loop: its body is long.
+      before = _max(full_first - first, 0)
+
+      def on_sides(i: Any, _: None) -> None:
+        skipped = jnp.where(i < before, 0, full_last - full_first)
+        one(first + i + skipped, True)
+
+      count = before + _max(last - _max(full_last, first), 0)
+      jax.lax.fori_loop(0, count, on_sides, None)
+      _loop_in_pairs(full_first, full_last, lambda i: one(i, False))
       return
     if self.window is not None:
       loop(first, full_first, True)

@@ -259,9 +259,7 @@ def as_seen(op: str, q: Any, k: Any, given: Seen, parts: int) -> Seen:
   )
 
 
-def as_weights(
-  op: str, q: Any, k: Any, given: Weights, query_offset: Any
-) -> Weights:
+def as_weights(op: str, q: Any, k: Any, given: Weights) -> Weights:
   """What makes weights of products, checked; the rotation is already."""
   scale = given.scale
   return Weights(
@@ -270,7 +268,7 @@ def as_weights(
     given.rope,
     as_bias(op, given.bias, q, k),
     as_sinks(op, given.sinks, q),
-    as_slopes(op, given.alibi_slopes, q, query_offset),
+    as_slopes(op, given.alibi_slopes, q),
     given.drop,
   )
 
@@ -289,7 +287,8 @@ def as_drop(op: str, rate: Any, seed: Any, is_shared: bool = False) -> Drop:
   if seed is None or jnp.shape(seed):
     raise ValueError(
       f"{op}: dropout_seed must be an integer scalar with dropout_rate {rate}, "
-      f"got {'None' if seed is None else jnp.shape(seed)}"
+      f"got {'None' if seed is None else jnp.shape(seed)}; modules of flax, "
+      "which have none, drop weights by dot_product_attention"
     )
   seed = as_array(op, "dropout_seed", seed)
   check_integers(op, "dropout_seed", seed)
@@ -305,16 +304,12 @@ def as_sinks(op: str, sinks: Any, q: Any) -> jax.Array | None:
   return sinks.astype(jnp.float32)
 
 
-def as_slopes(op: str, slopes: Any, q: Any, offset: Any) -> jax.Array | None:
+def as_slopes(op: str, slopes: Any, q: Any) -> jax.Array | None:
   """[N] float32."""
   if slopes is None:
     return None
   (slopes,) = as_floats(op, alibi_slopes=slopes)
   check_shape(op, "alibi_slopes", slopes, q.shape[2:3], "[N]")
-  if not isinstance(offset, int | np.integer):
-    raise ValueError(
-      f"{op}: query_offset must be an integer with alibi_slopes, got an array"
-    )
   return slopes.astype(jnp.float32)
 
 

@@ -132,7 +132,7 @@ def mixed_segments(call: Call, segments: Segments | None, bounds: Any) -> Any:
   q = q.reshape(q.shape[0], -1, 1, call.block_q)
   k = operands.padded_ids(segments.k, call.key_unit)
   k = k.reshape(k.shape[0], 1, -1, call.block_kv)
-  first, end = jnp.split(bounds.reshape(*q.shape[:2], 2), 2, axis=2)
+  first, _, _, end = jnp.split(bounds.reshape(*q.shape[:2], 4), 4, axis=2)
   block = jnp.arange(k.shape[2])
   own = q[..., :1]
   strange = (k != own).any(axis=3) & (first <= block) & (block < end)

@@ -198,7 +198,7 @@ def _attend(block: blocks.Block, i: Inputs, s: State, keys: Keys) -> None:
   # Products before the softmax of the groups before them: the matrix unit works
   # on one group while the vector unit works on another.  One ahead is enough;
   # where segments cut the keys short, all of them take a tenth less time.
-  ahead = 1 if i.segments is None else len(groups)
+  ahead = len(groups) if i.segments is not None and keys.masked else 1
   coming = [product_of(n) for n in range(ahead)]
   for n, g in enumerate(groups):
     product = coming.pop(0)
@@ -302,7 +302,7 @@ def _run(
   bounds, ids, id_specs = operands.segment_operands(call, arrays.segments)
   rope, rope_specs = operands.rope_operands(call, arrays)
   words, word_spec = masks.operands_of(call, arrays.masks)
-  slopes, slope_specs = alibi.operands_of(call, arrays.alibi, batch, False)
+  slopes, slope_specs = alibi.operands_of(call, arrays, False)
   drop, drop_specs = dropout.operands_of(call, arrays.dropout)
   added = arrays.bias, mean
   inputs = Inputs(q, k, v, ids, rope, words, slopes, drop, *added)

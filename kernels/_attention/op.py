@@ -94,6 +94,7 @@ def _split(p: Problem, a: Arrays) -> Split:
       mask=_letters(a, a.mask),
       bias=_letters(a, a.bias),
       alibi=None if a.alibi is None else "-N",
+      first_position=None if a.first_position is None else "B",
       dropout=None if a.dropout is None else Dropout("BTN", "BS"),
     ),
     Outs("BTNH", "BNT" if p.return_lse else None),
@@ -222,6 +223,7 @@ def flash_attention(
   alibi_slopes: jax.Array | None = None,
   dropout_rate: float = 0.0,
   dropout_seed: int | jax.Array | None = None,
+  deterministic: bool = False,
   implementation: Implementation = None,
   config: FlashAttentionConfig | None = None,
 ) -> Any:
@@ -302,6 +304,7 @@ def flash_attention(
       whole batch, its head, query and key follows whether it is dropped, the
       same for all implementations, tiles and meshes.  Under vmap, what has one
       seed drops alike.
+    deterministic: whether nothing is dropped, whatever the rate; True or False.
     implementation: "pallas", "xla" (the reference), or None for the kernel
       where the computation is lowered for TPU and the reference elsewhere.
     config: tile sizes; None picks them from the shape.
@@ -327,8 +330,8 @@ def flash_attention(
   seen = Seen(is_causal, ids, window, mask, query_offset, prefix_lengths)
   seen = as_seen(op, q, k, seen._replace(chunk_size=chunk_size), parts)
   weights = Weights(scale, logits_soft_cap, rope, bias, sinks, alibi_slopes)
-  drop = as_drop(op, dropout_rate, dropout_seed)
-  weights = as_weights(op, q, k, weights._replace(drop=drop), query_offset)
+  drop = as_drop(op, 0.0 if deterministic else dropout_rate, dropout_seed)
+  weights = as_weights(op, q, k, weights._replace(drop=drop))
   value_size = v.shape[3]
   q, k, v = of_one_head_size(q, k, v)
   problem, arrays = problem_of(

@@ -62,7 +62,8 @@ def segment_operands(
 
 def segment_bounds(call: Call, segments: Segments) -> jax.Array:
   """For every batch element and q block, the first kv block whose ids can meet
-  its own, and the end: [2 B n_q].
+  its own, the first and the end of a run of them that has one id, as have all
+  of the block's queries, and the end of all: [4 B n_q].
   """
   low_q, high_q = _id_range(padded_ids(segments.q, call.block_q), call.block_q)
   low_k, high_k = _id_range(
@@ -72,7 +73,21 @@ def segment_bounds(call: Call, segments: Segments) -> jax.Array:
     low_k[:, None, :] <= high_q[:, :, None]
   )
   first, end = _first_and_end(meet)
-  return jnp.stack([first, end], axis=-1).astype(jnp.int32).reshape(-1)
+  # An id of padding makes a block no part of a run.
+  one_q, one_k = (
+    _is_one_id(ids, block)
+    for ids, block in (
+      (padded_ids(segments.q, call.block_q), call.block_q),
+      (padded_ids(segments.k, call.key_unit), call.block_kv),
+    )
+  )
+  full = meet & one_q[:, :, None] & one_k[:, None, :]
+  _, full_end = _first_and_end(full)
+  index = jnp.arange(full.shape[2])
+  others = jnp.where(full | (index >= full_end[..., None]), -1, index)
+  full_first = jnp.minimum(others.max(axis=2) + 1, full_end)
+  bounds = jnp.stack([first, full_first, full_end, end], axis=-1)
+  return bounds.astype(jnp.int32).reshape(-1)
 
 
 def _first_and_end(meet: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -85,6 +100,12 @@ def _first_and_end(meet: jax.Array) -> tuple[jax.Array, jax.Array]:
 def padded_ids(ids: jax.Array, unit: int) -> jax.Array:
   """Padding's id up to a whole number of blocks."""
   return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % unit)))
+
+
+def _is_one_id(ids: jax.Array, block: int) -> jax.Array:
+  """Whether all ids of a block are one, not that of padding."""
+  ids = ids.reshape(ids.shape[0], -1, block)
+  return (ids == ids[..., :1]).all(axis=2) & (ids[..., 0] != 0)
 
 
 def _id_range(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:

@@ -45,9 +45,12 @@ def visible(p: Problem, a: Arrays) -> jax.Array:
 
 
 def penalties(p: Problem, a: Arrays) -> jax.Array:
-  """What ALiBi adds to the logits: [1, N, T, S]."""
+  """What ALiBi adds to the logits: [B or 1, N, T, S]."""
   q, k = (_order(n, p.context_parts) for n in (a.q.shape[1], a.k.shape[1]))
-  distance = jnp.abs(q[:, None] + p.first_position - k)
+  first = p.first_position
+  if a.first_position is not None:
+    first += a.first_position[:, None, None, None]
+  distance = jnp.abs(q[:, None] + first - k)
   return -a.alibi[..., None, None] * distance
 
 
@@ -271,6 +274,7 @@ def flash_attention_reference(
   alibi_slopes: jax.Array | None = None,
   dropout_rate: float = 0.0,
   dropout_seed: int | jax.Array | None = None,
+  deterministic: bool = False,
 ) -> Any:
   """The maths of the room's docstring in plain jnp.  The specification."""
   q, k, v = (to_btnh(x, layout, head_size) for x in (q, k, v))
@@ -290,7 +294,7 @@ def flash_attention_reference(
     ),
     Weights(
       *(scale, logits_soft_cap, rope, bias, sinks, alibi_slopes),
-      drop=Drop(dropout_rate, dropout_seed),
+      drop=Drop() if deterministic else Drop(dropout_rate, dropout_seed),
     ),
     return_lse=return_lse,
     context_parts=context_parts,

@@ -33,7 +33,7 @@ from .._frame.kernel import Saved, kernel_op
 from .._frame.sharding import Axes, Split
 from . import ring_parts, spans
 from .reference import attention, may_see_nothing
-from .spec import Arrays, Outs, Problem, Segments, has_window
+from .spec import Arrays, Dropout, Outs, Problem, Segments, has_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Keys(NamedTuple):
   k: Any  # [B, S, K, H]
   v: Any  # [B, S, K, H]
   ids: Any  # [B, S]; or None
+  words: Any  # [B, S] of dropout; or None
 
 
 # --- who meets whom -----------------------------------------------------------
@@ -68,24 +69,33 @@ class Meeting(NamedTuple):
     rows: the part of a device's rows, a slice.
     keys: the part of the keys that it has, a slice.
     window: [B, 2], counted from the first row and the first key; or None.
+    apart: by how much the first row is after the first key, if that matters.
   """
 
   problem: Problem
   rows: slice
   keys: slice
   window: Any = None
+  apart: Any = None
 
   def arrays(self, a: Arrays, keys: Keys) -> Arrays:
     """Its part of them."""
     segments = None
     if a.segments is not None:
       segments = Segments(a.segments.q[:, self.rows], keys.ids[:, self.keys])
+    words, first = None, None
+    if a.dropout is not None:
+      words = Dropout(a.dropout.rows[:, self.rows], keys.words[:, self.keys])
+    if a.alibi is not None:
+      first = jnp.broadcast_to(self.apart, a.q.shape[:1])
     return a._replace(
       q=a.q[:, self.rows],
       k=keys.k[:, self.keys],
       v=keys.v[:, self.keys],
       segments=segments,
       window=self.window,
+      dropout=words,
+      first_position=first,
     )
 
 
@@ -105,8 +115,8 @@ def _walk(p: RingProblem, a: Arrays, step: Any, meet: Meet, state: Any) -> Any:
   """
   of_part = _of_part(p)
   everything = Meeting(of_part, slice(None), slice(None))
-  if has_window(p, a):
-    return _walk_windows(p, a, step, meet, state)
+  if _goes_by_chunks(p, a):
+    return _walk_chunks(p, a, step, meet, state)
   if not p.is_causal:
     return meet(everything, state)
   if isinstance(step, int):
@@ -137,10 +147,15 @@ def _of_part(p: RingProblem) -> Problem:
   )
 
 
-def _walk_windows(
+def _goes_by_chunks(p: Problem, a: Arrays) -> bool:
+  """Whether it matters how far rows and keys are apart."""
+  return has_window(p, a) or a.alibi is not None
+
+
+def _walk_chunks(
   p: RingProblem, a: Arrays, step: Any, meet: Meet, state: Any
 ) -> Any:
-  """The same with a local window, chunk by chunk.
+  """The same with a local window or ALiBi, chunk by chunk.
 
   Between rows and keys that lie `apart` tokens from each other a window is one
   of other sides, and so is a causal mask.
@@ -150,8 +165,8 @@ def _walk_windows(
   zigzag = p.context_parts > 1
   size = a.q.shape[1] // (2 if zigzag else 1)
   if a.window is None:
-    assert p.window is not None
-    sides = jnp.array(p.window, jnp.int32)
+    everything = (a.q.shape[1] * p.devices,) * 2
+    sides = jnp.array(p.window or everything, jnp.int32)
     window = jnp.broadcast_to(sides, (a.q.shape[0], 2))
   else:
     window = a.window
@@ -170,7 +185,7 @@ def _walk_windows(
     for key, k_chunk in enumerate(chunks(there)):
       apart = (q_chunk - k_chunk) * size
       sides = jnp.stack([left - apart, right + apart], axis=1)
-      meeting = Meeting(_of_part(p), part(row), part(key), sides)
+      meeting = Meeting(_of_part(p), part(row), part(key), sides, apart)
       sees = (sides > -size).all(axis=1).any()
       some = functools.partial(meet, meeting)
       state = jax.lax.cond(sees, some, lambda state: state, state)
@@ -187,7 +202,11 @@ def _on(p: RingProblem, tree: Any) -> Any:
 
 
 def _own_keys(a: Arrays) -> Keys:
-  return Keys(a.k, a.v, None if a.segments is None else a.segments.k)
+  return Keys(
+    *(a.k, a.v),
+    ids=None if a.segments is None else a.segments.k,
+    words=None if a.dropout is None else a.dropout.keys,
+  )
 
 
 def _forward(attend: Any, p: RingProblem, a: Arrays) -> Outs:
@@ -216,7 +235,7 @@ def _forward(attend: Any, p: RingProblem, a: Arrays) -> Outs:
     coming = _on(p, keys)
     return coming, visit(step, keys, outs)
 
-  start: Any = ring_parts.nothing(a) if has_window(p, a) else None
+  start: Any = ring_parts.nothing(a) if _goes_by_chunks(p, a) else None
   state = one(0, (_own_keys(a), start))
   keys, outs = jax.lax.fori_loop(1, p.devices - 1, one, state)
   if p.devices > 1:
@@ -271,7 +290,7 @@ def _backward(attend: Any, p: RingProblem, saved: Saved, d: Outs) -> Arrays:
     return coming, new._replace(k=k, v=v)
 
   start: Any = None
-  if has_window(p, a):
+  if _goes_by_chunks(p, a):
     arrays = a.q, a.k, a.v, a.scale
     start = _Sums(*jax.tree.map(ring_parts.wide_zeros, arrays))
   keys = _own_keys(a)
@@ -313,12 +332,7 @@ _ring = kernel_op(
 
 def check(p: Problem, a: Arrays, axes: Axes) -> None:
   """Refuses what no ring goes with: it would be of rows and keys of all."""
-  given = {
-    "mask": a.mask,
-    "bias": a.bias,
-    "alibi_slopes": a.alibi,
-    "dropout_rate": p.dropout_rate or None,
-  }
+  given = {"mask": a.mask, "bias": a.bias}
   names = [name for name, x in given.items() if x is not None]
   if names or p.query_offset:
     raise ValueError(
@@ -345,10 +359,10 @@ def attend(p: Problem, a: Arrays, axes: Axes) -> Outs:
       f"dot_product_attention: with T split over {axes}, there is no mean of "
       "all values for a query that sees no key; use flash_attention"
     )
-  by_position = p.is_causal or has_window(p, a)
+  by_position = p.is_causal or _goes_by_chunks(p, a)
   if by_position and a.q.shape[1] != a.k.shape[1]:
     raise ValueError(
-      f"flash_attention: with T split over {axes}, is_causal and "
+      f"flash_attention: with T split over {axes}, is_causal, alibi_slopes and "
       f"local_window_size need T = S, got {a.q.shape[1] * devices} and "
       f"{a.k.shape[1] * devices}"
     )

@@ -76,7 +76,7 @@ def reordered(
 
 def in_time(a: Any, parts: int) -> Any:
   """The arrays, [B, T, ...], back in the order of time."""
-  of_none = ("scale", "window", "base", "alibi", "bias")
+  of_none = ("scale", "window", "base", "alibi", "first_position", "bias")
   tokens = a._replace(**dict.fromkeys(of_none))
   tokens = jax.tree.map(lambda x: reordered(x, parts, 1, inverse=True), tokens)
   tokens = tokens._replace(**{name: getattr(a, name) for name in of_none})

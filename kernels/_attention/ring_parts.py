@@ -17,9 +17,16 @@ import jax.numpy as jnp
 from .._frame.kernel import Saved
 from . import tiles
 from .backward import backward
+from .dropout import kept_of
 from .forward import forward
 from .layout import Layout
-from .reference import attention, nan_by_finiteness, visible
+from .reference import (
+  attention,
+  by_kv_head,
+  nan_by_finiteness,
+  penalties,
+  visible,
+)
 from .spec import Arrays, Outs, Problem
 
 # --- sums ---------------------------------------------------------------------
@@ -89,8 +96,10 @@ def backward_plain(p: Problem, a: Arrays, outs: Outs, d: Outs) -> Arrays:
   di = (dout.astype(wide_type) * outs.out.astype(wide_type)).sum(axis=-1)
   di = by_head(di.swapaxes(1, 2) - d.lse / p.unit)
   bias: Any = 0.0
+  if a.alibi is not None:
+    bias += by_kv_head(penalties(p, a), kv_heads)
   if a.segments is not None:  # see `finite`
-    bias = nan_by_finiteness(q, k, v)
+    bias += nan_by_finiteness(q, k, v)
     lse = jnp.where(jnp.isfinite(di), lse, jnp.nan)
     q, k, v, dout, di = (
       jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v, dout, di)
@@ -106,8 +115,13 @@ def backward_plain(p: Problem, a: Arrays, outs: Outs, d: Outs) -> Arrays:
     logits, slope = p.soft_cap * tanh, 1 - tanh * tanh
   weights = jnp.where(mask, jnp.exp(logits + bias - lse), 0.0)
   dweights = product("btkgh,bskh->bkgts", grouped(dout), v)
+  kept: Any = 1.0
+  if a.dropout is not None:
+    kept = kept_of(p.dropout_rate, a.dropout)
+    kept = jnp.where(by_kv_head(kept, kv_heads), p.kept_scale, 0.0)
+  dweights *= kept
   dlogits = (weights * (dweights - di) * slope * p.scale).astype(q.dtype)
-  weights = weights.astype(v.dtype)
+  weights = (weights * kept).astype(v.dtype)
   dv = product("bkgts,btkgh->bskh", weights, grouped(dout))
   dk = product("bkgts,btkgh->bskh", dlogits, grouped(q))
   dq = product("bkgts,bskh->btkgh", dlogits, k)

@@ -39,7 +39,7 @@ class Dropout(NamedTuple):
 class Arrays(NamedTuple):
   """What attention is given; None for what a problem does not have.
 
-  Three are numbers that are not known when the program is traced, one for each
+  Four are numbers that are not known when the program is traced, one for each
   element of the batch, as vmap may make them; known ones stand in the
   `Problem`.
   """
@@ -56,6 +56,7 @@ class Arrays(NamedTuple):
   bias: Any = None  # [B or 1, N or 1, T, S]
   sinks: Any = None  # [N] float32
   alibi: Any = None  # [B or 1, N] float32: slopes, without gradient
+  first_position: Any = None  # [B] int32: of ALiBi, beside the problem's
   dropout: Dropout | None = None
   masks: Any = None  # what kernels have in the place of `mask`, see `masks`
 
