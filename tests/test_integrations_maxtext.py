@@ -1,5 +1,6 @@
 """maxtext with its classes swapped gives what it gave."""
 
+import contextlib
 import importlib
 import pathlib
 import types
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from pallas_gemma.kernels import integrations
+import v5e
+from flax import linen, nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pallas_gemma.kernels import integrations, sharding
 from pallas_gemma.kernels.integrations import report
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -31,8 +34,15 @@ def undone():
   integrations.maxtext.undo()
 
 
-def make(library, **changes):
-  """A little decoder layer, and the mesh it wants."""
+def make(library, devices=None, sizes=types.MappingProxyType({}), **changes):
+  """A little decoder layer, and the mesh it wants.
+
+  Args:
+    library: its modules.
+    devices: of the mesh, by default one; then the layer has shapes alone.
+    sizes: of the mesh's axes, 1 for others.
+    **changes: of the config.
+  """
   folder = pathlib.Path(library.config.__file__).parent
   fields = dict(
     run_name="little",
@@ -57,12 +67,13 @@ def make(library, **changes):
     ["", str(folder / "base.yml")], **(fields | changes)
   )
   axes = config.mesh_axes
-  mesh = jax.sharding.Mesh(
-    np.array(jax.devices()[:1]).reshape((1,) * len(axes)), axes
-  )
-  return mesh, library.llama.LlamaDecoderLayer(
-    config, "train", mesh, nnx.Rngs(0)
-  )
+  chips = np.array(jax.devices()[:1] if devices is None else devices)
+  mesh = Mesh(chips.reshape([sizes.get(axis, 1) for axis in axes]), axes)
+
+  def layer():
+    return library.llama.LlamaDecoderLayer(config, "train", mesh, nnx.Rngs(0))
+
+  return mesh, layer() if devices is None else nnx.eval_shape(layer)
 
 
 IDS = jnp.asarray([[1] * 5 + [2] * 8 + [0] * 3, [1] * 16])
@@ -117,3 +128,55 @@ def test_a_window_and_what_is_left_alone(library):
   integrations.maxtext.apply(implementation="xla")
   assert_close(scored(mesh, layer), wanted)
   assert [x.part for x in report().left_alone] == ["feed_forward"]
+
+
+@v5e.needs_compiler
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("topology", ["1x1", "2x4"])
+def test_kernels_are_in_the_program_and_no_collective_more(library, topology):
+  """Gradients, weights split over both axes as the library says."""
+  sizes = {"fsdp": 2, "tensor": 4} if topology == "2x4" else {}
+  mesh, layer = make(
+    library,
+    v5e.devices(topology),
+    sizes,
+    dtype="bfloat16",
+    weight_dtype="bfloat16",
+    base_emb_dim=256,
+    base_mlp_dim=512,
+    base_num_query_heads=8,
+    base_num_kv_heads=4,
+    head_dim=128,
+    max_target_length=256,
+    ici_fsdp_parallelism=sizes.get("fsdp", 1),
+    ici_tensor_parallelism=sizes.get("tensor", 1),
+  )
+  graph, state, rest = nnx.split(layer, nnx.Param, ...)
+  rules = layer.config.logical_axis_rules
+  specs = linen.logical_to_mesh(nnx.get_partition_spec(state), rules)
+  state = jax.tree.map(
+    lambda x, spec: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+    ),
+    state,
+    specs,
+  )
+  rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+  x = jax.ShapeDtypeStruct((4, 256, 256), jnp.bfloat16, sharding=rows)
+
+  def gradient(state, x):
+    def loss(state, x):
+      positions = jnp.broadcast_to(jnp.arange(256), x.shape[:2])
+      layer = nnx.merge(graph, state, rest)
+      y = layer(x, jnp.ones_like(positions), positions, True, "train")
+      return y[0].astype(jnp.float32).sum()
+
+    return jax.grad(loss, (0, 1))(state, x)
+
+  @contextlib.contextmanager
+  def around():
+    split = {"B": "fsdp", "N": "tensor", "F": "tensor"}
+    with mesh, linen.logical_axis_rules(rules), sharding(mesh, split):
+      yield
+
+  v5e.assert_swapped(integrations.maxtext, around, gradient, state, x)

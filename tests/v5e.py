@@ -67,3 +67,28 @@ def collective_bytes(text):
       sizes = [int(n) for n in dims.split(",")] if dims else []
       total += _BYTES[dtype] * math.prod(sizes)
   return total
+
+
+def assert_swapped(integration, around, gradient, *specs, kernels=4):
+  """The kernels of an integration are in a program, and add no collective.
+
+  Args:
+    integration: of the library that the program is by.
+    around: makes the context in which it is lowered.
+    gradient: the program, of attention and feed-forward.
+    *specs: of its arguments.
+    kernels: the fewest that it has once classes are swapped.
+  """
+
+  def text():
+    with around():
+      return jax.jit(gradient).lower(*specs).compile().as_text() or ""
+
+  before = collective_bytes(text())
+  integration.apply()
+  swapped = text()
+  for op in ("flash_attention", "feed_forward"):
+    assert op in swapped, op
+  assert swapped.count("tpu_custom_call") >= kernels
+  after = collective_bytes(swapped)
+  assert after <= before, (before, after)

@@ -12,6 +12,7 @@ is typed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -90,21 +91,22 @@ def headline(rows: Sequence[Row]) -> str:
     if p.which == _LAST or (p.op, p.case) not in with_gradient
   ]
   first = [p for p in chosen if ops.get(p.op) == p.case]
-  blocks = [p for p in chosen if p.op not in ops]
+  of_others = [p for p in chosen if p.op == "others"]
+  blocks = [p for p in chosen if p.op not in ops and p not in of_others]
   lines = [
     f"One TPU v5e, bfloat16, forward and backward, {_provenance(rows)}.",
     "",
     *_head("op", "arrays"),
     *_headline_lines(first, lambda p: _shapes(p, rows)),
   ]
-  if blocks:
-    lines += [
-      "",
-      "A whole transformer block of the model, forward and backward:",
-      "",
-      *_head("model", "tokens"),
-      *_headline_lines(blocks, lambda p: _tokens(p, rows), block=True),
-    ]
+  for found, title in (
+    (blocks, "A whole transformer block of the model, forward and backward:"),
+    (of_others, "One of other libraries', with `integrations` and as it is:"),
+  ):
+    if found:
+      lines += ["", title, "", *_head("model", "tokens")]
+      of_block = functools.partial(_tokens, rows=rows)
+      lines += _headline_lines(found, of_block, block=True)
   return "\n".join(lines)
 
 
@@ -137,9 +139,9 @@ def _headline_lines(
 
 
 def _model_name(case: str) -> str:
-  """`gemma_2b_1x8k` is of Gemma 2B."""
-  name, size, *_ = case.split("_")
-  return f"{name.capitalize()} {size.upper()}"
+  """`gemma_2b_1x8k` is of Gemma 2B, `gemma2_2b_local_8k` of Gemma2 2B local."""
+  name, size, *kind, _ = case.split("_")
+  return " ".join([name.capitalize(), size.upper(), *kind])
 
 
 def _arguments(
