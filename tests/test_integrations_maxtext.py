@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import v5e
 from flax import linen, nnx
+from flax.linen.spmd import logical_to_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_gemma.kernels import integrations, sharding
 from pallas_gemma.kernels.integrations import report
@@ -34,7 +35,7 @@ def undone():
   integrations.maxtext.undo()
 
 
-def make(library, devices=None, sizes=types.MappingProxyType({}), **changes):
+def make(library, devices=None, sizes=None, **changes):
   """A little decoder layer, and the mesh it wants.
 
   Args:
@@ -68,7 +69,8 @@ def make(library, devices=None, sizes=types.MappingProxyType({}), **changes):
   )
   axes = config.mesh_axes
   chips = np.array(jax.devices()[:1] if devices is None else devices)
-  mesh = Mesh(chips.reshape([sizes.get(axis, 1) for axis in axes]), axes)
+  shape = [(sizes or {}).get(axis, 1) for axis in axes]
+  mesh = Mesh(chips.reshape(shape), axes)
 
   def layer():
     return library.llama.LlamaDecoderLayer(config, "train", mesh, nnx.Rngs(0))
@@ -153,7 +155,7 @@ def test_kernels_are_in_the_program_and_no_collective_more(library, topology):
   )
   graph, state, rest = nnx.split(layer, nnx.Param, ...)
   rules = layer.config.logical_axis_rules
-  specs = linen.logical_to_mesh(nnx.get_partition_spec(state), rules)
+  specs = logical_to_mesh(nnx.get_partition_spec(state), rules)
   state = jax.tree.map(
     lambda x, spec: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
