@@ -238,9 +238,12 @@ def compare_rows(
     now = [line.row for line in files.read(arguments.against)]
   else:
     keys = {row.key for row in before if not row.error}
-    now = run_choices(
-      arguments, _installed(c for c in _all() if c.program.key in keys)
-    )
+    choices = [c for c in _all() if c.program.key in keys]
+    installed = _installed(choices)
+    # What is said to be left out is not gone.
+    left_out = {c.program.key for c in choices if c not in installed}
+    before = [row for row in before if row.key not in left_out]
+    now = run_choices(arguments, installed)
   return compare.changes(before, now), now
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -759,6 +760,19 @@ def test_a_program_that_is_not_listed_any_more_is_missing(
   assert run_command(monkeypatch, "--compare", old, *options) == 1
   shown = capsys.readouterr().out
   assert "no such row any more" in shown and "1 missing; 1 worse" in shown
+
+
+def test_what_needs_a_library_that_is_missing_is_not_gone(monkeypatch, capsys):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util,
+    "find_spec",
+    lambda name: None if name == "tunix" else find(name),
+  )
+  others = sources.HOME / "results" / "v5e_others.json"
+  assert not run_command(monkeypatch, "--compare", others, "--mode", "compiled")
+  shown = capsys.readouterr()
+  assert "0 missing" in shown.out and "tunix is not installed" in shown.err
 
 
 @pytest.mark.parametrize(
