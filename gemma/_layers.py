@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ._config import GemmaConfig
-from ._parts import cast_in_parts, embedding_rows
+from ._parts import embedding_rows, on_gathered
 from ._remat import AROUND_ATTENTION, Policy
 from .ops import FeedForwardConfig, Norm, Ops, QuantizedWeight, layer_einsum
 
@@ -124,16 +124,20 @@ class Block(nnx.Module):
       # On one device the weights are not cast here.  The op casts one tile at a
       # time; a cast here XLA would move out of the scan, and then hold a second
       # copy of all layers' weights in memory.
-      x = self.ops.feed_forward(
-        x,
-        *(
-          cast_in_parts(w[...], x.dtype)
-          for w in (self.gate, self.up, self.down)
-        ),
-        norm=Norm(self.feed_forward_norm[...], **norm),
-        residual=True,
-        config=_feed_forward_config(remat),
-      )
+      def feed_forward(
+        x: jax.Array, scale: jax.Array, *weights: Any
+      ) -> jax.Array:
+        return self.ops.feed_forward(
+          x,
+          *weights,
+          norm=Norm(scale, **norm),
+          residual=True,
+          config=_feed_forward_config(remat),
+        )
+
+      scale = self.feed_forward_norm[...]
+      weights = self.gate[...], self.up[...], self.down[...]
+      x = on_gathered(feed_forward, x, scale, weights)
     return x, extra
 
 

@@ -93,6 +93,12 @@ custom_call_target="AsyncCollectiveStart"
 custom_call_target="AsyncCollectiveDone"
 }
 
+%exchange (u: f32[8,16,1024]) -> f32[8,16,1024] {
+  %u = f32[8,16,1024]{2,1,0} parameter(0)
+  ROOT %x = f32[8,16,1024]{2,1,0} all-to-all(%u), channel_id=4, \
+replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
 ENTRY %main (a: f32[128,1024]) -> f32[1024,1024] {
   %a = f32[128,1024]{1,0} parameter(0)
   %sent = (f32[128,1024]{1,0}, f32[128,1024]{1,0}, u32[]) \
@@ -103,6 +109,11 @@ collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
 replica_groups=[1,8]<=[8], dimensions={0}, \
 metadata={op_name="jit(run)/while/body/blocks/gate"}
   %scattered = f32[128,1024]{1,0} fusion(%whole), kind=kCustom, calls=%body
+  %parts = f32[8,16,1024]{2,1,0} bitcast(%a)
+  %swap = ((f32[8,16,1024]{2,1,0}), f32[8,16,1024]{2,1,0}, u32[]) \
+async-start(%parts), calls=%exchange
+  %later = f32[128,1024]{1,0} fusion(%a), kind=kLoop, calls=%long
+  %swapped = f32[8,16,1024]{2,1,0} async-done(%swap)
   %one = f32[1024,1024]{1,0} fusion(%a), kind=kCustom, calls=%begins
   %two = f32[1000,1000]{1,0} fusion(%one), kind=kOutput, calls=%goes_on
   ROOT %three = f32[1024,1024]{1,0} fusion(%one), kind=kCustom, calls=%ends
@@ -131,7 +142,11 @@ def test_what_is_computed_meanwhile_covers_a_collective(met):
   assert met["one"].exposed == pytest.approx(gather - product)
   assert met["scattered"].kind == "reduce-scatter"
   assert met["scattered"].exposed == pytest.approx(gather)
-  assert set(met) == {"sent", "whole", "scattered", "one"}
+  swap = met["swap"]
+  assert (swap.kind, swap.nbytes) == ("all-to-all", 4 << 17)
+  assert swap.seconds == pytest.approx((4 << 17) / 45e9)
+  assert swap.exposed == pytest.approx(swap.seconds - V5E.seconds(3000))
+  assert set(met) == {"sent", "whole", "scattered", "swap", "one"}
 
 
 def test_collectives_are_added_up_by_what_they_are_of(met):

@@ -133,7 +133,7 @@ def test_every_parameter_is_in_the_table_and_split_where_it_can_be(model):
     names.add(name)
     spec = layout.spec(name, x.shape)
     axes = [axis for axis in spec if axis]
-    assert "fsdp" in axes, name
+    assert ("fsdp" in axes) == (not name.endswith("norm")), name
     takes_part = LAYOUT._SPLIT[name] is not None
     few = name == "kv" and settings.model.num_kv_heads == 1
     assert ("model" in axes) == (takes_part and not few), name
@@ -189,8 +189,8 @@ def unplanned(text, settings, layout):
   """The collectives of a step that the plan does not know.
 
   Over fsdp go a layer's weights, in the compute dtype, and their gradients,
-  token ids, and rows of the table, which alone are exchanged; over model sums
-  of tokens' rows.
+  token ids, and rows of the table.  These are exchanged, and gradients of the
+  feed-forward; over model go sums of tokens' rows.
   """
   params, _ = STEP.abstract_state(settings)
   weights = set()
@@ -211,7 +211,11 @@ def unplanned(text, settings, layout):
         is_weight = array.size in weights and array.dtype == "bf16"
         return is_weight or (array.size, array.dtype) == (tokens, "s32")
       case "all-to-all", _:
+        if "feed_forward" in source:
+          return array.size in weights and array.dtype == "bf16"
         return array.size == rows * settings.model.width and "embed" in source
+      case "reduce-scatter", _:
+        return array.size * layout.config.fsdp in weights
       case _, ("model",):
         return array.size % rows == 0
     return array.size in weights

@@ -43,10 +43,7 @@ from .program import APART, OVERLAPPED, Built, Program
 
 _SENTENCEPIECE = 256_000  # pieces of Gemma's tokenizer
 _DEPTHS = (2, 4)
-_COLLECTIVES_APART = (
-  ("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),
-  ("xla_tpu_enable_async_collective_fusion", "false"),
-)
+_COLLECTIVES_APART = (("xla_tpu_enable_async_collective_fusion", "false"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Case:
 _TOPOLOGIES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"}
 # Of all layers, what 15.25 GiB of a chip's memory hold.
 _REMAT = {
-  ("2b", "v5e-8"): "attention:14,names",
+  ("2b", "v5e-8"): "attention",
   ("2b", "v5e-16"): "attention",
   ("2b", "v5e-256"): "attention",
   ("2b", "report-2b"): "attention",
@@ -199,6 +196,7 @@ def step(case: Case, collectives_apart: bool = True) -> Built:
       {name: name == "segment_ids" for name in batch},
     )
   )
+  options = tuple((layout.compiler_options or {}).items())
   where = layout.state(state), dict.fromkeys(batch, layout.batch)
   partitions = jax.tree.map(lambda sharding: sharding.spec, where)
   return Built(
@@ -210,7 +208,7 @@ def step(case: Case, collectives_apart: bool = True) -> Built:
       arguments=tuple(s.spec for s in jax.tree.leaves(where)),
       results=(partitions[0], layout.everywhere.spec),
       donated=tuple(range(len(jax.tree.leaves(state)))),
-      options=_COLLECTIVES_APART if collectives_apart else (),
+      options=options + (_COLLECTIVES_APART if collectives_apart else ()),
       slices=case.mesh.pods,
       arrange=functools.partial(layouts.make_mesh, case.mesh),
     ),

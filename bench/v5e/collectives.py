@@ -3,10 +3,11 @@
 One that begins and ends in the same place of the schedule stops the core.  One
 that begins earlier goes on behind what is computed until it is waited for,
 several of them one after the other; of it, only what is left then is exposed.
-The compiler writes the second as a pair, `-start` and `-done`, or as fusions
-with products: the first starts it, each next one carries on with it, the last
-waits.  The time of such a product cannot be told from that of the
-communication in its bundles, and is taken as its FLOPs at the chip's peak.
+The compiler writes the second as a pair, `-start` and `-done`, itself or around
+a computation that has it, or as fusions with products: the first starts it,
+each next one carries on with it, the last waits.  The time of such a product
+cannot be told from that of the communication in its bundles, and is taken as
+its FLOPs at the chip's peak.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Links:
     return twin
 
   def _meet_alone(self, instruction: hlo.Instruction, times: int) -> None:
-    found = self._collective(instruction, instruction, times)
+    found = self._collective(instruction, self._inner(instruction), times)
     if instruction.opcode.endswith("-start"):
       self._begin(instruction.name, found)
     elif instruction.opcode.endswith("-done"):
@@ -119,11 +120,13 @@ class Links:
   ) -> Collective:
     """All of it exposed."""
     move = self._move(instruction, inner)
+    # What begins one also has its operand, and what says that it has ended.
+    of = inner if instruction.opcode == "async-start" else instruction
     return Collective(
       instruction.name,
       instruction.opcode,
       times,
-      sum(array.nbytes for array in instruction.arrays),
+      sum(array.nbytes for array in of.arrays),
       move.kind,
       instruction.source or inner.source,
       move.seconds,
@@ -155,8 +158,9 @@ class Links:
     return self._places[device] if self._places else Place(0, 0, device)
 
   def _inner(self, instruction: hlo.Instruction) -> hlo.Instruction:
-    """The collective that a fusion does; itself if it is none."""
-    for name in instruction.calls if instruction.opcode == "fusion" else ():
+    """The collective that a computation does; itself if it calls none."""
+    called = instruction.opcode in ("fusion", "async-start")
+    for name in instruction.calls if called else ():
       for inner in self._module.computations.get(name, ()):
         if inner.opcode in hlo.COLLECTIVES:
           return inner

@@ -146,8 +146,14 @@ class Module:
     )
 
   def communicates(self, instruction: Instruction) -> bool:
-    """Whether it is a fusion that does what a collective does."""
-    return instruction.opcode == "fusion" and any(
+    """Whether it is a fusion that does what a collective does, or begins one.
+
+    Or waits for one that was begun so.
+    """
+    if instruction.opcode in ("async-done", "async-update"):
+      begun = (self.instructions.get(name) for name in instruction.operands)
+      return any(i is not None and self.communicates(i) for i in begun)
+    return instruction.opcode in ("fusion", "async-start") and any(
       inner.opcode in COLLECTIVES
       for name in instruction.calls
       for inner in self.computations.get(name, ())

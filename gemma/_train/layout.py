@@ -25,7 +25,7 @@ from jax.sharding import (
 )
 
 from .._errors import UserError
-from .._parts import stored_in_parts
+from .._parts import COMPILER_OPTIONS, stored_in_parts
 from .._processes import count as count_processes
 from .._weights import name_of
 from ..ops import sharding
@@ -112,8 +112,17 @@ _SPLIT: dict[str, int | None] = {
 }
 # Dimensions that the fsdp axis leaves alone.  A table that is split over D is
 # read and updated by each device for its part of every row, where one that is
-# split over V would be read by all for all tokens.
-_WHOLE = {"embedding": (0,)}
+# split over V would be read by all for all tokens.  Scales of norms are a few
+# kilobytes a layer: to gather them would keep the links from a matrix.
+_WHOLE = {
+  "embedding": (0,),
+  "attention_norm": (0, 1),
+  "feed_forward_norm": (0, 1),
+  "final_norm": (0,),
+  # Parts of rows lie together in memory.
+  "gate": (2,),
+  "up": (2,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +167,11 @@ class Layout:
       stored=stored,
       vocabulary="model" if self.config.model > 1 else None,
     )
+
+  @property
+  def compiler_options(self) -> dict[str, str] | None:
+    """What a TPU's compiler is told of programs over this mesh."""
+    return COMPILER_OPTIONS if self.config.stored else None
 
   @property
   def batch(self) -> NamedSharding:

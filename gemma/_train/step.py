@@ -242,15 +242,19 @@ def make_steps(
   if layout is None:
     return jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(evaluate)
   params, moments = layout.state(abstract_state(config))
+  is_tpu = layout.mesh.devices.flat[0].platform == "tpu"
+  options = layout.compiler_options if is_tpu else None
   return (
     jax.jit(
       layout.splits(train_step),
+      compiler_options=options,
       in_shardings=(params, moments, layout.batch),
       out_shardings=(params, moments, layout.everywhere),
       donate_argnums=(0, 1),
     ),
     jax.jit(
       layout.splits(evaluate),
+      compiler_options=options,
       in_shardings=(params, layout.batch),
       out_shardings=layout.everywhere,
     ),
