@@ -18,6 +18,9 @@ os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "0")
 # other, in threads of XLA's pool.  By default it has one for each device, and
 # they would wait for ever.
 os.environ.setdefault("NPROC", "64")
+# The tests run in as many processes as there are cores, which NumPy's threads
+# would only take from each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Nearly every program here runs once, on little data: most time goes into
 # compiling it for the CPU, where these ask for less.  Not for level 0: its tanh
 # differs, and is too far off for the derivative of gelu_tanh.
@@ -44,6 +47,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import atexit  # noqa: E402
+import gc  # noqa: E402
 import pathlib  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
@@ -84,6 +88,12 @@ def pytest_configure():
   """
   root = pathlib.Path(__file__).resolve().parents[1]
   sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != root]
+
+
+def pytest_collection_finish():
+  """What is imported by now stays: Python need not search it for garbage."""
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -15,11 +15,15 @@ from jax._src import core
 
 
 def evaluate(jaxpr, consts, *args):
-  """As `jax.core.eval_jaxpr`; loops and branches with effects run in Python."""
+  """As `jax.core.eval_jaxpr`; branches, and loops with effects, in Python."""
   # Integers overflow, and memory that nothing wrote is NaN: neither is an error
   # on a chip, and NumPy is not to warn of it.
   with np.errstate(all="ignore"):
-    return _run(jaxpr, consts, args)
+    args = [
+      np.asarray(x, var.aval.dtype) if isinstance(x, bool | int | float) else x
+      for x, var in zip(args, jaxpr.invars, strict=True)
+    ]
+    return _run(jaxpr, [*map(_numpy, consts)], [*map(_numpy, args)])
 
 
 def op_by_op(function):
@@ -56,10 +60,12 @@ def _step(eqn, operands):
     return _closed(params[inner], operands)
   if name == "io_callback":
     return _call_back(eqn, operands)
-  if eqn.effects and (control := _CONTROL.get(name)):
-    return control(params, operands)
+  if name == "cond":
+    return _cond(params, operands)
+  if eqn.effects and (loop := _LOOPS.get(name)):
+    return loop(params, operands)
   multiple = eqn.primitive.multiple_results
-  if exact := _EXACT.get(name):
+  if exact := EXACT.get(name):
     result = exact(params, *operands)
     if result is not None:
       return [np.asarray(r) for r in (result if multiple else [result])]
@@ -79,12 +85,15 @@ def _step(eqn, operands):
 
 
 def _numpy(x):
-  # A key of random numbers has no NumPy form.
+  # NumPy's functions of a JAX array are JAX's: compiled for every shape.  A key
+  # of random numbers has no other form.
   return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
 
 
 def _closed(jaxpr, operands):
-  return _run(jaxpr.jaxpr, jaxpr.consts, operands)
+  # That of `jax.checkpoint` has no constants.
+  consts = getattr(jaxpr, "consts", ())
+  return _run(getattr(jaxpr, "jaxpr", jaxpr), consts, operands)
 
 
 def _call_back(eqn, operands):
@@ -100,10 +109,13 @@ _CALLS = {
   "jit": "jaxpr",
   "pjit": "jaxpr",
   "custom_jvp_call": "call_jaxpr",
+  "custom_vjp_call": "call_jaxpr",
+  "custom_vmap_call": "call",
+  "remat2": "jaxpr",
 }
 
 
-# --- control flow with effects ------------------------------------------------
+# --- control flow ------------------------------------------------
 
 
 def _while(params, operands):
@@ -123,7 +135,26 @@ def _cond(params, operands):
   return _closed(branches[index], operands)
 
 
-_CONTROL = {"while": _while, "cond": _cond}
+def _scan(params, operands):
+  if "ft_in" in params:  # since JAX 0.12
+    consts, carry, rows = map(list, params["ft_in"].update(operands).unpack())
+  else:
+    of_consts, of_carry = params["num_consts"], params["num_carry"]
+    consts = operands[:of_consts]
+    carry = operands[of_consts : of_consts + of_carry]
+    rows = operands[of_consts + of_carry :]
+  steps = range(params["length"])
+  outs = []
+  for i in reversed(steps) if params["reverse"] else steps:
+    results = _closed(params["jaxpr"], consts + carry + [x[i] for x in rows])
+    carry = results[: len(carry)]
+    outs.append(results[len(carry) :])
+  if params["reverse"]:
+    outs.reverse()
+  return carry + [np.stack(each) for each in zip(*outs, strict=True)]
+
+
+_LOOPS = {"while": _while, "scan": _scan}
 
 
 # --- what XLA does, in few shapes --------------------------------------------
@@ -218,6 +249,11 @@ def _right_logical(x, by):
   return (x.view(unsigned) >> by.astype(unsigned)).view(x.dtype)
 
 
+def _bitcast(params, x, dtype=None):
+  x, dtype = np.asarray(x), np.dtype(dtype or params["new_dtype"])
+  return x.view(dtype) if x.dtype.itemsize == dtype.itemsize else None
+
+
 def _divide(params, x, y):
   if _kind(x) == "f":
     return np.divide(x, y)
@@ -299,7 +335,7 @@ def _pad(params, x, value):
   return result
 
 
-_EXACT = {
+EXACT = {
   "add": _elementwise(np.add),
   "add_any": _elementwise(np.add),
   "sub": _elementwise(np.subtract, "iuf"),
@@ -355,5 +391,10 @@ _EXACT = {
   "sin": _in_float64(np.sin),
   "cos": _in_float64(np.cos),
   "sqrt": _in_float64(np.sqrt),
+  "reciprocal": _elementwise(np.reciprocal, "f"),
+  "clamp": lambda params, low, x, high: np.clip(x, low, high),
+  "bitcast_convert_type": _bitcast,
+  "bitcast": lambda params, x: _bitcast(params, x, params["ty"]),
   "stop_gradient": lambda params, x: x,
+  "pallas_gemma_guard": lambda params, x: x,
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import threading
 
 import eager
 import jax
@@ -10,6 +11,7 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 from jax._src import core
+from jax._src.sharding_impls import UnspecifiedValue
 from jax._src.state import types as state
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -22,28 +24,85 @@ PARAMS = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True)
 def evaluate_op_by_op():
   """A kernel runs once: to compile it would take longer than all its ops.
 
-  Neither what a core does is compiled, nor what brings it there, which becomes
-  a single call out of the program: but for the devices of a mesh, which wait
-  for each other.
+  Neither what a core does is compiled, nor what brings it there, nor the
+  program around it: but for the devices of a mesh, which wait for each other.
+  In a loop of the program, a kernel is a single call out of it.
   """
+  from jax._src import pjit
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call as module
   from jax._src.pallas.mosaic.interpret import thread_map
 
   thread_map._run_jaxpr = eager.evaluate
+  compiled = pjit._pjit_call_impl_python
   interpret = module.interpret_pallas_call
+
+  here = threading.local()
+
+  def call_jit(*args, jaxpr, **params):
+    # A loop of what is evaluated comes back here, as a program of its own.
+    within = getattr(here, "evaluates", False)
+    alone = not within and _on_one_device(args, params)
+    if not (alone and _has_kernel(jaxpr.jaxpr)):
+      return compiled(*args, jaxpr=jaxpr, **params)
+    here.evaluates = True
+    try:
+      results = eager.evaluate(jaxpr.jaxpr, jaxpr.consts, *args)
+    finally:
+      here.evaluates = False
+    return [*map(jax.device_put, results)], None, None, []
+
+  def call_kernel(params, *args):
+    params = {k: v for k, v in params.items() if k != "interpret"}
+    call = functools.partial(interpret, interpret_params=PARAMS, **params)
+    jaxpr = _traced(call, args)
+    return eager.evaluate(jaxpr.jaxpr, jaxpr.consts, *args)
+
+  pjit._pjit_call_impl_python = call_jit
+  eager.EXACT["pallas_call"] = call_kernel
 
   @functools.wraps(interpret)
   def interpret_pallas_call(*args, out_avals, **params):
     function = functools.partial(interpret, out_avals=out_avals, **params)
     if core.get_axis_env().axis_sizes:
       return function(*args)
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
-    jaxpr = jax.make_jaxpr(function)(*shapes)
+    jaxpr = _traced(function, args)
     call = functools.partial(eager.evaluate, jaxpr.jaxpr, jaxpr.consts)
     outs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in out_avals]
     return jax.experimental.io_callback(call, outs, *args, ordered=True)
 
   module.interpret_pallas_call = interpret_pallas_call
+
+
+def _traced(function, args):
+  shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
+  return jax.make_jaxpr(function)(*shapes)
+
+
+def _on_one_device(args, params):
+  placed = (getattr(x, "sharding", None) for x in args)
+  return (
+    params["ctx_mesh"].empty
+    and all(map(_is_open, (*params["in_shardings"], *params["out_shardings"])))
+    and all(s is None or len(s.device_set) == 1 for s in placed)
+  )
+
+
+def _is_open(sharding):
+  return isinstance(sharding, UnspecifiedValue)
+
+
+def _has_kernel(jaxpr):
+  """Whether the interpreter's kernels are in it, and no mesh."""
+  names = {eqn.primitive.name for eqn in _equations(jaxpr)}
+  return "pallas_call" in names and "shard_map" not in names
+
+
+def _equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    if eqn.primitive.name != "pallas_call":
+      for inner in core.jaxprs_in_params(eqn.params):
+        yield from _equations(inner)
 
 
 def copy_words_too():

@@ -72,7 +72,10 @@ def _stacked(run, draws):
 
 def widened(arrays):
   """The same numbers in float64; call under `jax.enable_x64`."""
-  return [a.astype(jnp.float64) if is_float(a) else a for a in arrays]
+  return [
+    jax.device_put(np.asarray(a, np.float64)) if is_float(a) else a
+    for a in arrays
+  ]
 
 
 def max_abs(error):
