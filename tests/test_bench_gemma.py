@@ -55,6 +55,17 @@ def test_a_decoding_step_extends_every_row():
   assert set(matrices) == {jnp.dtype("bfloat16")}
 
 
+def test_a_decoding_step_may_draw_the_next_tokens():
+  built = gemma_decode.step(TINY, LENGTHS, 64)
+  logits, _ = results(built)
+  drawing = gemma_decode.settings(TINY, temperature=0.0)
+  drawn = gemma_decode.step(TINY, LENGTHS, 64, drawing=drawing)
+  (tokens, logprobs), _ = results(drawn)
+  assert (tokens.shape, logprobs.shape) == (logits.shape[:1],) * 2
+  cases = [key for key in PROGRAMS if "8k_sampled" in key]
+  assert len(cases) == 2 == len([key for key in PROGRAMS if "_greedy" in key])
+
+
 def test_decoding_is_bound_by_weights_and_the_cache_that_there_is():
   full, mixed = (
     PROGRAMS[f"gemma_decode/gemma_2b_{name}/fwd/pallas"].costs[0]

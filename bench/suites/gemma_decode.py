@@ -7,6 +7,9 @@ is read once, and of the cache the keys and values that a row has.
 7B does not fit a v5e, which has 16 GB where its weights alone are 17: it has
 half of its layers here.  With weights in int8, as `Gemma.quantize` makes them,
 it fits whole.
+
+The cases `_greedy` and `_sampled` go on to the next token, as the sampler draws
+it: the likeliest, or what `pallas-gemma sample` draws by default.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from pallas_gemma.gemma import KERNELS, Cache, Gemma, GemmaConfig
+from pallas_gemma.gemma._sample.draw import draw
+from pallas_gemma.gemma._sample.settings import Request, Settings
 from pallas_gemma.kernels import Cost
 
 from ..v5e import Placement
@@ -42,6 +48,10 @@ _CASES: tuple[tuple[str, GemmaConfig, tuple[int, ...], bool], ...] = (
   ("gemma_2b_32_mixed_int8", _2B, _MIXED, True),
   ("gemma_7b_1x8k_int8", _7B, _FULL, True),
 )
+_DRAWN = {
+  "greedy": dict(temperature=0.0),
+  "sampled": dict(temperature=0.8, top_p=0.95),  # the command's default
+}
 
 
 def programs() -> Iterator[Program]:
@@ -58,6 +68,25 @@ def programs() -> Iterator[Program]:
       costs=(cost(config, lengths, quantized=quantized),),
       default=i == 0,
     )
+  for rows in (1, 32):
+    for name, options in _DRAWN.items():
+      yield Program(
+        op="gemma_decode",
+        case=f"gemma_2b_{rows}x8k_{name}",
+        which="fwd",
+        implementation="pallas",
+        build=functools.partial(
+          step, _2B, rows * _FULL, _LENGTH, drawing=settings(_2B, **options)
+        ),
+        costs=(cost(_2B, rows * _FULL),),
+        default=False,
+      )
+
+
+def settings(config: GemmaConfig, **options: float) -> Settings:
+  """How tokens are drawn with these options of the sampler."""
+  request = Request(max_new_tokens=1, logit_bias={}, stop_tokens=(), **options)
+  return request.settings(config.vocab_size, config.vocab_size)
 
 
 def step(
@@ -66,6 +95,7 @@ def step(
   size: int,
   *,
   quantized: bool = False,
+  drawing: Settings | None = None,
 ) -> Built:
   """Logits and cache after one step, of the model, tokens and the cache.
 
@@ -74,6 +104,8 @@ def step(
     lengths: of each row, the new token included.
     size: that the cache has room for.
     quantized: whether weights are int8.
+    drawing: the next tokens and their log-probabilities, drawn so, take the
+      place of the logits.
   """
 
   def make() -> Gemma:
@@ -93,10 +125,16 @@ def step(
     )
   )
 
-  def decode(*arrays: jax.Array) -> tuple[jax.Array, Cache]:
+  def decode(*arrays: jax.Array) -> tuple[Any, Cache]:
     model, tokens, cache = jax.tree.unflatten(treedef, arrays)
     hidden, cache = model.decode(tokens, cache)
-    return model.logits(hidden), cache
+    logits = model.logits(hidden)
+    if drawing is None:
+      return logits, cache
+    # As in the sampler, a row's key is that of its place.
+    place = functools.partial(jax.random.fold_in, jax.random.key(0))
+    keys = jax.vmap(place)(cache.lengths)
+    return draw(logits, keys, drawing, None, None), cache
 
   return Built(
     decode,
