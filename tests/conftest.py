@@ -53,6 +53,7 @@ import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 
+import compile_once  # noqa: E402
 import hypothesis  # noqa: E402
 import interpreter  # noqa: E402
 import jax  # noqa: E402
@@ -76,6 +77,7 @@ atexit.register(
   shutil.rmtree, os.environ["PALLAS_GEMMA_CACHE"], ignore_errors=True
 )
 
+compile_once.keep_small_programs()
 interpreter.evaluate_op_by_op()
 interpreter.copy_words_too()
 
