@@ -42,18 +42,23 @@ def evaluate_op_by_op():
     # A loop of what is evaluated comes back here, as a program of its own.
     within = getattr(here, "evaluates", False)
     alone = not within and _on_one_device(args, params)
-    if not (alone and _has_kernel(jaxpr.jaxpr)):
+    if not (alone and _is_interpreted(jaxpr.jaxpr)):
       return compiled(*args, jaxpr=jaxpr, **params)
     here.evaluates = True
     try:
       results = eager.evaluate(jaxpr.jaxpr, jaxpr.consts, *args)
+    except Exception as error:  # as of a program that was compiled
+      raise jax.errors.JaxRuntimeError(str(error)) from error
     finally:
       here.evaluates = False
     return [*map(jax.device_put, results)], None, None, []
 
   def call_kernel(params, *args):
-    params = {k: v for k, v in params.items() if k != "interpret"}
-    call = functools.partial(interpret, interpret_params=PARAMS, **params)
+    if not params["interpret"]:
+      return None
+    params = dict(params)
+    settings = params.pop("interpret")
+    call = functools.partial(interpret, interpret_params=settings, **params)
     jaxpr = _traced(call, args)
     return eager.evaluate(jaxpr.jaxpr, jaxpr.consts, *args)
 
@@ -91,10 +96,13 @@ def _is_open(sharding):
   return isinstance(sharding, UnspecifiedValue)
 
 
-def _has_kernel(jaxpr):
-  """Whether the interpreter's kernels are in it, and no mesh."""
-  names = {eqn.primitive.name for eqn in _equations(jaxpr)}
-  return "pallas_call" in names and "shard_map" not in names
+def _is_interpreted(jaxpr):
+  """Whether a kernel of it goes to the interpreter, and nothing to a mesh."""
+  equations = {eqn.primitive.name: eqn for eqn in _equations(jaxpr)}
+  kernel = equations.get("pallas_call")
+  return bool(
+    kernel and kernel.params["interpret"] and "shard_map" not in equations
+  )
 
 
 def _equations(jaxpr):
