@@ -60,13 +60,14 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
-# The same examples on every run, and no shrinking: in the interpreter an
-# example takes seconds.
+# The same examples on every run, however slow the machine, and no shrinking: in
+# the interpreter an example takes seconds.
 hypothesis.settings.register_profile(
   "interpreter",
   derandomize=True,
   deadline=None,
   database=None,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
   phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
 )
 hypothesis.settings.load_profile("interpreter")
