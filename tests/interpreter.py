@@ -11,7 +11,6 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 from jax._src import core
-from jax._src.sharding_impls import UnspecifiedValue
 from jax._src.state import types as state
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -87,13 +86,15 @@ def _on_one_device(args, params):
   placed = (getattr(x, "sharding", None) for x in args)
   return (
     params["ctx_mesh"].empty
-    and all(map(_is_open, (*params["in_shardings"], *params["out_shardings"])))
+    and not any(
+      map(_is_given, (*params["in_shardings"], *params["out_shardings"]))
+    )
     and all(s is None or len(s.device_set) == 1 for s in placed)
   )
 
 
-def _is_open(sharding):
-  return isinstance(sharding, UnspecifiedValue)
+def _is_given(sharding):
+  return isinstance(sharding, jax.sharding.Sharding)
 
 
 def _is_interpreted(jaxpr):

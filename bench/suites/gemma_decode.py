@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from pallas_gemma.gemma import KERNELS, Cache, Gemma, GemmaConfig
-from pallas_gemma.gemma._sample.draw import draw
-from pallas_gemma.gemma._sample.settings import Request, Settings
+from pallas_gemma.gemma._sample import draw as sampler
+from pallas_gemma.gemma._sample import settings as requests
 from pallas_gemma.kernels import Cost
 
 from ..v5e import Placement
@@ -48,9 +48,9 @@ _CASES: tuple[tuple[str, GemmaConfig, tuple[int, ...], bool], ...] = (
   ("gemma_2b_32_mixed_int8", _2B, _MIXED, True),
   ("gemma_7b_1x8k_int8", _7B, _FULL, True),
 )
-_DRAWN = {
-  "greedy": dict(temperature=0.0),
-  "sampled": dict(temperature=0.8, top_p=0.95),  # the command's default
+_DRAWN: dict[str, tuple[float, float | None]] = {  # temperature and top_p
+  "greedy": (0.0, None),
+  "sampled": (0.8, 0.95),  # the command's default
 }
 
 
@@ -69,23 +69,31 @@ def programs() -> Iterator[Program]:
       default=i == 0,
     )
   for rows in (1, 32):
-    for name, options in _DRAWN.items():
+    for name, chosen in _DRAWN.items():
       yield Program(
         op="gemma_decode",
         case=f"gemma_2b_{rows}x8k_{name}",
         which="fwd",
         implementation="pallas",
         build=functools.partial(
-          step, _2B, rows * _FULL, _LENGTH, drawing=settings(_2B, **options)
+          step, _2B, rows * _FULL, _LENGTH, drawing=settings(_2B, *chosen)
         ),
         costs=(cost(_2B, rows * _FULL),),
         default=False,
       )
 
 
-def settings(config: GemmaConfig, **options: float) -> Settings:
+def settings(
+  config: GemmaConfig, temperature: float, top_p: float | None = None
+) -> requests.Settings:
   """How tokens are drawn with these options of the sampler."""
-  request = Request(max_new_tokens=1, logit_bias={}, stop_tokens=(), **options)
+  request = requests.Request(
+    max_new_tokens=1,
+    temperature=temperature,
+    top_p=top_p,
+    logit_bias={},
+    stop_tokens=(),
+  )
   return request.settings(config.vocab_size, config.vocab_size)
 
 
@@ -95,7 +103,7 @@ def step(
   size: int,
   *,
   quantized: bool = False,
-  drawing: Settings | None = None,
+  drawing: requests.Settings | None = None,
 ) -> Built:
   """Logits and cache after one step, of the model, tokens and the cache.
 
@@ -134,7 +142,7 @@ def step(
     # As in the sampler, a row's key is that of its place.
     place = functools.partial(jax.random.fold_in, jax.random.key(0))
     keys = jax.vmap(place)(cache.lengths)
-    return draw(logits, keys, drawing, None, None), cache
+    return sampler.draw(logits, keys, drawing, None, None), cache
 
   return Built(
     decode,
