@@ -30,7 +30,7 @@ def page(name):
 
 
 SPEC, TILES, BLOCKS = page("spec"), page("tiles"), page("blocks")
-OPERANDS = page("operands")
+OPERANDS, NOTHING = page("operands"), page("nothing")
 LAYOUT, ARGUMENTS = page("layout"), page("arguments")
 MEMORY, ROTATION = page("memory"), page("rotation")
 SPANS, FINITE = page("spans"), page("finite")
@@ -248,7 +248,7 @@ FORWARD_MUTANTS = {
   ),
   "rows that see nothing": (
     "segments",
-    (FORWARD, "_minus_infinity_where_masked", lambda lse, m: lse),
+    (NOTHING, "is_nothing", lambda m, total: m > jnp.inf),
   ),
   "no rotation of k": (
     "rope",
