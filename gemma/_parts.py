@@ -9,7 +9,7 @@ kernel afterwards: half the bytes, and half of those of their gradients, which
 are summed in the compute dtype, as those of the other weights are.
 
 The compiler gathers them a layer ahead, if it is asked to
-(`COMPILER_OPTIONS`), so that attention covers it, forward and backward.  Of few
+(`compiler_options`), so that attention covers it, forward and backward.  On few
 devices two of the three gradients are exchanged, and summed afterwards: more
 bytes than a reduce-scatter, but for that the core has to wait.  For a third
 there would be nothing left to cover it.
@@ -32,17 +32,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-COMPILER_OPTIONS = {
-  # Gathers of a loop begin one turn ahead.
-  "xla_tpu_enable_ici_ag_pipelining": "true",
-  "xla_tpu_enable_async_all_to_all": "true",
-  # Attention's products stay whole, for other collectives to go on behind them.
-  # In pieces between which their own weights move they wait for these.
-  "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-}
-"""Of a TPU's compiler, for programs of such a model."""
-
 _FEW = 8  # devices of which each can reach all others in time
+
+
+def compiler_options(mesh: Any) -> dict[str, str]:
+  """What a TPU's compiler is told of programs of such a model over a mesh."""
+  options = {
+    # Gathers of a loop begin one turn ahead.
+    "xla_tpu_enable_ici_ag_pipelining": "true",
+    # Attention's products stay whole, for other collectives to go on behind
+    # them.  In pieces between which their own weights move they wait for these.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+  }
+  if mesh.size <= _FEW:  # larger slices cannot: the compiler refuses
+    options["xla_tpu_enable_async_all_to_all"] = "true"
+  return options
 
 
 class _Parts(NamedTuple):
@@ -115,7 +119,7 @@ def on_gathered(
   own = [jax.lax.optimization_barrier(jnp.asarray(w)) for w in weights]
   if not parts.divide(own):
     return op(x, scale, *(w.astype(x.dtype) for w in own))
-  few = math.prod(parts.mesh.shape[axis] for axis in parts.stored) <= _FEW
+  few = parts.mesh.size <= _FEW
 
   def run(x: jax.Array, scale: jax.Array, *own: jax.Array) -> jax.Array:
     whole = (

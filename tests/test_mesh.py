@@ -13,6 +13,8 @@ import pytest
 import v5e
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from pallas_gemma.bench.v5e import hlo, links
 from pallas_gemma.gemma import (
   GemmaConfig,
@@ -26,6 +28,7 @@ MESH, LAYOUT, STEP = (
   importlib.import_module(f"pallas_gemma.gemma._train.{name}")
   for name in ("mesh", "layout", "step")
 )
+PARTS = importlib.import_module("pallas_gemma.gemma._parts")
 pytestmark = pytest.mark.no_interpreter
 MODEL = dataclasses.replace(GemmaConfig.tiny(400), num_layers=2)
 
@@ -173,6 +176,32 @@ def test_kernels_are_compiled_for_a_slice(mesh):
   for kernel in ("flash_attention", "feed_forward", "linear_cross_entropy"):
     assert f"{kernel}_fwd" in text and f"{kernel}_bwd" in text
   assert unplanned(text, settings, layout) == []
+
+
+@v5e.needs_compiler
+def test_a_pod_is_not_asked_for_what_it_cannot():
+  """All 256 chips exchange parts, told what the trainer tells the compiler."""
+  mesh = Mesh(np.array(v5e.devices("16x16", (16, 16, 1))), ("fsdp",))
+
+  def exchange(x):
+    def again(x, _):
+      other = jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True)
+      return 2 * other, jnp.tanh(x[0])  # what could go on meanwhile
+
+    return jax.lax.scan(again, x, None, length=3)
+
+  run = jax.shard_map(
+    exchange,
+    mesh=mesh,
+    in_specs=P("fsdp"),
+    out_specs=(P("fsdp"), P(None, "fsdp")),
+  )
+  rows = jax.ShapeDtypeStruct(
+    (256 * 256, 384, 8), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp"))
+  )
+  options = PARTS.compiler_options(mesh)
+  program = jax.jit(run, compiler_options=options).lower(rows).compile()
+  assert "all-to-all" in (program.as_text() or "")
 
 
 # Over which axes a step's collectives go.  Whatever the model axis splits is

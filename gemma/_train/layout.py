@@ -25,7 +25,7 @@ from jax.sharding import (
 )
 
 from .._errors import UserError
-from .._parts import COMPILER_OPTIONS, stored_in_parts
+from .._parts import compiler_options, stored_in_parts
 from .._processes import count as count_processes
 from .._weights import name_of
 from ..ops import sharding
@@ -171,7 +171,7 @@ class Layout:
   @property
   def compiler_options(self) -> dict[str, str] | None:
     """What a TPU's compiler is told of programs over this mesh."""
-    return COMPILER_OPTIONS if self.config.stored else None
+    return compiler_options(self.mesh) if self.config.stored else None
 
   @property
   def batch(self) -> NamedSharding:
