@@ -23,7 +23,7 @@ def test_a_device_has_its_part_of_everything():
   shown = lines(mesh="v5e-8")
   assert shown[0] == "mesh       fsdp=8: 8 devices"
   gate = found(shown, "blocks.gate ")
-  assert gate.endswith("[-, -, fsdp]  [18, 2048, 2048] each")
+  assert gate.endswith("[-, fsdp, -]  [18, 256, 16384] each")
   whole = 2_506_434_560 * 4  # bytes of Gemma 2B's parameters in float32
 
   def gib(start):
