@@ -34,7 +34,6 @@ def evaluate_op_by_op():
   thread_map._run_jaxpr = eager.evaluate
   compiled = pjit._pjit_call_impl_python
   interpret = module.interpret_pallas_call
-
   here = threading.local()
 
   def call_jit(*args, jaxpr, **params):
@@ -46,7 +45,9 @@ def evaluate_op_by_op():
     here.evaluates = True
     try:
       results = eager.evaluate(jaxpr.jaxpr, jaxpr.consts, *args)
-    except Exception as error:  # as of a program that was compiled
+    # What the interpreter finds, a race or a read out of bounds, is the error
+    # of a program, as where that is compiled: tests ask for it by this type.
+    except Exception as error:
       raise jax.errors.JaxRuntimeError(str(error)) from error
     finally:
       here.evaluates = False

@@ -156,13 +156,7 @@ def test_kernels_are_in_the_program_and_no_collective_more(library, topology):
   graph, state, rest = nnx.split(layer, nnx.Param, ...)
   rules = layer.config.logical_axis_rules
   specs = logical_to_mesh(nnx.get_partition_spec(state), rules)
-  state = jax.tree.map(
-    lambda x, spec: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
-    ),
-    state,
-    specs,
-  )
+  state = v5e.split_shapes(state, specs, mesh)
   rows = NamedSharding(mesh, PartitionSpec("fsdp"))
   x = jax.ShapeDtypeStruct((4, 256, 256), jnp.bfloat16, sharding=rows)
 

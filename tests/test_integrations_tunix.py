@@ -228,13 +228,7 @@ def test_over_fsdp_and_tensors_no_collective_is_added(
   )
   graph, state = nnx.split(model)
   specs = nnx.get_partition_spec(state)
-  state = jax.tree.map(
-    lambda x, spec: jax.ShapeDtypeStruct(
-      x.shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)
-    ),
-    state,
-    specs,
-  )
+  state = v5e.split_shapes(state, specs, mesh, jnp.bfloat16)
   rows = NamedSharding(mesh, PartitionSpec("fsdp"))
   tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=rows)
 

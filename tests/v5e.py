@@ -69,6 +69,18 @@ def collective_bytes(text):
   return total
 
 
+def split_shapes(tree, specs, mesh, dtype=None):
+  """The shapes of a tree, split over a mesh as specs say, in their own dtypes
+  or in one."""
+  return jax.tree.map(
+    lambda x, spec: jax.ShapeDtypeStruct(
+      x.shape, dtype or x.dtype, sharding=NamedSharding(mesh, spec)
+    ),
+    tree,
+    specs,
+  )
+
+
 def assert_swapped(integration, around, gradient, *specs, kernels=4):
   """The kernels of an integration are in a program, and add no collective.
 

@@ -29,9 +29,13 @@ from .tiles import Call
 # --- around the kernels -------------------------------------------------------
 
 
+def _some_give_it(p: Problem, a: Arrays) -> bool:
+  return p.gives_mean and may_see_nothing(p, a)
+
+
 def mean_for_rows(p: Problem, a: Arrays) -> jax.Array | None:
   """[B K, 1, H] float32; None if no query of the problem is to give it."""
-  if not (p.gives_mean and may_see_nothing(p, a)):
+  if not _some_give_it(p, a):
     return None
   mean = mean_of_values(a.v).astype(jnp.float32)  # [B, 1, K, H]
   return mean.reshape(-1, 1, mean.shape[-1])
@@ -62,7 +66,7 @@ def added(p: Problem, a: Arrays, outs: Outs, d: Outs, dv: jax.Array) -> Any:
     d: their cotangents.
     dv: from the kernel, which gives such queries the weight 0.
   """
-  if not (p.gives_mean and may_see_nothing(p, a)):
+  if not _some_give_it(p, a):
     return dv
   layout = Layout.of_shapes(p, a.q.shape, a.k.shape)
 
