@@ -14,8 +14,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ._config import GemmaConfig
-from ._parts import embedding_rows, on_gathered
+from ._parts import on_gathered
 from ._remat import AROUND_ATTENTION, Policy
+from ._table import embedding_rows, rows_and_copies
 from .ops import FeedForwardConfig, Norm, Ops, QuantizedWeight, layer_einsum
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -50,7 +51,20 @@ class Embedder(nnx.Module):
       # before this is summed over the devices: a pass over the whole table, of
       # which each device then keeps its part.
       table = jax.lax.optimization_barrier(table)
-    x = embedding_rows(table, tokens).astype(self.dtype)
+    return self._scaled(embedding_rows(table, tokens).astype(self.dtype))
+
+  def embed_with_copies(
+    self, tokens: jax.Array
+  ) -> tuple[jax.Array, jax.Array] | None:
+    """`embed`, and the table for the loss, of a model that is in parts.
+
+    Returns:
+      [B, T, D] and `_table`'s copies; None of a model that has none.
+    """
+    both = rows_and_copies(self.embedding[...], tokens, self.dtype)
+    return both and (self._scaled(both[0]), both[1])
+
+  def _scaled(self, x: jax.Array) -> jax.Array:
     # The released model rounds the root to its dtype before it multiplies: in
     # bfloat16 the root is 45.25 for 2B and 55.5 for 7B, where the exact ones
     # are 45.2548 and 55.4256.

@@ -96,6 +96,7 @@ class Gemma(nnx.Module):
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    embedded: jax.Array | None = None,
   ) -> jax.Array:
     """The last layer's rows after the final norm; `logits` reads them.
 
@@ -104,6 +105,8 @@ class Gemma(nnx.Module):
       positions: [B, T] integers for RoPE; None counts within each segment.
       segment_ids: [B, T] integers: documents 1, 2, ... that do not see each
         other, and 0 for padding; None is one document.
+      embedded: [B, T, D], what `embedder.embed` makes of tokens; None for
+        that.
 
     Returns:
       [B, T, D] of the compute dtype.
@@ -120,15 +123,15 @@ class Gemma(nnx.Module):
       )
     is_token = None if segment_ids is None else segment_ids != 0
     tokens = self._checked_ids("hidden_states", tokens, is_token)
-    return automatic(
-      Gemma._hidden_states, "BTD", self, tokens, positions, segment_ids
-    )
+    arrays = tokens, positions, segment_ids, embedded
+    return automatic(Gemma._hidden_states, "BTD", self, *arrays)
 
   def _hidden_states(
     self,
     tokens: jax.Array,
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
+    embedded: jax.Array | None,
   ) -> jax.Array:
     if positions is None:
       positions = positions_of(tokens, segment_ids)
@@ -147,8 +150,10 @@ class Gemma(nnx.Module):
       return ScanPart(layer, layers, _remat.checkpoint(policy))
 
     remat = _remat.parts(self.config.remat, self.config.num_layers)
-    with jax.named_scope("embed"):
-      x = self.embedder.embed(tokens)
+    x = embedded
+    if x is None:
+      with jax.named_scope("embed"):
+        x = self.embedder.embed(tokens)
     parts = [part(policy, layers) for policy, layers in remat]
     x, _ = scan_layers(parts, x, self.blocks, in_place=self._in_place())
     return self._final_norm(x)

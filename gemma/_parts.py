@@ -1,7 +1,7 @@
 """A model whose parameters are stored in parts, over axes that split tokens.
 
 Each device holds a part of every weight (ZeRO-3), and a weight is gathered
-before it is used.  Three things are said here that the compiler does not find
+before it is used.  Two things are said here that the compiler does not find
 by itself.
 
 The weights of the feed-forward are cast before they are gathered, not in the
@@ -14,10 +14,7 @@ devices two of the three gradients are exchanged, and summed afterwards: more
 bytes than a reduce-scatter, but for that the core has to wait.  For a third
 there would be nothing left to cover it.
 
-The rows of the token table are looked up by all devices of an axis for all
-their tokens, each in its own columns, and then exchanged, and so the other way
-round for the gradient.  Left to itself the compiler adds what each device's
-tokens contribute into a whole table, and sums these over the devices.
+The token table is `_table`'s.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-_FEW = 8  # devices of which each can reach all others in time
+_FEW = 8  # devices
 
 
 def compiler_options(mesh: Any) -> dict[str, str]:
@@ -49,7 +46,7 @@ def compiler_options(mesh: Any) -> dict[str, str]:
   return options
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
   """Where the parts are, as jit's caches see it."""
 
   mesh: Any
@@ -59,21 +56,36 @@ class _Parts(NamedTuple):
   vocabulary: str | None  # the axis that splits the table's rows
 
   @property
+  def devices(self) -> tuple[str, ...]:
+    """The axes that split tokens."""
+    return *self.rows, *self.length
+
+  @property
+  def are_few(self) -> bool:
+    """Whether each device can reach all others in time."""
+    return self.mesh.size <= _FEW
+
+  @property
   def of_tokens(self) -> PartitionSpec:
     """How an array [B, T, ...] is split."""
     return PartitionSpec(self.rows, self.length)
 
-  def divide(self, weights: Sequence[Any]) -> bool:
-    """Whether weights are parts of their first dimension, and split no more."""
+  def divide(self, weights: Sequence[Any], dim: int = 0) -> bool:
+    """Whether weights are parts of one dimension, and split no more."""
     sizes = dict(self.mesh.shape)
-    others = set(sizes) - {*self.rows, *self.length}
+    others = set(sizes) - set(self.devices)
     count = math.prod(sizes[axis] for axis in self.stored)
     return all(sizes[axis] == 1 for axis in others) and all(
-      w.shape[0] % count == 0 for w in weights
+      w.shape[dim] % count == 0 for w in weights
     )
 
 
 _PARTS = jax.make_user_context(None)
+
+
+def current() -> Parts | None:
+  """Where the parts are of the model that is traced; None if it is whole."""
+  return _PARTS.value
 
 
 @contextlib.contextmanager
@@ -96,7 +108,7 @@ def stored_in_parts(
     vocabulary: the axis over which the table is split by its rows too.
   """
   of_tokens = tuple(rows), tuple(length)
-  with _PARTS(_Parts(mesh, *of_tokens, tuple(stored), vocabulary)):
+  with _PARTS(Parts(mesh, *of_tokens, tuple(stored), vocabulary)):
     yield
 
 
@@ -119,11 +131,10 @@ def on_gathered(
   own = [jax.lax.optimization_barrier(jnp.asarray(w)) for w in weights]
   if not parts.divide(own):
     return op(x, scale, *(w.astype(x.dtype) for w in own))
-  few = parts.mesh.size <= _FEW
 
   def run(x: jax.Array, scale: jax.Array, *own: jax.Array) -> jax.Array:
     whole = (
-      _gathered(w, parts.stored, x.dtype, few and i != 1)
+      gathered(w, parts.stored, x.dtype, exchanged=parts.are_few and i != 1)
       for i, w in enumerate(own)
     )
     return op(x, scale, *whole)
@@ -137,28 +148,49 @@ def on_gathered(
   )(x, scale, *own)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(
-  own: jax.Array, axes: Any, dtype: Any, exchanged: bool
+def gathered(
+  own: jax.Array,
+  axes: tuple[str, ...],
+  dtype: Any,
+  *,
+  dim: int = 0,
+  exchanged: bool = False,
 ) -> jax.Array:
-  """All parts of a weight, cast."""
+  """All parts of a weight, cast, inside a `shard_map`.
+
+  Its gradient is the sum of all devices' of the own part, in float32.
+
+  Args:
+    own: this device's part.
+    axes: over which the weight is stored.
+    dtype: of the result.
+    dim: that is split.
+    exchanged: whether gradients, of a weight that is split over its first
+      dimension, are exchanged and summed afterwards, not summed on the way.
+  """
+  return _gathered(own, axes, dtype, dim, exchanged)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gathered(
+  own: jax.Array, axes: Any, dtype: Any, dim: int, exchanged: bool
+) -> jax.Array:
   del exchanged
-  return jax.lax.all_gather(own.astype(dtype), axes, tiled=True)
+  return jax.lax.all_gather(own.astype(dtype), axes, axis=dim, tiled=True)
 
 
 def _gathered_fwd(
-  own: jax.Array, axes: Any, dtype: Any, exchanged: bool
+  own: jax.Array, axes: Any, dtype: Any, dim: int, exchanged: bool
 ) -> Any:
-  return _gathered(own, axes, dtype, exchanged), ()
+  return _gathered(own, axes, dtype, dim, exchanged), ()
 
 
 def _gathered_bwd(
-  axes: Any, dtype: Any, exchanged: bool, _: Any, d: jax.Array
+  axes: Any, dtype: Any, dim: int, exchanged: bool, _: Any, d: jax.Array
 ) -> Any:
-  """The sum of all devices' gradients of the own part, in float32."""
   del dtype
   if not exchanged:
-    d = jax.lax.psum_scatter(d, axes, tiled=True)
+    d = jax.lax.psum_scatter(d, axes, scatter_dimension=dim, tiled=True)
     return (d.astype(jnp.float32),)
   d = d.reshape(jax.lax.axis_size(axes), -1, *d.shape[1:])
   d = jax.lax.all_to_all(d, axes, 0, 0)
@@ -166,35 +198,3 @@ def _gathered_bwd(
 
 
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
-
-
-def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
-  """table[tokens]: of [V, D] and [B, T] the rows [B, T, D]."""
-  parts = _PARTS.value
-  if parts is None or tokens.ndim != 2:
-    return table[tokens]
-  length, stored = parts.length, parts.stored
-
-  def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    for axis in stored:
-      dim = int(axis in length)
-      tokens = jax.lax.all_gather(tokens, axis, axis=dim, tiled=True)
-    if parts.vocabulary is None:
-      x = table[tokens]
-    else:
-      first = jax.lax.axis_index(parts.vocabulary) * table.shape[0]
-      own = tokens - first
-      is_here = (own >= 0) & (own < table.shape[0])
-      x = jnp.where(is_here[..., None], table[jnp.where(is_here, own, 0)], 0)
-      x = jax.lax.psum(x, parts.vocabulary)
-    for axis in reversed(stored):  # columns of the last lie together
-      dim = int(axis in length)
-      x = jax.lax.all_to_all(x, axis, dim, 2, tiled=True)
-    return x
-
-  return jax.shard_map(
-    look_up,
-    mesh=parts.mesh,
-    in_specs=(PartitionSpec(parts.vocabulary, stored), parts.of_tokens),
-    out_specs=parts.of_tokens,
-  )(table, tokens)

@@ -118,8 +118,7 @@ def case_of(preset: str, model: str, layers: int | None = None) -> Case:
   remat = _REMAT.get((model, preset), "full")
   depth = ""
   if layers is not None:
-    # Fewer layers leave room for what a policy of parts has not.
-    remat = remat.partition(":")[0]
+    remat = remat.rpartition(",")[2]  # of most layers
     sizes = dataclasses.replace(sizes, num_layers=layers)
     depth = f"_{layers}_layers"
   name = f"gemma_{model}{depth}_{preset.replace('-', '_')}"

@@ -20,6 +20,7 @@ from .._params import (
   with_params,
 )
 from .._seeds import key_of
+from .._table import with_copies
 from ..ops import (
   KERNELS,
   LinearCrossEntropyConfig,
@@ -68,23 +69,38 @@ def _losses(
   The model runs once.  Of two weights in one program, XLA computes the
   logits once, too: the same products of the same arrays.
   """
+  with jax.named_scope("embed"):
+    both = model.embedder.embed_with_copies(batch["tokens"])
+  embedded, copies = both or (None, None)
   hidden = model.hidden_states(
     batch["tokens"],
     positions=batch.get("positions"),
     segment_ids=batch["segment_ids"],
+    embedded=embedded,
   )
   table = model.embedder.embedding[...]
   rows = hidden.reshape(-1, hidden.shape[-1])
   config = LinearCrossEntropyConfig.for_problem(rows, table, head)
-  return lambda z_loss: model.ops.linear_cross_entropy(
-    hidden,
-    table,
-    batch["labels"],
-    weights=batch["weights"],
-    z_loss=z_loss,
-    valid_vocab_size=valid_vocab_size,
-    config=config,
-  )
+
+  def of(z_loss: float) -> jax.Array:
+    def losses(table: jax.Array, *arrays: jax.Array) -> jax.Array:
+      hidden, labels, weights = arrays
+      return model.ops.linear_cross_entropy(
+        hidden,
+        table,
+        labels,
+        weights=weights,
+        z_loss=z_loss,
+        valid_vocab_size=valid_vocab_size,
+        config=config,
+      )
+
+    arrays = hidden, batch["labels"], batch["weights"]
+    if copies is None:
+      return losses(table, *arrays)
+    return with_copies(losses, copies, *arrays)
+
+  return of
 
 
 def context_of(config: TrainConfig) -> int:

@@ -53,7 +53,6 @@ from .spec import (
   RowNumbers,
   Statistics,
   capped,
-  table_of,
   through_cap,
 )
 from .tiles import Tiles, for_columns, tiles_of
@@ -254,7 +253,10 @@ def _make_ready(
 
 
 def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
-  """The gradients of one block of rows; onto de_before, in place, if given."""
+  """The gradients of one block of rows; onto de_before if given.
+
+  In place where both are sums in float32.
+  """
   (rows, d), block = inputs.x.shape, static.tiles.vocab_block
   steps = pl.cdiv(inputs.table.shape[1 if static.transposed else 0], block)
   in_hbm = pl.BlockSpec(memory_space=pl.ANY)
@@ -282,7 +284,9 @@ def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
     de=None if types.de is None else finished,
   )
   aliases = {}
-  if inputs.de_before is not None:  # the last operand; de is the last result
+  before = inputs.de_before
+  # The last operand; de is the last result.
+  if before is not None and before.dtype == types.de.dtype:
     operands, results = jax.tree.leaves(inputs), jax.tree.leaves(types)
     aliases = {len(operands) - 1: len(results) - 1}
   (outs,) = pl.pallas_call(
@@ -316,14 +320,14 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
   """Gradients of x, the table and the bias; None for what is not wanted.
 
   Where x does not fit VMEM at once, its rows go by in blocks, each of which
-  reads the table and adds to the table's gradient, in float32 in HBM.
+  reads the table and adds to the table's gradient, in float32 in HBM.  The last
+  writes it in the table's dtype.
   """
   assert p.config is not None
   a, wanted, of_x = saved.arrays, saved.wanted, saved.outs
   (n, _), v = a.x.shape, p.vocab(a.embedding)
   tiles = tiles_of(p.config, n, v, is_forward=False, keep=p.keeps_exponentials)
   static, blocks = Static.of(p, tiles, v), n // tiles.rows
-  types = gradient_types(static, a, wanted, v)
   numbers = [of_x.top, d_outs.total, d_outs.target, of_x.target]
   if p.label_smoothing:
     numbers.append(d_outs.logit_sum)
@@ -337,27 +341,37 @@ def backward(p: Problem, saved: Saved, d_outs: Statistics) -> RowArrays:
     kept=None if saved.kept is None else saved.kept.kept,
     de_before=None,
   )
+  sums, complete = (
+    gradient_types(static, a, wanted, v, is_sum=is_sum)
+    for is_sum in (True, False)
+  )
   if blocks == 1:
-    outs = _call(static, operands, types)
+    outs = _call(static, operands, complete)
     return a.gradients(outs.dx, outs.de, outs.db)
 
-  def add(de: jax.Array | None, block: Any) -> tuple[Any, Any]:
+  def add(
+    de: jax.Array | None, block: Any, types: Outputs = sums
+  ) -> tuple[Any, Any]:
     inputs = _rows_of_block(operands, block, tiles.rows)
     outs = _call(static, inputs._replace(de_before=de), types)
     return outs.de, (outs.dx, outs.db)
 
+  is_cast = complete.de is not None and complete.de.dtype != jnp.float32
   de, first = add(None, 0)
-  de, rest = jax.lax.scan(add, de, jnp.arange(1, blocks))
-  dx, db = jax.tree.map(
-    lambda one, others: jnp.concatenate([one[None], others]), first, rest
-  )
+  parts = [jax.tree.map(lambda one: one[None], first)]
+  if blocks - is_cast > 1:
+    de, rest = jax.lax.scan(add, de, jnp.arange(1, blocks - is_cast))
+    parts.append(rest)
+  if is_cast:
+    de, last = add(de, blocks - 1, complete)
+    parts.append(jax.tree.map(lambda one: one[None], last))
+  elif de is not None:
+    de = de[:, :v] if p.transposed else de[:v]
+  dx, db = jax.tree.map(lambda *blocks: jnp.concatenate(blocks), *parts)
   if dx is not None:
     dx = dx.reshape(a.x.shape)
   if db is not None:
     db = jnp.sum(db, axis=0)
-  if de is not None:
-    de = de[:, :v] if p.transposed else de[:v]
-    de = de.astype(table_of(a).dtype)
   return a.gradients(dx, de, db)
 
 

@@ -69,16 +69,22 @@ def scratch(tiles: Tiles, inputs: Inputs, types: Outputs) -> State:
 
 
 def gradient_types(
-  static: Static, a: RowArrays, wanted: RowArrays, v: int
+  static: Static, a: RowArrays, wanted: RowArrays, v: int, *, is_sum: bool
 ) -> Outputs:
   """Of the gradients of one block of rows.
 
-  In one block the table's is complete.  Several add it up in whole tiles: the
-  interpreter cannot alias an array with a ragged one.
+  Args:
+    static: of the call.
+    a: the op's arrays.
+    wanted: of which of them there is to be a gradient.
+    v: words, V.
+    is_sum: whether the table's is a sum to which the next block of rows adds,
+      in float32.  It is of whole tiles: the interpreter cannot alias an array
+      with a ragged one.
   """
-  tiles, (n, d) = static.tiles, a.x.shape
+  tiles, d = static.tiles, a.x.shape[1]
   shape, dtype = a.embedding.shape, table_of(a).dtype
-  if n > tiles.rows:
+  if is_sum:
     padded, dtype = tpu.round_up(v, tiles.vocab_block), jnp.float32
     shape = (d, padded) if static.transposed else (padded, d)
   return Outputs(
