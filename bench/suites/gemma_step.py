@@ -92,6 +92,7 @@ _REMAT = {
   ("2b", "v5e-16"): "attention",
   ("2b", "v5e-256"): "attention",
   ("2b", "report-2b"): "attention",
+  ("7b", "v5e-16"): "names",
   ("7b", "v5e-256"): "attention",
   ("7b", "report-7b"): "attention",
 }

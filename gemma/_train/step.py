@@ -78,13 +78,11 @@ def _losses(
     segment_ids=batch["segment_ids"],
     embedded=embedded,
   )
-  table = model.embedder.embedding[...]
-  rows = hidden.reshape(-1, hidden.shape[-1])
-  config = LinearCrossEntropyConfig.for_problem(rows, table, head)
 
   def of(z_loss: float) -> jax.Array:
     def losses(table: jax.Array, *arrays: jax.Array) -> jax.Array:
       hidden, labels, weights = arrays
+      rows = hidden.reshape(-1, hidden.shape[-1])
       return model.ops.linear_cross_entropy(
         hidden,
         table,
@@ -92,12 +90,12 @@ def _losses(
         weights=weights,
         z_loss=z_loss,
         valid_vocab_size=valid_vocab_size,
-        config=config,
+        config=LinearCrossEntropyConfig.for_problem(rows, table, head),
       )
 
     arrays = hidden, batch["labels"], batch["weights"]
     if copies is None:
-      return losses(table, *arrays)
+      return losses(model.embedder.embedding[...], *arrays)
     return with_copies(losses, copies, *arrays)
 
   return of

@@ -286,7 +286,7 @@ def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
   aliases = {}
   before = inputs.de_before
   # The last operand; de is the last result.
-  if before is not None and before.dtype == types.de.dtype:
+  if before is not None and types.de and before.dtype == types.de.dtype:
     operands, results = jax.tree.leaves(inputs), jax.tree.leaves(types)
     aliases = {len(operands) - 1: len(results) - 1}
   (outs,) = pl.pallas_call(
