@@ -14,17 +14,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ._config import GemmaConfig
-from ._parts import current, on_gathered
+from ._parts import on_gathered
 from ._remat import AROUND_ATTENTION, Policy
 from ._table import embedding_rows, rows_and_copies
-from .ops import (
-  FeedForwardConfig,
-  FeedForwardTiles,
-  Norm,
-  Ops,
-  QuantizedWeight,
-  layer_einsum,
-)
+from .ops import FeedForwardConfig, Norm, Ops, QuantizedWeight, layer_einsum
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """What a block is given to attend with: maps q [B, T, N, H] and k, v
@@ -153,7 +146,7 @@ class Block(nnx.Module):
           *weights,
           norm=Norm(scale, **norm),
           residual=True,
-          config=_feed_forward_config(remat, x, weights[0]),
+          config=_feed_forward_config(remat),
         )
 
       scale = self.feed_forward_norm[...]
@@ -162,29 +155,15 @@ class Block(nnx.Module):
     return x, extra
 
 
-# Of the backward pass in a long program, up to this width.
-_TILES, _WIDTH = FeedForwardTiles(256, 512), 4096
-
-
-def _feed_forward_config(
-  remat: Policy, x: jax.Array, gate: Any
-) -> FeedForwardConfig:
-  """What the feed-forward keeps for its backward pass, and in which tiles.
+def _feed_forward_config(remat: Policy) -> FeedForwardConfig:
+  """What the feed-forward keeps for its backward pass.
 
   Without remat, the products with gate and up, so that they are not computed
   again.  With remat, nothing: to keep them, the whole op would run a second
   time before its backward pass, three matmuls, where the backward pass by
   itself recomputes only the two products.
-
-  A step over several devices is so long a program that the code of the largest
-  tiles, which are a little faster by themselves, would be loaded at every turn.
   """
-  if remat != "none":
-    return FeedForwardConfig(residuals="none")
-  if current() is None or x.shape[-1] > _WIDTH:
-    return FeedForwardConfig(residuals="gate_up")
-  tiles = _TILES.over(x.size // x.shape[-1], gate.shape[-1])
-  return FeedForwardConfig(residuals="gate_up", backward=tiles)
+  return FeedForwardConfig(residuals="gate_up" if remat == "none" else "none")
 
 
 def _normal(rngs: nnx.Rngs, *shape: int, deviation: float) -> nnx.Param:

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from pallas_gemma import kernels
 from pallas_gemma.kernels import FeedForwardConfig as FeedForwardConfig
-from pallas_gemma.kernels import FeedForwardTiles as FeedForwardTiles
 from pallas_gemma.kernels import (
   LinearCrossEntropyConfig as LinearCrossEntropyConfig,
 )

@@ -90,8 +90,8 @@ _TOPOLOGIES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"}
 _REMAT = {
   ("2b", "v5e-8"): "attention",
   ("2b", "v5e-16"): "attention",
-  ("2b", "v5e-256"): "none:7,attention",
-  ("2b", "report-2b"): "none:7,attention",
+  ("2b", "v5e-256"): "attention",
+  ("2b", "report-2b"): "attention",
   ("7b", "v5e-16"): "names",
   ("7b", "v5e-256"): "attention",
   ("7b", "report-7b"): "attention",
