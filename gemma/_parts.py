@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-_FEW = 8  # devices
+# Devices among which an exchange takes no longer than what covers it.
+_FEW = 8
 
 
 def compiler_options(mesh: Any) -> dict[str, str]:
@@ -148,13 +149,9 @@ def on_gathered(
   )(x, scale, *own)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def gathered(
-  own: jax.Array,
-  axes: tuple[str, ...],
-  dtype: Any,
-  *,
-  dim: int = 0,
-  exchanged: bool = False,
+  own: jax.Array, axes: Any, dtype: Any, dim: int = 0, exchanged: bool = False
 ) -> jax.Array:
   """All parts of a weight, cast, inside a `shard_map`.
 
@@ -168,13 +165,6 @@ def gathered(
     exchanged: whether gradients, of a weight that is split over its first
       dimension, are exchanged and summed afterwards, not summed on the way.
   """
-  return _gathered(own, axes, dtype, dim, exchanged)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gathered(
-  own: jax.Array, axes: Any, dtype: Any, dim: int, exchanged: bool
-) -> jax.Array:
   del exchanged
   return jax.lax.all_gather(own.astype(dtype), axes, axis=dim, tiled=True)
 
@@ -182,7 +172,7 @@ def _gathered(
 def _gathered_fwd(
   own: jax.Array, axes: Any, dtype: Any, dim: int, exchanged: bool
 ) -> Any:
-  return _gathered(own, axes, dtype, dim, exchanged), ()
+  return gathered(own, axes, dtype, dim, exchanged), ()
 
 
 def _gathered_bwd(
@@ -197,4 +187,4 @@ def _gathered_bwd(
   return (d.sum(0, dtype=jnp.float32),)
 
 
-_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+gathered.defvjp(_gathered_fwd, _gathered_bwd)

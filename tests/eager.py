@@ -288,7 +288,8 @@ def _dot(params, x, y):
   plain jnp has.
   """
   x, y = np.asarray(x), np.asarray(y)
-  wide = np.float64 if np.float64 in (x.dtype, y.dtype) else np.float32
+  is_wide = {x.dtype, y.dtype} & {np.dtype("float32"), np.dtype("float64")}
+  wide = np.float64 if is_wide else np.float32
   out = params["preferred_element_type"] or jnp.result_type(x, y)
   if (
     not _kind(x) == _kind(y) == "f"
@@ -305,8 +306,6 @@ def _dot(params, x, y):
   free_x = [n for i, n in enumerate(spec_x) if i not in (*of_x, *batch_x)]
   free_y = [n for j, n in enumerate(spec_y) if j not in (*of_y, *batch_y)]
   result = "".join([*(spec_x[i] for i in batch_x), *free_x, *free_y])
-  if np.float32 in (x.dtype, y.dtype):
-    wide = np.float64
   x, y = x.astype(wide), y.astype(wide)
   product = np.einsum(f"{spec_x},{spec_y}->{result}", x, y, optimize=True)
   return product.astype(out)

@@ -92,5 +92,6 @@ def test_loss_and_gradient_are_those_of_one_device(sizes, few, monkeypatch):
   got = jax.jit(loss, in_shardings=(where, of_tokens, of_tokens))(
     table, tokens, factor
   )
+  # Both are float32, and devices sum in another order.
   np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
   np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-5)

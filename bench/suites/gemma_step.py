@@ -119,7 +119,6 @@ def case_of(preset: str, model: str, layers: int | None = None) -> Case:
   remat = _REMAT.get((model, preset), "full")
   depth = ""
   if layers is not None:
-    remat = remat.rpartition(",")[2]  # of most layers
     sizes = dataclasses.replace(sizes, num_layers=layers)
     depth = f"_{layers}_layers"
   name = f"gemma_{model}{depth}_{preset.replace('-', '_')}"

@@ -283,10 +283,9 @@ def _call(static: Static, inputs: Inputs, types: Outputs) -> Outputs:
     db=None if types.db is None else of_words,
     de=None if types.de is None else finished,
   )
-  aliases = {}
-  before = inputs.de_before
-  # The last operand; de is the last result.
-  if before is not None and types.de and before.dtype == types.de.dtype:
+  aliases, before, after = {}, inputs.de_before, types.de
+  # The last operand, and the last result.
+  if before is not None and after is not None and before.dtype == after.dtype:
     operands, results = jax.tree.leaves(inputs), jax.tree.leaves(types)
     aliases = {len(operands) - 1: len(results) - 1}
   (outs,) = pl.pallas_call(
