@@ -82,12 +82,14 @@ class Ops:
 
 
 def _ops(default: str | None, **implementations: str) -> Ops:
+  own = {field.name for field in dataclasses.fields(Ops)}
   return Ops(
     **{
       op.name: functools.partial(
         op.function, implementation=implementations.get(op.name, default)
       )
       for op in kernels.OPS
+      if op.name in own
     }
   )
 

@@ -49,8 +49,12 @@ from ._decode import DecodeAttentionConfig as DecodeAttentionConfig
 from ._decode import QuantizedCache as QuantizedCache
 from ._decode import decode_attention as decode_attention
 from ._decode import decode_attention_reference as decode_attention_reference
+from ._experts import EXPERT_FEED_FORWARD as _EXPERT_FEED_FORWARD
 from ._experts import ExpertBiases as ExpertBiases
 from ._experts import expert_feed_forward as expert_feed_forward
+from ._experts import (
+  expert_feed_forward_reference as expert_feed_forward_reference,
+)
 from ._frame.op import Case as Case
 from ._frame.op import Cost as Cost
 from ._frame.op import Integers as Integers
@@ -91,6 +95,7 @@ OPS: tuple[Op, ...] = (
   _APPLY_ROPE,
   _GEGLU,
   _FEED_FORWARD,
+  _EXPERT_FEED_FORWARD,
   _FLASH_ATTENTION,
   _DECODE_ATTENTION,
   _LINEAR_CROSS_ENTROPY,

@@ -10,6 +10,8 @@ import pytest
 from pallas_gemma.kernels import (
   ClampedSwiGLU,
   ExpertBiases,
+  FeedForwardConfig,
+  FeedForwardTiles,
   expert_feed_forward,
   feed_forward_reference,
 )
@@ -72,21 +74,34 @@ CASES: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
+# Several row tiles, of several parts, and F tiles; whole and not.
+CONFIGS = {
+  "one tile": None,
+  "tiles": FeedForwardConfig(
+    forward=FeedForwardTiles(16, 128), backward=FeedForwardTiles(16, 128)
+  ),
+}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_every_row_meets_its_expert(name):
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_every_row_meets_its_expert(name, implementation):
   """Forward and backward; rows of none, which may hold anything, give 0."""
   function, reference, activation = CASES[name]
   args = draw()
+  by_expert = functools.partial(
+    function, implementation=implementation, config=CONFIGS["tiles"]
+  )
 
   def both(function):
     run = functools.partial(function, activation=activation)
     y, vjp = jax.vjp(run, *args)
     return y, *vjp(jnp.cos(jnp.arange(T * D)).reshape(T, D))
 
-  for got, want in zip(both(function), both(reference), strict=True):
+  for got, want in zip(both(by_expert), both(reference), strict=True):
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
   args[0] = args[0].at[21:].set(jnp.nan)
-  for got in both(function):
+  for got in both(by_expert):
     assert np.isfinite(got).all()
 
 
@@ -128,8 +143,6 @@ def test_bad_input_is_refused(args, kwargs, message):
     expert_feed_forward(x, gate, up, down, SIZES, **kwargs)
 
 
-def test_there_is_no_kernel():
-  with pytest.raises(NotImplementedError, match="there is no Pallas kernel"):
-    expert_feed_forward(X, GATE, UP, DOWN, SIZES, implementation="pallas")
+def test_group_sizes_are_integers():
   with pytest.raises(ValueError, match="group_sizes must be integers"):
     expert_feed_forward(X, GATE, UP, DOWN, cast(Any, jnp.ones(E)))

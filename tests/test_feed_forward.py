@@ -232,7 +232,7 @@ FORWARD_MUTANTS = {
   "up is activated": ("_gate", lambda gate, up, plan: gate * up),
   "gate is saved as up": (
     "_keep",
-    lambda o, gate, up, keep=FORWARD._keep: keep(o, up, up),
+    lambda o, gate, up, rows, keep=FORWARD._keep: keep(o, up, up, rows),
   ),
   "residual after the norm": (
     "_finish",
@@ -248,8 +248,8 @@ def sums_not_cleared(total, part, is_first):
   total[...] = jnp.where(is_first, total[...], 0.0) + part
 
 
-def only_the_last_part_of_dx(i, s, slot, plan):
-  s.dx_sum[slot] = BACKWARD._dx(i, s, plan)
+def only_the_last_part_of_dx(i, s, dx_sum, plan):
+  dx_sum[...] = BACKWARD._dx(i, s, plan)
 
 
 def wrong_gate(change):
@@ -267,23 +267,30 @@ def dx_of_one_product(i, s, plan):
   return TPU.dot(s.dgate[...], w_gate, TPU.NT)
 
 
-def dx_of_the_norm(i, o, dx, plan, through=BACKWARD._through_the_norm):
-  through(i, o, dx, plan)
+def dx_of_the_norm(i, o, dx, rows, plan, through=BACKWARD._through_the_norm):
+  through(i, o, dx, rows, plan)
   return dx
 
 
-def dscale_of_the_last_rows(o, dscale, plan):
-  rows = BACKWARD._inside_rows(dscale, plan)
-  o.dscale[...] = jnp.sum(rows, axis=0, keepdims=True)
+def dscale_of_the_last_rows(o, dscale, rows):
+  o.dscale[...] = jnp.sum(rows.inside(dscale), axis=0, keepdims=True)
 
 
-def ragged_rows_reach_dscale(o, dscale, plan):
+Rows: Any = BACKWARD.Rows
+
+
+class RaggedRows(Rows):
+  def inside(self, tile):
+    return tile
+
+
+def ragged_rows_reach_dscale(o, dscale, rows):
   part = jnp.sum(dscale, axis=0, keepdims=True)
   BACKWARD.accumulate(o.dscale, part, pl.program_id(1) == 0)
 
 
 BACKWARD_MUTANTS = {
-  "ragged rows reach the weights": ("_inside_rows", lambda tile, plan: tile),
+  "ragged rows reach the weights": ("Rows", RaggedRows),
   "ragged F reaches dx": ("_inside_f", lambda tile, plan, axis: tile),
   "sums not cleared": ("accumulate", sums_not_cleared),
   "only the last part of dx": ("_add_dx", only_the_last_part_of_dx),

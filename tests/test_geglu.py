@@ -233,7 +233,7 @@ MUTANTS = {
   "gate is saved as up": (
     FORWARD,
     "_keep",
-    lambda o, gate, up, keep=FORWARD._keep: keep(o, up, up),
+    lambda o, gate, up, rows, keep=FORWARD._keep: keep(o, up, up, rows),
     forward_agrees,
   ),
   "dh is not given": (BACKWARD, "_inputs", without_dh, gradients_agree),

@@ -21,7 +21,7 @@ from pallas_gemma.kernels import OPS, sharding
 
 pytestmark = pytest.mark.no_interpreter
 
-SIZES = dict(B=4, T=8, S=8, N=8, K=2, H=8, D=16, F=32, V=64)
+SIZES = dict(B=4, T=8, S=8, N=8, K=2, H=8, D=16, F=32, V=64, E=2)
 LETTERS = {
   "scale": "D",
   "positions": "BT",
@@ -37,14 +37,24 @@ LETTERS = {
   "embedding": "VD",
   "labels": "BT",
 }
+LETTERS_OF = {
+  "apply_rope": {"x": "BTNH"},
+  "expert_feed_forward": {
+    "x": "BD",
+    "w_gate": "EDF",
+    "w_up": "EDF",
+    "w_down": "EFD",
+    "group_sizes": "E",
+  },
+}
 TOPS = {"positions": 1000, "lengths": SIZES["S"], "labels": SIZES["V"]}
+TOPS |= {"group_sizes": SIZES["B"] // SIZES["E"] + 1}
 RULES = {"B": "data", "N": "model", "F": "model", "V": "model"}
 
 
 def letters_of(op, name):
   """Of one argument's dimensions."""
-  activation = "BTNH" if op.name == "apply_rope" else "BTD"
-  return LETTERS.get(name, activation)
+  return {**LETTERS, **LETTERS_OF.get(op.name, {})}.get(name, "BTD")
 
 
 def arguments(op, sizes=None, dtype=jnp.float32):
@@ -171,10 +181,15 @@ def with_a_width_that_is_split(op):
 
 def in_a_partly_manual_mesh(op):
   arrays, mesh = arguments(op), mesh_of()
+  by_device = {}
+  if "group_sizes" in arrays:  # who splits rows by hand says whose they are
+    arrays["group_sizes"] = jnp.asarray([3, 1])
+    by_device = {"group_sizes": jnp.asarray([2, 0, 1, 1])}
   want = results(op, arrays)
   if not op.pallas:
     return
   specs = {n: P(*spec_of(op, n, {"B": "data"})) for n in arrays}
+  specs |= dict.fromkeys(by_device, P("data"))
 
   def by_hand(**arrays):
     return jax.shard_map(
@@ -189,7 +204,7 @@ def in_a_partly_manual_mesh(op):
     name, function = op.name, staticmethod(by_hand)
 
   with jax.set_mesh(mesh), sharding(mesh, RULES):
-    got = results(Handmade, arrays)
+    got = results(Handmade, {**arrays, **by_device})
   assert_same(got, want)
 
 

@@ -31,11 +31,9 @@ class Problem:
 
   @property
   def best_other(self) -> Row | None:
-    """The fastest of the others."""
+    """The fastest of the others, as far as their times are known."""
     others = [r for r in self.rows if not is_ours(r)]
-    return min(
-      others, key=lambda row: (row.lower_bound, row.seconds), default=None
-    )
+    return min(others, key=lambda row: row.seconds, default=None)
 
 
 def problems(rows: Iterable[Row]) -> list[Problem]:

@@ -232,9 +232,10 @@ def _of_bound(ours: Row | None) -> str:
 
 
 def _gain(ours: Row | None, other: Row | None) -> str:
-  if not ours or not other or ours.lower_bound or other.lower_bound:
+  if not ours or not other or ours.lower_bound:
     return ""
-  return f"{other.seconds / ours.seconds:.2f}"
+  at_least = "≥ " if other.lower_bound else ""
+  return f"{at_least}{other.seconds / ours.seconds:.2f}"
 
 
 def _milliseconds(row: Row | None) -> str:

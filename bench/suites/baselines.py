@@ -43,6 +43,8 @@ def programs() -> Iterator[Program]:
           default=i == 0 or "norm" in case.kwargs,
           **fields,
         )
+      if "experts" in op.baselines:
+        yield from _experts(case, default=False, **fields)
       if "attention" in op.baselines and _Attention.can_do(case):
         yield from _attention(case, fields)
 
@@ -79,6 +81,37 @@ def _with_barrier(case: Case) -> Built:
   specs = case.specs
   function = case.bind(feed_forward_with_barrier)
   return Built(function, specs, (None,) * len(specs))
+
+
+# --- experts ------------------------------------------------------------------
+
+
+def _experts(problem: Case, **fields: Any) -> Iterator[Program]:
+  """Three products by group, in bfloat16: by XLA, and by JAX's own kernels."""
+  for name, product in (
+    ("jax-ragged-dot", jax.lax.ragged_dot),
+    ("jax-megablox", _megablox),
+  ):
+    build = functools.partial(_feed_forward_of_experts, product, problem)
+    yield from passes(build, implementation=name, **fields)
+
+
+def _feed_forward_of_experts(product: Callable[..., Any], case: Case) -> Built:
+  def function(
+    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, sizes: Any
+  ) -> jax.Array:
+    h = jax.nn.silu(product(x, gate, sizes)) * product(x, up, sizes)
+    return product(h, down, sizes)
+
+  return Built(case.bind(function), case.specs, integer_values(case))
+
+
+def _megablox(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+  """In tiles of 512 x 1024 x 1024, MaxText's, or as large as the arrays."""
+  from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+  tiling = tuple(map(min, (512, 1024, 1024), (x.shape[0], *w.shape[1:])))
+  return gmm(x, w, sizes, preferred_element_type=x.dtype, tiling=tiling)
 
 
 # --- attention ----------------------------------------------------------------

@@ -22,6 +22,7 @@ program: `environment` makes the variables to start it with.  To read it:
       loading       overlays that are loaded before they run
       stretches     bundles without branches, looked at once
     operands      values of integer operands, on which kernels branch
+    ragged        those of XLA's own ragged products
     collectives   communication with other chips, and what covers it
     links         how long that takes
     module        the sum over a whole program

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from . import hlo, listing, machine
+from . import hlo, listing, machine, ragged
 from .chip import V5E, Chip
 from .collectives import Collective, Links
 from .copies import InFlight
@@ -330,6 +330,10 @@ class _Module:
 
     Differentiation adds to the name: `jvp_rms_norm_fwd_.1`.
     """
+    sizes = self._operands.get(ragged.TABLES)
+    if sizes is not None and ragged.PRODUCT in name:
+      text = self._module.instructions[name].text
+      return ragged.operands_of(text, sizes[0])
     names = [kernel for kernel in self._operands if kernel in name]
     return self._operands[max(names, key=len)] if names else None
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
 
+from . import ragged
+
 _MAX_SIZE = 1 << 22
 _SUBPROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 _NOT_INLINED = ("pallas_call", "while", "scan", "cond")
@@ -81,9 +83,16 @@ def _constants(closed: Any) -> list[_Lazy]:
 
 
 def _walk(
-  jaxpr: Any, consts: list[_Lazy], args: list[_Lazy], found: dict
+  jaxpr: Any,
+  consts: list[_Lazy],
+  args: list[_Lazy],
+  found: dict,
+  caller: str = "",
 ) -> list[_Lazy]:
-  """Follows a jaxpr; returns its results, fills in what kernels get."""
+  """Follows a jaxpr; returns its results, fills in what kernels get.
+
+  `caller` is the name of the jitted function that it is of.
+  """
   env: dict[Any, _Lazy] = {}
   env.update(zip(jaxpr.constvars, consts, strict=True))
   env.update(zip(jaxpr.invars, args, strict=True))
@@ -95,20 +104,23 @@ def _walk(
 
   for eqn in jaxpr.eqns:
     inputs = [read(atom) for atom in eqn.invars]
-    outputs = _equation(jaxpr, eqn, inputs, found)
+    outputs = _equation(jaxpr, eqn, inputs, found, caller)
     env.update(zip(eqn.outvars, outputs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
 
 
 def _equation(
-  jaxpr: Any, eqn: Any, inputs: list[_Lazy], found: dict
+  jaxpr: Any, eqn: Any, inputs: list[_Lazy], found: dict, caller: str
 ) -> list[_Lazy]:
   name, unknown = eqn.primitive.name, [_Lazy(_unknown)] * len(eqn.outvars)
   if name == "pallas_call":
-    _record(eqn, inputs, found)
+    _record(eqn, inputs, found, caller)
     return unknown
   if name == "platform_index":
     return [_known(_tpu_branch(eqn.params["platforms"]))]
+  if name == "ragged_dot_general":
+    _record_group_sizes(inputs, found)
+    return unknown
   if name == "pvary":  # the same values, of another type
     return inputs
   if name == "cond":
@@ -128,7 +140,7 @@ def _equation(
     if name == "shard_map":
       _walk(body, consts, _first_blocks(body, inputs), found)
       return unknown
-    return _walk(body, consts, inputs, found)
+    return _walk(body, consts, inputs, found, eqn.params.get("name") or caller)
   if _too_large(eqn) or name in _OF_A_MESH:
     return unknown
   results = _Lazy(lambda: _evaluate(jaxpr, eqn, inputs))
@@ -217,7 +229,7 @@ def _branch(eqn: Any, inputs: list[_Lazy], found: dict) -> list[_Lazy] | None:
   return None
 
 
-def _record(eqn: Any, inputs: list[_Lazy], found: dict) -> None:
+def _record(eqn: Any, inputs: list[_Lazy], found: dict, caller: str) -> None:
   values: dict[int, np.ndarray] = {}
   for i, value in _integers(eqn, inputs):
     try:
@@ -225,7 +237,15 @@ def _record(eqn: Any, inputs: list[_Lazy], found: dict) -> None:
     except _Unknown:
       continue
   if values:
-    found[_kernel_name(eqn.params)] = values
+    found[_kernel_name(eqn.params, caller)] = values
+
+
+def _record_group_sizes(inputs: list[_Lazy], found: dict) -> None:
+  """What XLA's own kernel makes its tables of; one for the whole program."""
+  try:
+    found[ragged.TABLES] = {0: np.asarray(inputs[2]())}
+  except _Unknown:
+    pass
 
 
 def _integers(eqn: Any, inputs: list[_Lazy]) -> Iterator[tuple[int, _Lazy]]:
@@ -235,7 +255,10 @@ def _integers(eqn: Any, inputs: list[_Lazy]) -> Iterator[tuple[int, _Lazy]]:
       yield i, value
 
 
-def _kernel_name(params: Mapping[str, Any]) -> str:
-  """The kernel's name as the compiler writes it."""
-  name = params.get("name") or params["name_and_src_info"].name
+def _kernel_name(params: Mapping[str, Any], caller: str) -> str:
+  """The kernel's name as the compiler writes it; without one, its caller's."""
+  name = params.get("name")
+  if not name and "name_and_src_info" in params:
+    name = params["name_and_src_info"].name
+  name = name or caller
   return re.sub(r"[^\w.\-]", "_", name)

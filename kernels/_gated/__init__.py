@@ -69,25 +69,28 @@ The numbers are the order of grid steps:
 Read in this order:
 
     spec.py        the references in plain jnp, and the records of an op
-    stack.py       weights of all layers in one array
+    stack.py       weights of all layers, or of experts, in one array
+    visits.py      which rows of its tile a grid step computes
     activation.py  the activations and their derivatives
     layout.py      how weights lie in memory, and the products that makes
-    tiles.py       FeedForwardConfig, and which tiles fit VMEM
+    config.py      FeedForwardConfig
+    tiles.py       which tiles fit VMEM
     forward.py     the forward kernel
     backward.py    the backward kernel, and backward_blocks.py its call
     sums.py        how it sums the weights' gradients in VMEM
     travel.py      how it sums dx in HBM
+    prefetch.py    how both get the weights of experts in time
     door.py        what the public functions are given
     forms.py       the forms of weights and biases among it
     op.py          the public functions, meshes, registration
 """
 
 from .activation import ClampedSwiGLU as ClampedSwiGLU
+from .config import FeedForwardConfig as FeedForwardConfig
+from .config import FeedForwardTiles as FeedForwardTiles
 from .op import FEED_FORWARD as FEED_FORWARD
 from .op import GEGLU as GEGLU
 from .op import feed_forward as feed_forward
 from .op import geglu as geglu
 from .spec import feed_forward_reference as feed_forward_reference
 from .spec import geglu_reference as geglu_reference
-from .tiles import FeedForwardConfig as FeedForwardConfig
-from .tiles import FeedForwardTiles as FeedForwardTiles

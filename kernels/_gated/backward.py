@@ -54,40 +54,49 @@ from .backward_blocks import (
   scratch,
   specs,
 )
+from .prefetch import fetched
 from .spec import Arrays, Kept, Outs, Problem, as_row
 from .stack import Scalars
 from .sums import accumulate, sums_of, write_sums
 from .tiles import VMEM_BYTES, Plan, Sizes, backward_tiles, where_present
 from .travel import Travel, slots
+from .visits import Rows
 
 # --- the kernel ---------------------------------------------------------------
 
 
 def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
-  del scalars  # which blocks there are, not what is in them
-  f_tile, row_tile = pl.program_id(0), pl.program_id(1)
-  travel = Travel(o.dx_hbm, s.dx_sum, s.travel, plan) if s.travel else None
-  if travel is not None:
-    travel.begin()
+  f_tile, rows = pl.program_id(0), Rows(scalars.visits, plan, axis=1)
+  i, travel = fetched(i, s.weights, rows, plan), None
+  if s.travel:
+    travel = Travel(o.dx_hbm, s.dx_sum, s.travel, rows.tile, plan)
+    rows.when_tile_begins(travel.begin)
     slot = travel.slot
   else:
-    slot = row_tile if slots(plan) > 1 else 0
+    slot = rows.tile if slots(plan) > 1 else 0
 
   @pl.when(f_tile == 0)
   def _():
-    _clear_dx(s, slot)
+    rows.when_tile_begins(lambda: _clear_dx(s, slot))
 
-  _gate_gradients(i, o, s, plan)
-  _add_dx(i, s, slot, plan)
-  _add_weight_gradients(i, o, s, plan)
+  def compute(rows: Rows, part: Any):
+    own = _part_of(i, part)
+    _gate_gradients(own, o, s, rows, plan)
+    _add_dx(own, s, part(s.dx_sum.at[slot]), plan)
+    _add_weight_gradients(own, o, s, rows, plan)
+
+  rows.clear_if_none(*sums_of(o, s.sums), o.db_gate, o.db_up)
+  rows.each_part(compute)
   if travel is not None:
-    travel.end()
+    rows.when_tile_ends(travel.end)
 
   @pl.when(f_tile == plan.f_tiles - 1)
   def _():
-    _finish_dx(i, o, s.dx_sum[slot], plan)
+    rows.when_tile_ends(lambda: _finish_dx(i, o, s.dx_sum[slot], rows, plan))
+    if o.db_down is not None:
+      _add_rows(o.db_down, rows.inside(i.dy[...].astype(jnp.float32)), rows)
 
-  @pl.when(row_tile == plan.row_tiles - 1)
+  @pl.when(rows.is_last)
   def _():
     write_sums(o, s.sums)
 
@@ -96,12 +105,24 @@ def _clear_dx(s: Scratch, slot: Any):
   s.dx_sum[slot] = jnp.zeros(s.dx_sum.shape[1:], jnp.float32)
 
 
+def _part_of(i: Inputs, part: Any) -> Inputs:
+  """The inputs with a part of each tile of rows."""
+  return i._replace(
+    x=part(i.x),
+    dy=part(i.dy),
+    dh=part(i.dh),
+    gate=part(i.gate),
+    up=part(i.up),
+    normed=part(i.normed),
+  )
+
+
 def _factor(i: Inputs) -> Any:
   """The ref of what gate and up are products of: x, or its norm."""
   return i.x if i.normed is None else i.normed
 
 
-def _gate_gradients(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
+def _gate_gradients(i: Inputs, o: Outputs, s: Scratch, rows: Rows, plan: Plan):
   """This tile's dgate and dup, and h for dWd, into VMEM."""
   dtype, layout = i.x.dtype, plan.problem.layout
   x = _factor(i)[...]
@@ -117,11 +138,11 @@ def _gate_gradients(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
   dgate, dup, h = _through_the_gate(dh, gate, up, plan)
   for d, ref, db in ((dgate, s.dgate, o.db_gate), (dup, s.dup, o.db_up)):
     if d is not None:
-      d = _inside(d, plan)
+      d = _inside_f(rows.inside(d), plan, axis=1)
       ref[...] = d.astype(dtype)
-      _add_rows(db, d)
+      _add_rows(db, d, rows)
   if s.h is not None:
-    s.h[...] = _inside(h, plan).astype(dtype)
+    s.h[...] = _inside_f(rows.inside(h), plan, axis=1).astype(dtype)
 
 
 def _through_the_gate(
@@ -138,23 +159,11 @@ def _through_the_gate(
   return dh * up * da, dh * a, a * up
 
 
-def _add_rows(total: Any, rows: jax.Array):
-  """Adds the sum over this row tile, of rows that are zero past the end."""
+def _add_rows(total: Any, tile: jax.Array, rows: Rows):
+  """Adds the sum over this row tile, whose other rows are zero."""
   if total is not None:
-    part = jnp.sum(rows, axis=0, keepdims=True)
-    accumulate(total, part, pl.program_id(1) == 0)
-
-
-def _inside(tile: jax.Array, plan: Plan) -> jax.Array:
-  """A [rows, cols] tile with zeros where it hangs over the end of N or F."""
-  return _inside_f(_inside_rows(tile, plan), plan, axis=1)
-
-
-def _inside_rows(tile: jax.Array, plan: Plan) -> jax.Array:
-  n, rows = plan.sizes.n, plan.tiles.rows
-  if n % rows == 0:
-    return tile
-  return tpu.zero_past(tile, n - pl.program_id(1) * rows, axis=0)
+    part = jnp.sum(tile, axis=0, keepdims=True)
+    accumulate(total, part, rows.is_first)
 
 
 def _inside_f(tile: jax.Array, plan: Plan, axis: int) -> jax.Array:
@@ -164,9 +173,9 @@ def _inside_f(tile: jax.Array, plan: Plan, axis: int) -> jax.Array:
   return tpu.zero_past(tile, f - pl.program_id(0) * cols, axis)
 
 
-def _add_dx(i: Inputs, s: Scratch, slot: Any, plan: Plan):
+def _add_dx(i: Inputs, s: Scratch, dx_sum: Any, plan: Plan):
   """Adds this F tile's part of dx to its sum."""
-  s.dx_sum[slot] += _dx(i, s, plan)
+  dx_sum[...] += _dx(i, s, plan)
 
 
 def _dx(i: Inputs, s: Scratch, plan: Plan) -> jax.Array:
@@ -182,30 +191,30 @@ def _dx(i: Inputs, s: Scratch, plan: Plan) -> jax.Array:
   return dx
 
 
-def _add_weight_gradients(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
+def _add_weight_gradients(
+  i: Inputs, o: Outputs, s: Scratch, rows: Rows, plan: Plan
+):
   """Adds this row tile's part of each weight's gradient to its sum."""
-  is_first, sums = pl.program_id(1) == 0, sums_of(o, s.sums)
+  is_first, sums = rows.is_first, sums_of(o, s.sums)
   layout = plan.problem.layout
-  x = _inside_rows(_factor(i)[...], plan)
+  x = rows.inside(_factor(i)[...])
   dw_gate, dw_up = layout.refs(sums.dw_gate, sums.dw_up)
   accumulate(dw_gate, layout.gradient(x, s.dgate[...]), is_first)
   if s.dup is not None:
     accumulate(dw_up, layout.gradient(x, s.dup[...]), is_first)
   if i.w_down is not None:
-    dy = _inside_rows(i.dy[...], plan)
+    dy = rows.inside(i.dy[...])
     accumulate(sums.dw_down, layout.gradient(s.h[...], dy), is_first)
 
 
-def _finish_dx(i: Inputs, o: Outputs, dx: jax.Array, plan: Plan):
+def _finish_dx(i: Inputs, o: Outputs, dx: jax.Array, rows: Rows, plan: Plan):
   """Writes dx of a row tile from its sum."""
-  dx = _through_the_norm(i, o, dx, plan)
+  dx = _through_the_norm(i, o, dx, rows, plan)
   o.dx[...] = _add_residual(i, dx, plan).astype(o.dx.dtype)
-  if o.db_down is not None:
-    _add_rows(o.db_down, _inside_rows(i.dy[...].astype(jnp.float32), plan))
 
 
 def _through_the_norm(
-  i: Inputs, o: Outputs, dx: jax.Array, plan: Plan
+  i: Inputs, o: Outputs, dx: jax.Array, rows: Rows, plan: Plan
 ) -> jax.Array:
   """The gradient of x from that of its norm, if it has one; adds to dscale."""
   if plan.problem.norm is None:
@@ -213,14 +222,13 @@ def _through_the_norm(
   x = i.x[...].astype(jnp.float32)
   norm = plan.problem.norm.at(i.epsilon)
   dx, dscale = norm.gradients(x, i.scale[...], dx)
-  _add_dscale(o, dscale, plan)
+  _add_dscale(o, dscale, rows)
   return dx
 
 
-def _add_dscale(o: Outputs, dscale: jax.Array, plan: Plan):
+def _add_dscale(o: Outputs, dscale: jax.Array, rows: Rows):
   """Adds the sum over this row tile."""
-  part = jnp.sum(_inside_rows(dscale, plan), axis=0, keepdims=True)
-  accumulate(o.dscale, part, pl.program_id(1) == 0)
+  _add_rows(o.dscale, rows.inside(dscale), rows)
 
 
 def _add_residual(i: Inputs, dx: jax.Array, plan: Plan) -> jax.Array:
@@ -238,7 +246,8 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   stored = d.store_gate is not None
   sizes = Sizes.of(p, a, kept=p.keeps_products, stored=stored)
   plan = Plan(p, sizes, backward_tiles(sizes, p.config))
-  arrays, scalars = _inputs(plan, a, saved.kept, d), Scalars.of(a)
+  arrays = _inputs(plan, a, saved.kept, d)
+  scalars = Scalars.of(a, plan.tiles.rows)
   blocks, shapes = specs(plan, arrays), out_shapes(plan, a)
   if saved.places is not None:
     x, of_x = saved.places.stacks["x"], room.block_of_layer(blocks[0].x)
@@ -251,7 +260,7 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
     name=f"{sizes.op}_bwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(plan.f_tiles, plan.row_tiles),
+      grid=(plan.f_tiles, plan.row_steps),
       in_specs=[where_present(arrays, blocks[0])],
       out_specs=[where_present(shapes, blocks[1])],
       scratch_shapes=[scratch(plan, a)],
@@ -273,11 +282,11 @@ def _gradients(plan: Plan, a: Arrays, outs: Outputs) -> Arrays:
   """The results, as gradients of the arrays."""
 
   def row(total: Any, array: Any) -> Any:
-    return None if total is None else total[0].astype(array.dtype)
+    return None if total is None else total[..., 0, :].astype(array.dtype)
 
   dw_gate, dw_up = outs.dw_gate, outs.dw_up
   if plan.problem.layout.form == "columns":
-    dw_gate, dw_up = jnp.concatenate([dw_gate, dw_up], axis=1), None
+    dw_gate, dw_up = jnp.concatenate([dw_gate, dw_up], axis=-1), None
   return Arrays(
     outs.dx,
     dw_gate,

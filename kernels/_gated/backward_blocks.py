@@ -11,11 +11,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .._frame.manual import varying_like
 from . import stack
+from .prefetch import WeightBuffers, are_prefetched, weight_buffers
 from .spec import Arrays
 from .stack import block_of_layer
 from .sums import Sums, sums_scratch
 from .tiles import Plan
 from .travel import TravelScratch, dx_travels, slots, travel_scratch
+from .visits import part_rows
 
 # --- records ------------------------------------------------------------------
 
@@ -62,6 +64,7 @@ class Scratch(NamedTuple):
   dx_sum: Any  # [slots, rows, D] float32
   sums: Sums
   travel: TravelScratch | None  # None if dx stays in VMEM
+  weights: WeightBuffers | None  # of experts
 
 
 # --- blocks -------------------------------------------------------------------
@@ -70,7 +73,7 @@ class Scratch(NamedTuple):
 def specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
   """Of all inputs and outputs that there may be."""
   rows, cols, d = plan.tiles.rows, plan.tiles.cols, plan.sizes.d
-  by_row = pl.BlockSpec((rows, d), lambda j, i, _: (i, 0))
+  by_row = pl.BlockSpec((rows, d), lambda j, i, s: (s.row_tile(i), 0))
 
   layout = plan.problem.layout
 
@@ -82,22 +85,33 @@ def specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
     shape = layout.down_shape(d, cols)
     return block_of_layer(stacked, shape, lambda j, i, _: layout.down_index(j))
 
-  both = pl.BlockSpec((rows, cols), lambda j, i, _: (i, j))
-  stored = plan.sizes.stored
-  kept = block_of_layer(stored, (rows, cols), lambda j, i, _: (i, j))
+  both = pl.BlockSpec((rows, cols), lambda j, i, s: (s.row_tile(i), j))
+  stored, of_experts = plan.sizes.stored, plan.sizes.experts > 0
+  of_stack = plan.weights_in_stack
+  kept = block_of_layer(
+    stored, (rows, cols), lambda j, i, s: (s.row_tile(i), j)
+  )
   kept_row = block_of_layer(stored, (rows, d), lambda j, i, _: (i, 0))
   gain = pl.BlockSpec((1, d), lambda j, i, _: (0, 0))
-  of_f = pl.BlockSpec((1, cols), lambda j, i, _: (0, j))
-  # Of the last F tile alone; until then the block stays the first.
-  at_last = pl.BlockSpec(
-    (rows, d), lambda j, i, _: (jnp.where(j == plan.f_tiles - 1, i, 0), 0)
-  )
+  of_f = block_of_layer(of_experts, (1, cols), lambda j, i, _: (0, j))
+
+  def if_last(j: Any, i: Any, s: Any) -> tuple[Any, Any]:
+    # Of the last F tile alone; until then the block stays the first.
+    return jnp.where(j == plan.f_tiles - 1, s.row_tile(i), 0), 0
+
+  def expert_if_last(j: Any, i: Any, s: Any) -> tuple[Any, Any, Any]:
+    return jnp.where(j == plan.f_tiles - 1, s.weight(i), 0), 0, 0
+
+  at_last = pl.BlockSpec((rows, d), if_last)
+  of_d = pl.BlockSpec((None, 1, d), expert_if_last) if of_experts else gain
+  in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+  by_hand = are_prefetched(plan)
   inputs = Inputs(
     # With a norm, the products are of `normed`, and x is its gradient's.
     x=by_row if plan.problem.norm is None else at_last,
-    w_gate=up(plan.sizes.stacked),
-    w_up=up(plan.sizes.stacked, layout.up_index(plan.f_tiles)),
-    w_down=down(plan.sizes.stacked),
+    w_gate=in_hbm if by_hand else up(of_stack),
+    w_up=in_hbm if by_hand else up(of_stack, layout.up_index(plan.f_tiles)),
+    w_down=in_hbm if by_hand else down(of_stack),
     b_gate=of_f,
     b_up=of_f,
     dy=by_row,
@@ -116,9 +130,9 @@ def specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
     dw_down=down(plan.sums_in_stack),
     db_gate=of_f,
     db_up=of_f,
-    db_down=gain,
+    db_down=of_d,
     dscale=gain,
-    dx_hbm=pl.BlockSpec(memory_space=pl.ANY),
+    dx_hbm=in_hbm,
   )
   return inputs, outputs
 
@@ -136,27 +150,32 @@ def out_shapes(plan: Plan, a: Arrays) -> Outputs:
       shape = shape[1:]
     return varying_like(a.x, shape, array.dtype)
 
-  def float32(shape: tuple[int, int], array: Any = a.x) -> Any:
-    return None if array is None else varying_like(a.x, shape, jnp.float32)
+  experts = () if a.group_sizes is None else (plan.sizes.experts,)
 
-  half = varying_like(a.x, (d, f), a.w_gate.dtype) if halves else None
+  def float32(*shape: int, of: Any = a.x) -> Any:
+    return None if of is None else varying_like(a.x, shape, jnp.float32)
+
+  half = None
+  if halves:
+    half = varying_like(a.x, (*experts, d, f), a.w_gate.dtype)
   return Outputs(
     dx=gradient(a.x),
     dw_gate=half if halves else gradient(a.w_gate, True),
     dw_up=half if halves else gradient(a.w_up, True),
     dw_down=gradient(a.w_down, True),
-    db_gate=float32((1, f), a.b_gate),
-    db_up=float32((1, f), a.b_up),
-    db_down=float32((1, d), a.b_down),
-    dscale=float32((1, d), a.scale),
-    dx_hbm=float32((rows, d)) if dx_travels(plan) else None,
+    db_gate=float32(*experts, 1, f, of=a.b_gate),
+    db_up=float32(*experts, 1, f, of=a.b_up),
+    db_down=float32(*experts, 1, d, of=a.b_down),
+    dscale=float32(1, d, of=a.scale),
+    dx_hbm=float32(rows, d) if dx_travels(plan) else None,
   )
 
 
 def scratch(plan: Plan, a: Arrays) -> Scratch:
   """What to ask the compiler for."""
   sizes, rows, cols = plan.sizes, plan.tiles.rows, plan.tiles.cols
-  tile = pltpu.VMEM((rows, cols), sizes.dtype)
+  at_once = part_rows(rows) if sizes.experts else rows
+  tile = pltpu.VMEM((at_once, cols), sizes.dtype)
   return Scratch(
     dgate=tile,
     dup=tile if sizes.branches == 2 else None,
@@ -164,4 +183,5 @@ def scratch(plan: Plan, a: Arrays) -> Scratch:
     dx_sum=pltpu.VMEM((slots(plan), rows, sizes.d), jnp.float32),
     sums=sums_scratch(plan, a),
     travel=travel_scratch() if dx_travels(plan) else None,
+    weights=weight_buffers(plan, a),
   )

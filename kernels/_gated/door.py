@@ -29,10 +29,10 @@ from .._layers import LayerOf
 from .._quantized import QuantizedWeight, check_quantized
 from .._row_norm import Norm, as_norm
 from .activation import Activation, ClampedSwiGLU, as_activation
+from .config import FeedForwardConfig
 from .forms import biases, formed
 from .layout import Layout
 from .spec import Arrays, Problem
-from .tiles import FeedForwardConfig
 
 # --- to the op ----------------------------------------------------------------
 

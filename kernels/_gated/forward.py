@@ -30,9 +30,11 @@ from .._frame.manual import varying_like
 from .._row_norm import epsilon_operand
 from . import stack
 from .activation import ClampedSwiGLU, activate
+from .prefetch import WeightBuffers, are_prefetched, fetched, weight_buffers
 from .spec import Arrays, Kept, Outs, Problem, as_row
 from .stack import Scalars, block_of_layer
 from .tiles import VMEM_BYTES, Plan, Sizes, forward_tiles, where_present
+from .visits import Rows
 
 
 class Inputs(NamedTuple):
@@ -64,20 +66,32 @@ class Scratch(NamedTuple):
 
   normed: Any  # [rows, D], the norm of x where it is not an output
   y_sum: Any  # [rows, D] float32; a float32 y is its own sum
+  weights: WeightBuffers | None  # of experts
 
 
 # --- the kernel ---------------------------------------------------------------
 
 
 def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
-  del scalars  # which blocks there are, not what is in them
+  rows = Rows(scalars.visits, plan, axis=0 if _f_inside(plan) else 1)
+  i = fetched(i, s.weights, rows, plan)
+  rows.open(o.y, o.gate, o.up)
+
+  def compute(rows: Rows, part: Any):
+    own = o._replace(y=part(o.y), gate=part(o.gate), up=part(o.up))
+    _compute(i._replace(x=part(i.x)), own, s, rows, plan)
+
+  rows.each_part(compute)
+
+
+def _compute(i: Inputs, o: Outputs, s: Scratch, rows: Rows, plan: Plan):
   x = _normalise(i, o, s, plan)
   gate, up = _multiply(i, x, plan)
   if o.gate is not None:
-    _keep(o, gate, up)
+    _keep(o, gate, up, rows)
   h = _gate(gate, up, plan).astype(x.dtype)
   if i.w_down is None:
-    o.y[...] = h
+    rows.write(o.y, h)
   else:
     _project(i, o, s, h, plan)
     if s.y_sum is not None or plan.problem.residual or i.b_down is not None:
@@ -107,10 +121,10 @@ def _multiply(
   return plan.problem.layout.gate_and_up(x, i)
 
 
-def _keep(o: Outputs, gate: jax.Array, up: jax.Array | None):
-  o.gate[...] = gate.astype(o.gate.dtype)
+def _keep(o: Outputs, gate: jax.Array, up: jax.Array | None, rows: Rows):
+  rows.write(o.gate, gate)
   if up is not None:
-    o.up[...] = up.astype(o.up.dtype)
+    rows.write(o.up, up)
 
 
 def _gate(gate: jax.Array, up: jax.Array | None, plan: Plan) -> jax.Array:
@@ -166,23 +180,32 @@ def _finish(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
 # --- the call -----------------------------------------------------------------
 
 
-def forward(p: Problem, a: Arrays, *, keep: bool) -> tuple[Outs, Kept | None]:
-  """The result, and with `keep` what the config keeps for the backward pass."""
+def forward(
+  p: Problem, a: Arrays, *, keep: bool, part: str = ""
+) -> tuple[Outs, Kept | None]:
+  """The result, and with `keep` what the config keeps for the backward pass.
+
+  Args:
+    p: the problem.
+    a: its arrays.
+    keep: whether there will be a backward pass.
+    part: of an op that calls this more than once, for the kernel's name.
+  """
   kept = keep and p.keeps_products
   sizes = Sizes.of(p, a, kept=kept, stored=kept and a.store_gate is not None)
   plan = Plan(p, sizes, forward_tiles(sizes, p.config))
-  scalars, arrays = Scalars.of(a), _inputs(plan, a)
+  scalars, arrays = Scalars.of(a, plan.tiles.rows), _inputs(plan, a)
   specs, shapes = _specs(plan, arrays), _out_shapes(plan, a)
-  grid = plan.row_tiles, plan.f_tiles
+  grid = plan.row_steps, plan.f_tiles
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, plan=plan),
-    name=f"{sizes.op}_fwd",
+    name=f"{sizes.op}{part}_fwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=grid if _f_inside(plan) else grid[::-1],
       in_specs=[where_present(arrays, specs[0])],
       out_specs=[where_present(shapes, specs[1])],
-      scratch_shapes=[_scratch(plan)],
+      scratch_shapes=[_scratch(plan, arrays)],
     ),
     out_shape=[shapes],
     # y is the first result, then what is kept.
@@ -236,17 +259,21 @@ def _specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
       return block_of_layer(of_layer, shape, lambda j, i, s: index(i, j, s))
     return block_of_layer(of_layer, shape, index)
 
-  by_row = block((rows, d), lambda i, j, _: (i, 0))
+  by_row = block((rows, d), lambda i, j, s: (s.row_tile(i), 0))
 
   def weight(shape: tuple[int, ...], index: Callable[..., Any]) -> pl.BlockSpec:
-    return block(shape, lambda i, j, _: index(j), sizes.stacked)
+    if are_prefetched(plan):
+      return pl.BlockSpec(memory_space=pl.ANY)
+    return block(shape, lambda i, j, _: index(j), plan.weights_in_stack)
 
   layout = plan.problem.layout
   up_index = layout.up_index(plan.f_tiles)
-  of_f = block((1, cols), lambda i, j, _: (0, j))
+  of_f = block((1, cols), lambda i, j, _: (0, j), sizes.experts > 0)
   of_d = block((1, d), lambda i, j, _: (0, 0))
-  both = block((rows, cols), lambda i, j, _: (i, j))
-  kept = block((rows, cols), lambda i, j, _: (i, j), plan.keeps_in_stack)
+  both = block((rows, cols), lambda i, j, s: (s.row_tile(i), j))
+  kept = block(
+    (rows, cols), lambda i, j, s: (s.row_tile(i), j), plan.keeps_in_stack
+  )
   kept_row = block((rows, d), lambda i, j, _: (i, 0), plan.keeps_in_stack)
   y = by_row if sizes.down else both
   return (
@@ -282,11 +309,12 @@ def _out_shapes(plan: Plan, a: Arrays) -> Outputs:
   )
 
 
-def _scratch(plan: Plan) -> Scratch:
+def _scratch(plan: Plan, arrays: Inputs) -> Scratch:
   sizes, shape = plan.sizes, (plan.tiles.rows, plan.sizes.d)
   has_normed = sizes.normed and not sizes.kept
   has_sum = sizes.down and sizes.dtype != jnp.float32
   return Scratch(
     normed=pltpu.VMEM(shape, sizes.dtype) if has_normed else None,
     y_sum=pltpu.VMEM(shape, jnp.float32) if has_sum else None,
+    weights=weight_buffers(plan, arrays),
   )

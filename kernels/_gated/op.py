@@ -23,6 +23,7 @@ from .._quantized import QuantizedWeight
 from .._row_norm import Norm
 from .activation import Activation
 from .backward import backward
+from .config import FeedForwardConfig
 from .door import Given, problem_of, run
 from .forward import forward
 from .spec import (
@@ -36,7 +37,7 @@ from .spec import (
   plain_linear,
   reference,
 )
-from .tiles import FeedForwardConfig, where_present
+from .tiles import where_present
 
 # --- the ops ------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from .layout import Layout
 
 if TYPE_CHECKING:  # the next page, and a type
   from .._layers import LayerOf
-  from .tiles import FeedForwardConfig
+  from .config import FeedForwardConfig
 
 # --- specification ------------------------------------------------------------
 
@@ -222,6 +222,8 @@ class Arrays(NamedTuple):
   b_up: Any = None  # [F]
   b_down: Any = None  # [D]
   layer: Any = None  # [] int32, which of a stack; None if it is none
+  group_sizes: Any = None  # [E] int32, rows of each expert, whose weights and
+  # biases are stacked, [E, ...]; None if all rows have the same
   port_gate: Any = None  # as w_gate, None without ports
   port_up: Any = None  # as w_up
   port_down: Any = None  # as w_down
@@ -362,5 +364,5 @@ def _finish(
 
 
 def as_row(vector: Any) -> Any:
-  """[F] as [1, F], an operand of a kernel; None stays None."""
-  return None if vector is None else vector[None, :]
+  """[F] as [1, F], an operand of a kernel; so are experts', None stays None."""
+  return None if vector is None else vector[..., None, :]

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from .visits import visits_of
+
 if TYPE_CHECKING:  # the records are of another page
   from .spec import Arrays, Outs
 
@@ -28,20 +30,32 @@ class Scalars(NamedTuple):
   """What the index of a block may depend on, prefetched; or its refs."""
 
   layer: Any  # [1] int32, of weights in a stack; None if they are in none
+  visits: Any  # `Visits` of experts' weights; None if they are of all rows
 
   @classmethod
-  def of(cls, a: Arrays) -> Scalars:
-    """Of an op's arrays."""
-    return cls(None if a.layer is None else a.layer.reshape(1))
+  def of(cls, a: Arrays, row_tile: int) -> Scalars:
+    """Of an op's arrays, and how many rows a tile has."""
+    layer = None if a.layer is None else a.layer.reshape(1)
+    if a.group_sizes is None:
+      return cls(layer, None)
+    return cls(layer, visits_of(a.group_sizes, a.x.shape[0], row_tile))
+
+  def weight(self, step: Any) -> Any:
+    """Which of the stack, at a step along the rows."""
+    return self.layer[0] if self.visits is None else self.visits.expert[step]
+
+  def row_tile(self, step: Any) -> Any:
+    """Which tile of the rows."""
+    return step if self.visits is None else self.visits.tile[step]
 
 
 def block_of_layer(
   stacked: bool, shape: tuple[int, ...], index: Callable[..., Any]
 ) -> pl.BlockSpec:
-  """A block of an array that is a layer's, in the stack if it is in one.
+  """A block of an array that is a layer's or an expert's, in their stack.
 
   Args:
-    stacked: whether it is.
+    stacked: whether there is a stack.
     shape: of the block in a layer.
     index: of the block there, from the grid's indices and the `Scalars`.
   """
@@ -49,7 +63,8 @@ def block_of_layer(
     return pl.BlockSpec(shape, index)
 
   def in_stack(*grid_and_scalars: Any) -> tuple[Any, ...]:
-    return grid_and_scalars[-1].layer[0], *index(*grid_and_scalars)
+    _, step, scalars = grid_and_scalars  # only experts look at the step
+    return scalars.weight(step), *index(*grid_and_scalars)
 
   return pl.BlockSpec((None, *shape), in_stack)
 

@@ -1,4 +1,4 @@
-"""Sizes of the kernels' tiles: the config, and a model of the VMEM they take.
+"""Sizes of the kernels' tiles, by a model of the VMEM they take.
 
 The caller's config decides; else the table of tuned tiles; else the first of a
 list in falling order of speed whose buffers fit.
@@ -8,103 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .._frame import tpu
 from .._frame.tuned import power_of_two, tuned_config
+from .config import FeedForwardConfig, FeedForwardTiles
 from .spec import Arrays, Problem
-
-# --- configuration ------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class FeedForwardTiles:
-  """Sizes of one kernel's tiles.
-
-  Attributes:
-    rows: rows of x per grid step; a multiple of 16 (the bfloat16 sublanes).
-    cols: columns of F per grid step; a multiple of 128 (the lanes).
-  """
-
-  rows: int
-  cols: int
-
-  def __post_init__(self):
-    units = (("rows", tpu.BFLOAT16_SUBLANES), ("cols", tpu.LANES))
-    for name, unit in units:
-      value = getattr(self, name)
-      if not isinstance(value, int) or value <= 0 or value % unit:
-        raise ValueError(
-          f"FeedForwardTiles: {name} must be a positive multiple of {unit}, "
-          f"got {value!r}"
-        )
-
-  def over(self, n: int, f: int) -> FeedForwardTiles:
-    """These tiles for n rows and F columns, evened out.
-
-    1100 rows in tiles of at most 1024 are two of 560, not one of 1024 and a
-    rest that costs as much.
-    """
-    return FeedForwardTiles(
-      _even(n, self.rows, tpu.BFLOAT16_SUBLANES),
-      _even(f, self.cols, tpu.LANES),
-    )
-
-  def dividing(self, f: int) -> FeedForwardTiles:
-    """These with columns that divide F, if there are half as many that do."""
-    fewer = range(self.cols, self.cols // 2 - 1, -tpu.LANES)
-    cols = next((c for c in fewer if f % c == 0), self.cols)
-    return dataclasses.replace(self, cols=cols)
-
-
-def _even(length: int, tile: int, unit: int) -> int:
-  count = pl.cdiv(length, tile)
-  return tpu.round_up(pl.cdiv(length, count), unit)
-
-
-Residuals = Literal["gate_up", "none"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeedForwardConfig:
-  """How `geglu` and `feed_forward` run; changes speed, not results.
-
-  Attributes:
-    residuals: what the forward pass leaves to the backward pass beside its
-      inputs: "gate_up" keeps the two products [..., F] in x's dtype, and x's
-      norm if it takes one; "none" keeps nothing and computes them again, two
-      matmuls more.
-    forward: tiles of the forward kernel; None picks them from the shape.
-    backward: tiles of the backward kernel; None picks them from the shape.
-  """
-
-  residuals: Residuals = "gate_up"
-  forward: FeedForwardTiles | None = None
-  backward: FeedForwardTiles | None = None
-
-  def __post_init__(self):
-    if self.residuals not in ("gate_up", "none"):
-      raise ValueError(
-        f"FeedForwardConfig: residuals must be 'gate_up' or 'none', "
-        f"got {self.residuals!r}"
-      )
-    for name in ("forward", "backward"):
-      tiles = getattr(self, name)
-      if tiles is not None and not isinstance(tiles, FeedForwardTiles):
-        raise ValueError(
-          f"FeedForwardConfig: {name} must be FeedForwardTiles or None, "
-          f"got {tiles!r}"
-        )
-
+from .visits import PART_ROWS, part_rows
 
 # --- a model of VMEM ----------------------------------------------------------
 
 # Of the 126 MiB that a kernel may take; the model does not know every
 # temporary.
 _BUDGET_BYTES = 108 << 20
+# Of experts, whose temporaries are parts of tiles.
+_EXPERT_BUDGET_BYTES = 112 << 20
 # What the kernels ask for: the rest is XLA's, which in a block of a model hands
 # small arrays from one op to the next there.
 VMEM_BYTES = 124 << 20
@@ -128,6 +49,7 @@ class Sizes:
       divide F.
     stacked: whether the weights are one layer's of a stack.
     stored: whether gate and up are, and the norm.
+    experts: how many experts have weights of their own, 0 for none.
   """
 
   n: int
@@ -142,6 +64,7 @@ class Sizes:
   halves: bool = False
   stacked: bool = False
   stored: bool = False
+  experts: int = 0
 
   @classmethod
   def of(
@@ -163,11 +86,14 @@ class Sizes:
       halves=p.layout.form == "columns",
       stacked=a.layer is not None,
       stored=stored,
+      experts=0 if a.group_sizes is None else a.group_sizes.shape[0],
     )
 
   @property
   def op(self) -> str:
     """The op's name, for errors, tuned tables and traces."""
+    if self.experts:
+      return "expert_feed_forward"
     return "feed_forward" if self.down else "geglu"
 
   @property
@@ -196,12 +122,14 @@ def backward_bytes(sizes: Sizes, tiles: FeedForwardTiles) -> int:
   kept = sizes.branches * sizes.kept
   size, wsize = sizes.dtype.itemsize, sizes.weight_dtype.itemsize
   buffered = 2 * size * (2 + sizes.down + sizes.normed)
-  row_tiles = rows * width * (buffered + 4 * 4)
+  # Three sums of dx, and what is added to them.
+  at_once = part_rows(rows) if sizes.experts else rows
+  row_tiles = rows * width * (buffered + 3 * 4) + at_once * width * 4
   # A weight and its gradient, and the gradient's sum or the weight's cast.
   one_weight = 4 * wsize + (4 if wsize < 4 else size)
   weights = sizes.weights * width * cols * one_weight
   inputs = 2 * rows * cols * size * (kept + (not sizes.down))
-  temporaries = rows * cols * (3 * size + 3 * 4) + width * cols * 4
+  temporaries = at_once * cols * (3 * size + 3 * 4) + width * cols * 4
   if sizes.normed:  # x and the gradient of the normed rows, in float32
     temporaries += 2 * rows * width * 4
   return row_tiles + weights + inputs + temporaries
@@ -232,9 +160,10 @@ def backward_bundles(sizes: Sizes, tiles: FeedForwardTiles) -> float:
 def _product_cycles(
   sizes: Sizes, tiles: FeedForwardTiles, products: int
 ) -> float:
-  """Cycles that the matrix unit takes for the products of a grid step."""
+  """Cycles that the matrix unit takes for products, as many as are unrolled."""
   passes = tpu.FLOAT32_PASSES if sizes.dtype == jnp.float32 else 1
-  one = tiles.rows * tiles.cols * tpu.lanes(sizes.d) / tpu.PRODUCTS_PER_CYCLE
+  rows = part_rows(tiles.rows) if sizes.experts else tiles.rows
+  one = rows * tiles.cols * tpu.lanes(sizes.d) / tpu.PRODUCTS_PER_CYCLE
   return products * passes * one
 
 
@@ -315,6 +244,9 @@ def _tuned(sizes: Sizes, which: str) -> FeedForwardTiles | None:
 def _over(sizes: Sizes, tiles: FeedForwardTiles) -> FeedForwardTiles:
   """The tiles, evened out over the rows and F."""
   even = tiles.over(sizes.n, sizes.f)
+  if sizes.experts and sizes.n > PART_ROWS:
+    rows = min(tpu.round_up(even.rows, PART_ROWS), tiles.rows)
+    even = dataclasses.replace(even, rows=rows)
   if not sizes.halves:
     return even
   fewer = range(even.cols, 0, -tpu.LANES)
@@ -333,13 +265,14 @@ def _fitting(
   The last of the list need only fit VMEM: their code is loaded more than once,
   for want of shorter.
   """
+  budget = _EXPERT_BUDGET_BYTES if sizes.experts else _BUDGET_BYTES
   for rows, cols in fastest_first:
     tiles = _over(sizes, FeedForwardTiles(rows, cols))
     if sizes.stacked:  # else nothing is written into the stack in place
       tiles = tiles.dividing(sizes.f)
     is_last = (rows, cols) == fastest_first[-1]
     is_short = bundles(sizes, tiles) <= tpu.INSTRUCTION_BUNDLES
-    if vmem_bytes(sizes, tiles) <= _BUDGET_BYTES and (is_short or is_last):
+    if vmem_bytes(sizes, tiles) <= budget and (is_short or is_last):
       return tiles
   rows, cols = fastest_first[-1]
   raise ValueError(
@@ -370,9 +303,15 @@ class Plan:
     return self.sizes.f % self.tiles.cols != 0
 
   @property
+  def weights_in_stack(self) -> bool:
+    """Whether a step's weights are blocks of a stack, of layers or experts."""
+    return self.sizes.stacked or self.sizes.experts > 0
+
+  @property
   def sums_in_stack(self) -> bool:
     """Whether the gradients of weights are written into the stack's."""
-    return self.sizes.stacked and not self.hangs_over_f
+    of_layers = self.sizes.stacked and not self.hangs_over_f
+    return of_layers or self.sizes.experts > 0
 
   @property
   def keeps_in_stack(self) -> bool:
@@ -384,6 +323,11 @@ class Plan:
   def row_tiles(self) -> int:
     """How many tiles there are of x's rows."""
     return pl.cdiv(self.sizes.n, self.tiles.rows)
+
+  @property
+  def row_steps(self) -> int:
+    """Grid steps along them: one for each tile, or the experts' visits."""
+    return self.row_tiles + self.sizes.experts
 
   @property
   def f_tiles(self) -> int:

@@ -63,11 +63,18 @@ class Travel:
     slot: the slot that this step works on.
   """
 
-  def __init__(self, dx_hbm: Any, dx_sum: Any, refs: TravelScratch, plan: Plan):
+  def __init__(
+    self,
+    dx_hbm: Any,
+    dx_sum: Any,
+    refs: TravelScratch,
+    row_tile: Any,
+    plan: Plan,
+  ):
     self.dx_hbm, self.dx_sum, self.refs = dx_hbm, dx_sum, refs
     self.rows = plan.tiles.rows
     self.f_tiles, self.row_tiles = plan.f_tiles, plan.row_tiles
-    self.j, self.i = pl.program_id(0), pl.program_id(1)
+    self.j, self.i = pl.program_id(0), row_tile
     is_first = (self.j == 0) & (self.i == 0)
 
     @pl.when(is_first)
