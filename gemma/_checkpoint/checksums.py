@@ -45,23 +45,37 @@ def verify(step: pathlib.Path, fix: str, only: str | None = None) -> None:
     UserError: naming the first file that is missing, cut or changed.
   """
   try:
-    checksums = json.loads((step / CHECKSUMS).read_text())
-    items = [(name, size, crc) for name, (size, crc) in checksums.items()]
-  except (OSError, ValueError, TypeError, AttributeError) as error:
+    items = checksums_in((step / CHECKSUMS).read_bytes())
+  except (OSError, ValueError) as error:
     raise UserError(f"checkpoint {step / CHECKSUMS}: damaged; {fix}") from error
-  for name, size, crc in items:
-    path = step / name
-    if only not in (None, name):
+  for file, known in items.items():
+    if only not in (None, file):
       continue
-    if not path.is_file():
-      problem = "missing"
-    elif path.stat().st_size != size:
-      problem = f"cut, {path.stat().st_size:,} of {size:,} bytes"
-    elif _crc32(path) != crc:
-      problem = "damaged, its checksum differs"
-    else:
-      continue
-    raise UserError(f"checkpoint {path}: {problem}; {fix}")
+    if problem := problem_of(step / file, known):
+      raise UserError(f"checkpoint {step / file}: {problem}; {fix}")
+
+
+def checksums_in(content: bytes) -> dict[str, tuple[int, int]]:
+  """Size and CRC-32 of each file, by the content of checksums.json.
+
+  Raises:
+    ValueError: if it is damaged.
+  """
+  try:
+    items = json.loads(content).items()
+    return {str(name): (int(size), int(crc)) for name, (size, crc) in items}
+  except (TypeError, AttributeError) as error:
+    raise ValueError(str(error)) from error
+
+
+def problem_of(path: pathlib.Path, known: tuple[int, int]) -> str:
+  """How a file differs from its size and CRC-32; nothing if it does not."""
+  size, crc = known
+  if not path.is_file():
+    return "missing"
+  if path.stat().st_size != size:
+    return f"cut, {path.stat().st_size:,} of {size:,} bytes"
+  return "" if _crc32(path) == crc else "damaged, its checksum differs"
 
 
 def _crc32(path: pathlib.Path) -> int:

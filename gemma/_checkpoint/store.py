@@ -38,16 +38,25 @@ class Checkpoints(contextlib.AbstractContextManager):
     directory: holds `checkpoints/`.
     keep: how many of the newest to keep, besides the one of the lowest held-out
       loss; None for all.
+    on_complete: is called whenever a step is complete, by the thread that has
+      written it.
 
   Raises:
     UserError: if the directory cannot be one.
   """
 
-  def __init__(self, directory: str | os.PathLike[str], *, keep: int | None):
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    keep: int | None,
+    on_complete: Callable[[], None] | None = None,
+  ):
     self._directory = local_path(directory, "work directory").absolute()
     if keep is not None and keep < 1:
       raise UserError(f"keep: wanted 1 or more, or None, got {keep}")
     self._keep = keep
+    self._on_complete = on_complete
     # The step saved last, which stays whatever its number.
     self._last = -1
     self._writing: _Background | None = None
@@ -152,6 +161,8 @@ class Checkpoints(contextlib.AbstractContextManager):
       self._last = step
       if is_first():
         self._prune()
+    if self._on_complete is not None:
+      self._on_complete()
 
   def note_loss(self, step: int, loss: float) -> None:
     """Records the held-out loss of a step that was saved before.

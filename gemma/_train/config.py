@@ -11,6 +11,7 @@ from .._config import LARGEST, GemmaConfig
 from .._data.remote import Remote
 from .._errors import UserError
 from .._files import local_path, remote_url
+from .._remote import place_of
 from .._seeds import A_SEED, is_seed
 from .mesh import parse
 from .mix import check as check_mix
@@ -88,9 +89,12 @@ class TrainConfig:
       $PALLAS_GEMMA_CACHE, $XDG_CACHE_HOME/pallas-gemma or
       ~/.cache/pallas-gemma.
     work_dir: checkpoints, metrics and loss.png go here, and a run found here
-      is continued.  Default: runs/NAME, after the first of --data.
-    tokenizer: a SentencePiece tokenizer.model, for example Gemma's.  Default:
-      one of --model.vocab-size pieces, learnt from the training text.
+      is continued.  On this machine, or where fsspec writes: gs://bucket/run,
+      s3://; then the run works in the cache, and each checkpoint is uploaded.
+      Default: runs/NAME, after the first of --data.
+    tokenizer: a SentencePiece tokenizer.model, for example Gemma's, on this
+      machine or as in gs://bucket/tokenizer.model.  Default: one of
+      --model.vocab-size pieces, learnt from the training text.
     steps: optimizer steps in all, those of earlier runs included.
     batch_size: rows per step.
     accumulation: passes per step, each over batch_size / accumulation rows, to
@@ -177,10 +181,15 @@ class TrainConfig:
 
   def __post_init__(self) -> None:
     """Checks the values."""
-    for name in ("work_dir", "tokenizer"):
+    for name in ("work_dir", "tokenizer", "cache_dir"):
       path = getattr(self, name)
-      if path is not None:
+      if path is None:
+        continue
+      if name == "cache_dir":
         local_path(path, name)
+      elif place := place_of(path, name):
+        place.check()
+      object.__setattr__(self, name, pathlib.Path(path))
     for path in self.data:
       if url := remote_url(path):
         Remote(url).check()
