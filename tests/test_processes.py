@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,9 @@ from pallas_gemma.gemma import (
 from small_gemma import ONE_LAYER as MODEL
 from small_gemma import printed as run
 
+complete_steps = importlib.import_module(
+  "pallas_gemma.gemma._checkpoint"
+).complete_steps
 processes = importlib.import_module("pallas_gemma.gemma._processes")
 pytestmark = pytest.mark.no_interpreter
 
@@ -33,28 +37,44 @@ SETTINGS: dict[str, Any] = dict(
   sequence_length=8,
   evaluate_every=4,
   eval_batches=3,
-  save_every=100,
+  save_every=2,
   optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
   model=MODEL,
 )
 
-# Process 1 is told to end before its fourth step.
+# A checkpoint is written once two more steps are begun.  Then process 1 is told
+# to end; and when all that is done, it is killed while it writes another one.
 CHILD = """
-import importlib, os, pathlib, signal, sys
+import importlib, os, pathlib, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
 from pallas_gemma.gemma import TrainConfig, train
 from test_processes import SETTINGS
-loop = importlib.import_module("pallas_gemma.gemma._train.loop").Loop
-take_step = loop.take_step
+room = lambda name: importlib.import_module("pallas_gemma.gemma." + name)
+loop, store = room("_train.loop").Loop, room("_checkpoint.store")
+take_step, write_parts = loop.take_step, store.write_parts
+last, may_write, dies = os.environ["JAX_PROCESS_ID"] == "1", threading.Event(), []
 
 def told(self):
-  if self.step == 3 and os.environ["JAX_PROCESS_ID"] == "1":
-    os.kill(os.getpid(), signal.SIGTERM)
+  if self.step == 3:
+    if not dies:
+      assert not list(self._run.directory.glob("checkpoints/2"))
+    if last and not dies:
+      os.kill(os.getpid(), signal.SIGTERM)
+    may_write.set()
   take_step(self)
 
-loop.take_step = told
-result = train(TrainConfig(work_dir=pathlib.Path(sys.argv[2]), **SETTINGS))
-print("ended", result.step, int(result.interrupted_by))
+def slow(folder, items):
+  assert may_write.wait(60)
+  if dies and last:
+    os.kill(os.getpid(), signal.SIGKILL)
+  write_parts(folder, items)
+
+loop.take_step, store.write_parts = told, slow
+settings = TrainConfig(work_dir=pathlib.Path(sys.argv[2]), **SETTINGS)
+result = train(settings)
+print("ended", result.step, int(result.interrupted_by), flush=True)
+dies.append(True)
+train(settings)
 """
 
 
@@ -88,12 +108,16 @@ def test_two_processes_take_the_steps_of_one_and_one_goes_on(tmp_path):
   children = [start(directory, index, port) for index in range(2)]
   alone = TrainConfig(work_dir=tmp_path / "one", **SETTINGS)
   run(alone)
-  printed = [child.communicate()[0] for child in children]
-  assert all(not child.returncode for child in children), printed
-  ended = [text.splitlines()[-1].split() for text in printed]
-  step = int(ended[0][1])
-  assert ended[0] == ended[1] and int(ended[0][2]) == signal.SIGTERM
-  assert step in (4, 5)
+  (first, second), printed = children, ["", ""]
+  printed[1] = second.communicate()[0]
+  first.kill()  # it would wait a while for the other one
+  printed[0] = first.communicate()[0]
+  assert second.returncode == -signal.SIGKILL, printed
+  ended = [re.search(r"^ended (.*)$", text, re.M) for text in printed]
+  assert ended[0] and ended[1] and ended[0][1] == ended[1][1], printed
+  step, number = map(int, ended[0][1].split())
+  assert step in (4, 5) and number == signal.SIGTERM
+  assert complete_steps(directory)[-1] == step  # the next was not complete
   assert "mesh      fsdp=2, 2 devices of 2 processes" in printed[0]
   assert "loss" in printed[0] and "loss" not in printed[1]
   assert f"{step} done" in run(TrainConfig(work_dir=directory, **SETTINGS))

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .._errors import UserError
 from .._files import sync_folder, write_atomically
@@ -16,15 +16,29 @@ CHECKSUMS = "checksums.json"
 
 def write_checksums(step: pathlib.Path) -> None:
   """Writes those of all files under `step`, and puts all of them on disk."""
-  files = sorted(path for path in step.rglob("*") if path.is_file())
+  put_checksums(step, checksums_of(step))
+
+
+def checksums_of(
+  folder: pathlib.Path, pattern: str = "*"
+) -> dict[str, tuple[int, int]]:
+  """Size and CRC-32 of all files under `folder`, and puts them on disk."""
+  files = sorted(path for path in folder.rglob(pattern) if path.is_file())
   checksums = {
-    str(path.relative_to(step)): [path.stat().st_size, _crc32(path)]
+    path.relative_to(folder).as_posix(): (path.stat().st_size, _crc32(path))
     for path in files
   }
   for path in files:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+  return checksums
+
+
+def put_checksums(
+  step: pathlib.Path, checksums: Mapping[str, tuple[int, int]]
+) -> None:
+  """Writes checksums of files, and puts on disk which files there are."""
   for path in (*step.rglob("*"), step):
     if path.is_dir():
       sync_folder(path)
