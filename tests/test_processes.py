@@ -4,6 +4,7 @@ import importlib
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,8 +43,9 @@ SETTINGS: dict[str, Any] = dict(
   model=MODEL,
 )
 
-# A checkpoint is written once two more steps are begun.  Then process 1 is told
-# to end; and when all that is done, it is killed while it writes another one.
+# A checkpoint is written once another step is begun, and process 1 is told to
+# end meanwhile.  Then both begin a run on another machine, with caches of their
+# own, and process 1 is killed while it writes the second checkpoint.
 CHILD = """
 import importlib, os, pathlib, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
@@ -52,29 +54,29 @@ from test_processes import SETTINGS
 room = lambda name: importlib.import_module("pallas_gemma.gemma." + name)
 loop, store = room("_train.loop").Loop, room("_checkpoint.store")
 take_step, write_parts = loop.take_step, store.write_parts
-last, may_write, dies = os.environ["JAX_PROCESS_ID"] == "1", threading.Event(), []
+mine = os.environ["JAX_PROCESS_ID"]
+may_write, remote = threading.Event(), False
 
 def told(self):
-  if self.step == 3:
-    if not dies:
-      assert not list(self._run.directory.glob("checkpoints/2"))
-    if last and not dies:
+  if self.step == 3 and not remote:
+    assert not list(self._run.directory.glob("checkpoints/2"))
+    if mine == "1":
       os.kill(os.getpid(), signal.SIGTERM)
     may_write.set()
   take_step(self)
 
 def slow(folder, items):
   assert may_write.wait(60)
-  if dies and last:
+  if remote and mine == "1" and folder.parent.name == "4.part":
     os.kill(os.getpid(), signal.SIGKILL)
   write_parts(folder, items)
 
 loop.take_step, store.write_parts = told, slow
-settings = TrainConfig(work_dir=pathlib.Path(sys.argv[2]), **SETTINGS)
-result = train(settings)
+result = train(TrainConfig(work_dir=pathlib.Path(sys.argv[2]), **SETTINGS))
 print("ended", result.step, int(result.interrupted_by), flush=True)
-dies.append(True)
-train(settings)
+remote, cache = True, pathlib.Path(sys.argv[2] + "-cache" + mine)
+place = pathlib.Path("file://" + sys.argv[2] + "-remote")
+train(TrainConfig(work_dir=place, cache_dir=cache, **SETTINGS))
 """
 
 
@@ -82,6 +84,8 @@ def start(directory: pathlib.Path, index: int, port: int) -> subprocess.Popen:
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": f"{directory}-compiled",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
     "JAX_NUM_PROCESSES": "2",
@@ -117,17 +121,28 @@ def test_two_processes_take_the_steps_of_one_and_one_goes_on(tmp_path):
   assert ended[0] and ended[1] and ended[0][1] == ended[1][1], printed
   step, number = map(int, ended[0][1].split())
   assert step in (4, 5) and number == signal.SIGTERM
-  assert complete_steps(directory)[-1] == step  # the next was not complete
   assert "mesh      fsdp=2, 2 devices of 2 processes" in printed[0]
   assert "loss" in printed[0] and "loss" not in printed[1]
   assert f"{step} done" in run(TrainConfig(work_dir=directory, **SETTINGS))
-  records = [read_metrics(d) for d in (alone.directory, directory)]
-  for one, two in zip(*records, strict=True):
+  assert_same_records(alone.directory, directory)
+  # What they had uploaded together is whole, too.
+  place = pathlib.Path(f"file://{directory}-remote")
+  shutil.copytree(f"{directory}-remote", tmp_path / "copy")
+  assert complete_steps(tmp_path / "copy") == [2]
+  (tmp_path / "two-remote" / "lease.json").unlink()  # it is old by then
+  text = run(TrainConfig(work_dir=place, cache_dir=tmp_path / "c", **SETTINGS))
+  assert "2 done" in text
+  assert_same_records(alone.directory, tmp_path / "two-remote")
+
+
+def assert_same_records(one: pathlib.Path, two: pathlib.Path) -> None:
+  """That two runs have taken the same steps, but for rounding."""
+  for x, y in zip(read_metrics(one), read_metrics(two), strict=True):
     for name in ("step", "loss", "gradient_norm", "parameter_norm"):
-      assert two[name] == pytest.approx(one[name], rel=1e-5), name
-    held_out = one.get("held_out_loss", 0.0), two.get("held_out_loss", 0.0)
+      assert y[name] == pytest.approx(x[name], rel=1e-5), name
+    held_out = x.get("held_out_loss", 0.0), y.get("held_out_loss", 0.0)
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
-  assert records[1][-1]["step"] == STEPS
+  assert read_metrics(two)[-1]["step"] == STEPS
 
 
 def test_a_process_makes_its_own_rows_of_each_batch():

@@ -7,6 +7,10 @@
         lease                what this machine wrote to the lease
         compiled/            programs of this machine
 
+Each of several processes has a twin, with its parts of the arrays until it
+reads a step from there; the first one decides what is done, and alone writes
+what is not in parts.
+
 All that is promised of a work directory is promised of the twin, by the same
 code.  A `Mirror` carries it to the other machine: a step whose files are up
 gets its checksums, which make it count there, and only then do older ones go,
@@ -29,6 +33,7 @@ from .._data.cache import default_directory
 from .._errors import UserError
 from .._files import write_atomically
 from .._lease import Lease, LeaseLostError
+from .._processes import Channel, count, is_first, together
 from .._remote import Place
 from .checksums import CHECKSUMS
 from .identity import CONFIG, TOKENIZER, read_identity
@@ -36,21 +41,29 @@ from .remote import FOLDER, fetch, remote_steps, step_name
 from .steps import LOSS, complete_folders, loss_in, superfluous
 
 _METRICS = "metrics.jsonl"
+_READING = "reading the work directory"
+_SENDING = "uploading"
+# Of what is uploaded, by one thread at a time.
+_channel = Channel("mirror")
 # Of this machine alone.
 _LOCAL = (FOLDER, "cache", "compiled")
 
 
-def twin_home(place: Place, cache: pathlib.Path | None) -> pathlib.Path:
+def twin_home(
+  place: Place, cache: pathlib.Path | None, process: int = 0
+) -> pathlib.Path:
   """What belongs to a URL on this machine.
 
   Args:
     place: a work directory.
     cache: the one that the user asked for, if any.
+    process: of several; each has a twin of its own.
   """
   name = re.sub(r"[^A-Za-z0-9_-]+", "-", place.url.rpartition("/")[2])[:40]
   digest = hashlib.sha256(place.url.encode()).hexdigest()[:12]
   root = (cache or default_directory()).absolute()
-  return root / "work" / f"{name}-{digest}"
+  suffix = f"-{process}" if process else ""
+  return root / "work" / f"{name}-{digest}{suffix}"
 
 
 class Mirror:
@@ -59,14 +72,16 @@ class Mirror:
   Args:
     place: the work directory.
     home: what belongs to it on this machine; locked.
-    lease: on the place.
+    lease: on the place; None but for the first process.
     keep: how many of the newest steps to keep there, besides the best.
 
   Attributes:
     directory: the twin.
   """
 
-  def __init__(self, place: Place, home: pathlib.Path, lease: Lease, keep: int):
+  def __init__(
+    self, place: Place, home: pathlib.Path, lease: Lease | None, keep: int
+  ):
     self.directory = home / "run"
     self._place, self._home, self._lease = place, home, lease
     self._keep = keep
@@ -89,6 +104,19 @@ class Mirror:
       UserError: if it cannot be reached, or what is there is damaged.
     """
     self._say = say
+    with together(_READING):
+      if is_first():
+        self._reconcile()
+    self._settle_what_is_ahead()
+    with together(_READING):
+      if not is_first():
+        self._there, _ = remote_steps(self._place)
+        self._remove_what_differs()
+        self._fetch_files()
+      self._fetch_newest()
+
+  def _reconcile(self) -> None:
+    """What is there counts, unless the twin follows from it."""
     self._there, half = remote_steps(self._place)
     self._half = set(half)
     for step in half:
@@ -103,6 +131,42 @@ class Mirror:
     if not (self.directory / CONFIG).exists():
       self._fetch_files()
     self._note()
+
+  def _settle_what_is_ahead(self) -> None:
+    """Several processes upload at once what is not there, if all have it."""
+    if count() == 1:
+      return
+    marks = self._marks()
+    newest = max(self._there, default=-1) if is_first() else -1
+    told = _channel.gather(json.dumps([newest, marks]))
+    newest, first = json.loads(told[0])
+    ahead = max(map(int, first), default=-1)
+    if ahead <= newest:
+      return
+    name = str(ahead)
+    if all(json.loads(t)[1].get(name) == first[name] for t in told):
+      self._push()
+    elif is_first():
+      self._set_aside()
+      self.directory.mkdir(parents=True)
+      self._fetch_files()
+      self._note()
+
+  def _marks(self) -> dict[str, int]:
+    """What tells each complete step of the twin from others."""
+    folders = complete_folders(self.directory)
+    return {
+      str(step): zlib.crc32((folder / CHECKSUMS).read_bytes())
+      for step, folder in folders.items()
+    }
+
+  def _remove_what_differs(self) -> None:
+    there = {str(step): zlib.crc32(m) for step, m in self._there.items()}
+    for step, mark in self._marks().items():
+      if there.get(step) != mark:
+        shutil.rmtree(self.directory / FOLDER / step)
+
+  def _fetch_newest(self) -> None:
     newest = max(self._there, default=None)
     ahead = max(complete_folders(self.directory), default=-1)
     if newest is not None and ahead <= newest:
@@ -158,7 +222,18 @@ class Mirror:
       f"machine has of it, which is now {old}; going on from {self._place}"
     )
 
+  def share(self) -> None:
+    """Gives the run's identity to the other processes.
+
+    The first one is to call it before them.
+    """
+    if is_first():
+      self._send_files()
+    else:
+      self._fetch_files()
+
   def _fetch_files(self) -> None:
+    self.directory.mkdir(parents=True, exist_ok=True)
     found = {n: self._place.read(n) for n in (TOKENIZER, _METRICS, CONFIG)}
     for name, content in found.items():
       if content is not None:
@@ -193,13 +268,15 @@ class Mirror:
       self._error = None
 
   def finish(self) -> None:
-    """Uploads what is new.
+    """Uploads what is new, and has the records in all processes.
 
     Raises:
       UserError: if it fails.
     """
     try:
       self._push()
+      if not is_first():
+        self._fetch_files()
     except LeaseLostError:
       raise
     except UserError as error:
@@ -209,42 +286,66 @@ class Mirror:
       ) from error
 
   def _push(self) -> None:
-    self._lease.check()
-    self._send_files()
     folders = complete_folders(self.directory)
-    known = dict.fromkeys([*self._there, *folders])
-    spare = superfluous(
-      {step: step for step in known},
-      lambda step: self._loss(step, folders.get(step)),
-      self._keep,
-      max(folders, default=-1),
-    )
-    # What is most worth first.
-    for step in sorted(set(folders) - set(spare), reverse=True):
-      if step not in self._there:
-        self._send_step(step, folders[step])
-        self._note()
-      self._send_loss(step, folders[step])
-    for step in set(spare) & set(self._there):
-      self._place.remove(f"{step_name(step)}/{CHECKSUMS}")
-      del self._there[step]
-      self._half.add(step)
-    self._clean()
+    send, spare = self._plan(folders)
+    for step in send:
+      self._send_step(step, folders[step])
+    with _channel.together(_SENDING):
+      if self._lease is not None:
+        for step in sorted(set(folders) & set(self._there)):
+          self._send_loss(step, folders[step])
+        for step in spare:
+          self._place.remove(f"{step_name(step)}/{CHECKSUMS}")
+          del self._there[step]
+          self._half.add(step)
+        self._clean()
+
+  def _plan(
+    self, folders: dict[int, pathlib.Path]
+  ) -> tuple[list[int], list[int]]:
+    """The steps to upload, in order, and those to remove; as the first says.
+
+    It uploads what is no step by the way.
+    """
+    plan: tuple[list[int], list[int]] = [], []
+    every = _channel.gather(json.dumps(list(folders)))
+    with _channel.together(_SENDING):
+      if self._lease is not None:
+        self._lease.check()
+        self._send_files()
+        known = dict.fromkeys([*self._there, *folders])
+        spare = superfluous(
+          {step: step for step in known},
+          lambda step: self._loss(step, folders.get(step)),
+          self._keep,
+          max(folders, default=-1),
+        )
+        have = set.intersection(*(set(json.loads(text)) for text in every))
+        new = have - set(spare) - set(self._there)
+        # What is most worth first.
+        plan = sorted(new, reverse=True), sorted(set(spare) & set(self._there))
+    send, spare = json.loads(_channel.gather(json.dumps(plan))[0])
+    return send, spare
 
   def _send_step(self, step: int, folder: pathlib.Path) -> None:
+    """Uploads what this process has of it; at last its checksums."""
     there, mark = step_name(step), (folder / CHECKSUMS).read_bytes()
     self._half.add(step)
-    names = [
-      str(path.relative_to(folder).as_posix())
-      for path in sorted(folder.rglob("*"))
-      if path.is_file() and path.name not in (CHECKSUMS, LOSS)
-    ]
-    self._place.upload({f"{there}/{name}": folder / name for name in names})
-    self._send_loss(step, folder)
-    self._lease.check()  # it may have taken long
-    self._place.write(f"{there}/{CHECKSUMS}", mark)
+    with _channel.together(_SENDING):
+      names = [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (CHECKSUMS, LOSS)
+      ]
+      self._place.upload({f"{there}/{name}": folder / name for name in names})
+    with _channel.together(_SENDING):
+      if self._lease is not None:
+        self._send_loss(step, folder)
+        self._lease.check()  # it may have taken long
+        self._place.write(f"{there}/{CHECKSUMS}", mark)
     self._half.discard(step)
     self._there[step] = mark
+    self._note()
 
   def _send_loss(self, step: int, folder: pathlib.Path) -> None:
     content = _read(folder / LOSS)

@@ -107,7 +107,7 @@ def _run(
 
   work.pull(say)
   directory = work.directory
-  run = _opened(config, directory, console, say)
+  run = _opened(config, work, console, say)
   done, unwritten = run.done, _unwritten(run)
   if done >= config.steps and unwritten is None:
     with work.sent():
@@ -121,14 +121,15 @@ def _run(
   for line in _describe(run):
     say(line)
   result = _train(run, work, unwritten, console, output)
-  if not is_first():
-    return result
   with work.sent():
     try:
-      plot_losses(directory)
-      say(f"losses drawn in {work.name}/loss.png")
+      if is_first():
+        plot_losses(directory)
+        say(f"losses drawn in {work.name}/loss.png")
     except OSError as error:  # the picture only; all else is saved
       say(f"losses not drawn: {error}")
+  if not is_first():
+    return result
   best = best_step(work.name)
   if best is not None:
     say(
@@ -141,16 +142,18 @@ def _run(
 
 def _opened(
   config: TrainConfig,
-  directory: pathlib.Path,
+  work: Work,
   console: rich.console.Console,
   say: Callable[[str], None],
 ) -> Run:
   """The run; of several processes, the first one makes what is not there."""
-  run = None
+  run, directory = None, work.directory
   for mine in (is_first(), not is_first()):
     with together("reading the data"):
       if not mine:
         continue
+      if not is_first():
+        work.share()
       if is_first():
         for step, folder in set_aside_unfinished(directory).items():
           say(
@@ -164,6 +167,8 @@ def _opened(
           "share"
         )
       run = open_run(config, directory, console)
+      if is_first():
+        work.share()
   assert run is not None
   return run
 
@@ -189,7 +194,10 @@ def _train(
     deferred_interrupts() as interruption,
     work.sent(),
     Checkpoints(
-      run.directory, keep=config.keep, on_complete=work.push
+      run.directory,
+      keep=config.keep,
+      on_complete=work.push,
+      own=work.mirror is not None,
     ) as checkpoints,
     _metrics(run.directory, run.done - 1 if unwritten else run.done) as metrics,
     Progress(run.done, config.steps, console) as progress,

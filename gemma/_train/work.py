@@ -8,6 +8,8 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator
 
+import jax
+
 from .._checkpoint import Mirror, open_directory, twin_home
 from .._errors import UserError
 from .._files import remote_url
@@ -42,6 +44,11 @@ class Work:
       self.mirror.pull(say)
       say(f"work      {self.name}; on this machine {self.directory}")
 
+  def share(self) -> None:
+    """Lets other processes see the run; the first one calls it first."""
+    if self.mirror is not None and count() > 1:
+      self.mirror.share()
+
   def push(self) -> None:
     """Uploads what is new, if it is to be on another machine."""
     if self.mirror is not None:
@@ -59,7 +66,8 @@ class Work:
     except LeaseLostError:
       raise
     except Exception as error:
-      if self.mirror is not None:
+      # The other ones of several processes may know of no error.
+      if self.mirror is not None and count() == 1:
         try:
           self.mirror.finish()
         except UserError as second:
@@ -96,14 +104,12 @@ def open_work(config: TrainConfig, stack: contextlib.ExitStack) -> Work:
 def _open_twin(
   config: TrainConfig, place: Place, stack: contextlib.ExitStack
 ) -> Work:
-  if count() > 1:
-    raise UserError(
-      f"work directory {place}: several processes need one that all hosts see "
-      "as a folder; mount it, and give --work-dir the folder"
-    )
-  home = open_directory(twin_home(place, config.cache_dir))
+  process = jax.process_index() if count() > 1 else 0
+  home = open_directory(twin_home(place, config.cache_dir, process))
   stack.enter_context(locked(home, name=place.url))
-  lease = stack.enter_context(Lease(place, home / "lease"))
+  lease = None
+  if is_first():
+    lease = stack.enter_context(Lease(place, home / "lease"))
   mirror = Mirror(place, home, lease, config.keep)
   return Work(mirror.directory, place.url, mirror)
 
