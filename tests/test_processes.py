@@ -23,6 +23,7 @@ from pallas_gemma.gemma import (
 )
 from small_gemma import ONE_LAYER as MODEL
 from small_gemma import printed as run
+from test_train_safe import compiled_once, traced_once  # noqa: F401
 
 complete_steps = importlib.import_module(
   "pallas_gemma.gemma._checkpoint"
@@ -86,7 +87,7 @@ def start(directory: pathlib.Path, index: int, port: int) -> subprocess.Popen:
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": f"{directory}-compiled",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1"),
     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
     "JAX_NUM_PROCESSES": "2",
     "JAX_PROCESS_ID": str(index),

@@ -71,13 +71,14 @@ def _one_copy(x: jax.Array) -> NamedSharding:
   used: set[Any] = set()
   for entry in sharding.spec:
     used |= set(entry) if isinstance(entry, tuple) else {entry}
-  owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+  devices = np.asarray(mesh.devices)
+  owners = np.vectorize(lambda device: device.process_index)(devices)
   first = np.argwhere(owners == 0)[0]
   chosen = tuple(
     slice(None) if axis in used else slice(at, at + 1)
     for axis, at in zip(mesh.axis_names, first, strict=True)
   )
-  some = Mesh(mesh.devices[chosen], mesh.axis_names)
+  some = Mesh(devices[chosen], mesh.axis_names)
   return NamedSharding(some, sharding.spec, memory_kind=_HOST)
 
 

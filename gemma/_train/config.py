@@ -138,7 +138,7 @@ class TrainConfig:
     save_every: steps between checkpoints; there is one at the end too, and on
       Ctrl-C, SIGTERM, SIGHUP, or when nobody reads the output any more.
     save_in_background: go on while a checkpoint is written, from a copy in the
-      host's memory.  (Of several processes all wait for it.)
+      host's memory.
     keep: checkpoints kept, the newest, besides the one of the lowest held-out
       loss.  A new one is complete before an older one is removed, so the disk
       must hold one more.
