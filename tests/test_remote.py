@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import sys
+import threading
+import zlib
 from typing import Any
 
 import fsspec
@@ -41,13 +43,14 @@ def room(name: str) -> Any:
   return importlib.import_module(f"pallas_gemma.gemma.{name}")
 
 
-steps, twin, leases = (
-  room("_checkpoint.steps"),
-  room("_checkpoint.twin"),
-  room("_lease"),
-)
+steps, mirrors = room("_checkpoint.steps"), room("_checkpoint.mirror")
+leases = room("_lease")
 remote_steps = room("_checkpoint.remote").remote_steps
-write_checksums = room("_checkpoint.checksums").write_checksums
+checksums = room("_checkpoint.checksums")
+put_checksums, write_checksums = (
+  checksums.put_checksums,
+  checksums.write_checksums,
+)
 place_of = room("_remote").place_of
 
 URL = "faulty://bucket/run"
@@ -76,7 +79,7 @@ class Machine:
   @contextlib.contextmanager
   def works(self):
     lease = leases.Lease(PLACE, self.home / "lease")
-    mirror = twin.Mirror(PLACE, self.home, lease, self.keep)
+    mirror = mirrors.Mirror(PLACE, self.home, lease, self.keep)
     try:
       mirror.pull(self.said.append)
       yield mirror
@@ -237,6 +240,138 @@ def test_a_damaged_step_is_named_and_one_of_this_machine_is_mended(tmp_path):
   with pytest.raises(UserError, match=f"{URL}/checkpoints/1: a file is miss"):
     with Machine(tmp_path / "b").works():
       pass
+
+
+# --- several processes, each with its parts ---
+
+
+class Lockstep(room("_processes").Channel):  # type: ignore[misc]
+  """What processes tell each other, of two threads."""
+
+  def __init__(self):
+    super().__init__("threads")
+    self.barrier, self.told = threading.Barrier(2, timeout=30), ["", ""]
+    self.own = threading.local()
+
+  def gather(self, text):
+    self.told[self.own.index] = text
+    self.barrier.wait()
+    told = list(self.told)
+    self.barrier.wait()
+    return told
+
+  def run(self, work) -> list[str]:
+    """Does it in both; what they say of their errors."""
+    errors = ["", ""]
+
+    def one(index: int) -> None:
+      self.own.index = index
+      try:
+        work(index)
+      except UserError as error:
+        errors[index] = str(error)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(2)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    return errors
+
+
+class Process(Machine):
+  """One of two: its steps hold its number too."""
+
+  def __init__(self, home: pathlib.Path, index: int):
+    super().__init__(home)
+    self.index = index
+    self.lease: Any = None
+    if not index:
+      self.lease = leases.Lease(PLACE, home / "lease")
+    self.mirror = mirrors.Mirror(PLACE, home, self.lease, keep=1)
+
+  def save(self, mirror, step: int, loss=None) -> None:
+    parts = {f"params/{i}": f"{step} of {i}".encode() for i in range(2)}
+    marks = {n: (len(x), zlib.crc32(x)) for n, x in parts.items()}
+    (mirror.directory / "tokenizer.model").write_text("tokenizer")
+    (mirror.directory / "config.json").write_text("{}")
+    with steps.new_folder(mirror.directory, step) as folder:
+      (folder / "params").mkdir()
+      own = f"params/{self.index}"
+      (folder / own).write_bytes(parts[own])
+      put_checksums(folder, marks)
+      steps.publish(folder, mirror.directory, step)
+    steps.prune(mirror.directory, self.keep, step)
+    mirror.push()
+
+  def held(self) -> dict[int, list[str]]:
+    folders = steps.complete_folders(self.mirror.directory)
+    return {
+      step: [path.read_text() for path in sorted(folder.glob("params/*"))]
+      for step, folder in folders.items()
+    }
+
+
+def test_several_processes_upload_their_parts(tmp_path, monkeypatch):
+  threads = Lockstep()
+  monkeypatch.setattr(mirrors, "_channel", threads)
+  monkeypatch.setattr(mirrors, "together", threads.together)
+  monkeypatch.setattr(mirrors, "count", lambda: 2)
+  monkeypatch.setattr(mirrors, "is_first", lambda: threads.own.index == 0)
+
+  def begin(*homes: str) -> list[Process]:
+    both = [Process(tmp_path / home, i) for i, home in enumerate(homes)]
+    assert threads.run(lambda i: both[i].mirror.pull(both[i].said.append)) == [
+      "",
+      "",
+    ]
+    return both
+
+  def end(both: list[Process]) -> list[str]:
+    errors = threads.run(lambda i: both[i].mirror.finish())
+    both[0].lease.__exit__()
+    return errors
+
+  def save(both: list[Process], step: int) -> list[str]:
+    return threads.run(lambda i: both[i].save(both[i].mirror, step))
+
+  both = begin("a", "b")
+  assert save(both, 1) == save(both, 2) == ["", ""]
+  assert there() == [2] and {"checkpoints/2/params/1"} < files_there()
+  # What one of them cannot upload, none of them has uploaded.
+  upload, place = type(PLACE).upload, type(PLACE)
+
+  def fails(self, sources):
+    if threads.own.index == 1:
+      raise UserError("the network is gone")
+    upload(self, sources)
+
+  monkeypatch.setattr(place, "upload", fails)
+  assert save(both, 3) == ["", ""] and there() == [2]
+  assert "process 1 failed: the network is gone" in both[0].said[0]
+  assert all("the network is gone; what is n" in text for text in end(both))
+  # As both still have it, it goes up at the next start; else it is none.
+  monkeypatch.setattr(place, "upload", upload)
+  both = begin("a", "b")
+  whole = {3: ["3 of 0", "3 of 1"]}
+  assert there() == [3] and both[0].held() == both[1].held() == whole
+  monkeypatch.setattr(place, "upload", fails)
+  assert save(both, 4) == ["", ""] and end(both)[0]
+  monkeypatch.setattr(place, "upload", upload)
+  both[0].lease.__exit__()
+  both = begin("a", "c")
+  assert there() == [3] and both[0].held() == both[1].held() == whole
+  assert "going on from" in both[0].said[-1]
+  assert save(both, 5) == ["", ""] and there() == [5]
+  # One process alone cannot use what two have not uploaded.
+  monkeypatch.setattr(place, "upload", fails)
+  assert save(both, 6) == ["", ""] and end(both)[0]
+  monkeypatch.undo()
+  alone = Machine(tmp_path / "a")
+  with alone.works() as mirror:
+    assert "has step 5, of another run or machine" in alone.said[-1]
+    (folder,) = steps.complete_folders(mirror.directory).values()
+    assert (folder / "params" / "1").read_text() == "5 of 1"
 
 
 # --- one writer ---

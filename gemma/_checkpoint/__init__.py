@@ -23,8 +23,10 @@ What is promised, and by which page:
     store       Checkpoints, which the trainer saves with
     told        best_step, read_record: what was said of a step
     remote      steps that are on another machine
-    twin        a directory on another machine, and how a run works in it: in
-                its twin on this one, which a Mirror carries there
+    twin        a directory on another machine, and what this one has of it, in
+                which a run works
+    mirror      how that gets there: a step's checksums last
+    parts       arrays of several processes: each writes what it has
     model       save_checkpoint and load_checkpoint: a whole model, in and out
 """
 
@@ -39,11 +41,12 @@ from .identity import (
   tokenizer_identity,
   write_identity,
 )
+from .mirror import Mirror
 from .model import load_checkpoint, save_checkpoint
 from .steps import complete_steps, set_aside_unfinished, unfinished_steps
 from .store import Checkpoints
 from .told import best_step, read_losses, read_record
-from .twin import Mirror, twin_home
+from .twin import twin_home
 
 __all__ = [
   "CONFIG",

@@ -139,16 +139,16 @@ class Checkpoints(contextlib.AbstractContextManager):
     if not background and not several:
       self._write(step, record, loss, items)
       return
-    with _disk_errors(self._directory):
+    with together(_SAVING), _disk_errors(self._directory):
       if self._keeps:
         self._check_room(items)
-    # The caller may give the arrays away, and an array of a CPU and NumPy's
-    # view of it are one.
-    copies = (
-      host_copies(items)
-      if several
-      else jax.tree.map(lambda x: np.array(x, copy=True), items)
-    )
+      # The caller may give the arrays away, and an array of a CPU and NumPy's
+      # view of it are one.
+      copies = (
+        host_copies(items)
+        if several
+        else jax.tree.map(lambda x: np.array(x, copy=True), items)
+      )
     if not background:
       self._write(step, record, loss, copies)
       return
@@ -192,8 +192,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             steps.write_loss(folder, loss)
           steps.publish(folder, self._directory, step)
       self._last = step
-      if self._keeps:
-        self._prune()
+      with _channel.together(_SAVING):
+        if self._keeps:
+          self._prune()
     if self._on_complete is not None:
       self._on_complete()
 

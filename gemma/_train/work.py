@@ -105,7 +105,14 @@ def _open_twin(
   config: TrainConfig, place: Place, stack: contextlib.ExitStack
 ) -> Work:
   process = jax.process_index() if count() > 1 else 0
-  home = open_directory(twin_home(place, config.cache_dir, process))
+  home = twin_home(place, config.cache_dir, process)
+  try:
+    open_directory(home)
+  except UserError as error:
+    raise UserError(
+      f"work directory {place}: its twin on this machine cannot be written: "
+      f"{error.__cause__}; give --cache-dir another place"
+    ) from error
   stack.enter_context(locked(home, name=place.url))
   lease = None
   if is_first():
