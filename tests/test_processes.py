@@ -1,6 +1,8 @@
 """Several processes train as one does."""
 
+import errno
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lockstep import Lockstep
 from pallas_gemma.gemma import (
   OptimizerConfig,
   TrainConfig,
@@ -144,6 +147,65 @@ def assert_same_records(one: pathlib.Path, two: pathlib.Path) -> None:
     held_out = x.get("held_out_loss", 0.0), y.get("held_out_loss", 0.0)
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
   assert read_metrics(two)[-1]["step"] == STEPS
+
+
+def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
+  """By the next `save` or `finish`, whenever one of them knows it."""
+  store: Any = importlib.import_module("pallas_gemma.gemma._checkpoint.store")
+  threads, full = Lockstep(), False
+  threads.replace(monkeypatch, store)
+
+  class Background(store._Background):
+    """Is of the process that it was made by."""
+
+    def __init__(self, *args):
+      super().__init__(*args)
+      self.index = threads.own.index
+
+    def run(self):
+      threads.own.index = self.index
+      super().run()
+
+  def write_parts(folder, items):
+    if full and threads.own.index == 1:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    folder.mkdir()
+    (folder / f"part-{threads.own.index}").write_text(str(items))
+
+  monkeypatch.setattr(store, "_Background", Background)
+  monkeypatch.setattr(store, "write_parts", write_parts)
+  monkeypatch.setattr(store, "host_copies", lambda items: items)
+  made: list[Any] = [None, None]
+  directories = [tmp_path / "0", tmp_path / "1"]
+
+  def make(i: int) -> None:
+    made[i] = store.Checkpoints(directories[i], keep=1, own=True)
+
+  def save(i: int, step: int) -> None:
+    made[i].save(step, record={"n": step}, x=np.zeros(1), background=True)
+
+  def check(i: int) -> None:
+    made[i]._writing.join()
+    made[i].check()
+
+  assert threads.run(make) == ["", ""]
+  for step in (1, 2):
+    assert threads.run(lambda i: save(i, step)) == ["", ""]  # noqa: B023
+  assert threads.run(lambda i: made[i].finish()) == ["", ""]
+  for i, directory in enumerate(directories):
+    assert complete_steps(directory) == [2]
+    folder = directory / "checkpoints" / "2"
+    assert (folder / f"part-{i}").exists()
+    known = json.loads((folder / "checksums.json").read_text())
+    assert set(known) == {"part-0", "part-1", "record.json"}
+  full = True
+  assert threads.run(lambda i: save(i, 3)) == ["", ""]
+  assert threads.run(check) == ["", ""]
+  errors = threads.run(lambda i: save(i, 4))
+  assert "process 1 failed: work directory" in errors[0]
+  assert "no space left on its disk" in errors[0]
+  assert errors[1].startswith(f"work directory {directories[1]}: no space left")
+  assert complete_steps(directories[0]) == complete_steps(directories[1]) == [2]
 
 
 def test_a_process_makes_its_own_rows_of_each_batch():

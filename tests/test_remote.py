@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import sys
-import threading
 import zlib
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from faulty import Faulty, Killed
 from flax import nnx
+from lockstep import Lockstep
 from pallas_gemma.gemma import (
   Tokenizer,
   TrainConfig,
@@ -245,40 +245,6 @@ def test_a_damaged_step_is_named_and_one_of_this_machine_is_mended(tmp_path):
 # --- several processes, each with its parts ---
 
 
-class Lockstep(room("_processes").Channel):  # type: ignore[misc]
-  """What processes tell each other, of two threads."""
-
-  def __init__(self):
-    super().__init__("threads")
-    self.barrier, self.told = threading.Barrier(2, timeout=30), ["", ""]
-    self.own = threading.local()
-
-  def gather(self, text):
-    self.told[self.own.index] = text
-    self.barrier.wait()
-    told = list(self.told)
-    self.barrier.wait()
-    return told
-
-  def run(self, work) -> list[str]:
-    """Does it in both; what they say of their errors."""
-    errors = ["", ""]
-
-    def one(index: int) -> None:
-      self.own.index = index
-      try:
-        work(index)
-      except UserError as error:
-        errors[index] = str(error)
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(2)]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join()
-    return errors
-
-
 class Process(Machine):
   """One of two: its steps hold its number too."""
 
@@ -314,10 +280,7 @@ class Process(Machine):
 
 def test_several_processes_upload_their_parts(tmp_path, monkeypatch):
   threads = Lockstep()
-  monkeypatch.setattr(mirrors, "_channel", threads)
-  monkeypatch.setattr(mirrors, "together", threads.together)
-  monkeypatch.setattr(mirrors, "count", lambda: 2)
-  monkeypatch.setattr(mirrors, "is_first", lambda: threads.own.index == 0)
+  threads.replace(monkeypatch, mirrors)
 
   def begin(*homes: str) -> list[Process]:
     both = [Process(tmp_path / home, i) for i, home in enumerate(homes)]

@@ -171,7 +171,7 @@ class Checkpoints(contextlib.AbstractContextManager):
   ) -> None:
     with _disk_errors(self._directory), contextlib.ExitStack() as stack:
       folder = steps.part_folder(self._directory, step)
-      with _channel.together(_SAVING):
+      with self._all_together():
         if self._keeps:
           self._check_room(items)
           stack.enter_context(steps.new_folder(self._directory, step))
@@ -180,23 +180,29 @@ class Checkpoints(contextlib.AbstractContextManager):
         if count() == 1
         else self._write_parts(folder, items)
       )
-      with _channel.together(_SAVING):
+      with self._all_together():
         if is_first() and record is not None:
           steps.write_record(folder, record)
           checksums |= checksums_of(folder, steps.RECORD)
       checksums = json.loads(_channel.gather(json.dumps(checksums))[0])
-      with _channel.together(_SAVING):
+      with self._all_together():
         if self._keeps:
           put_checksums(folder, checksums)
           if loss is not None:
             steps.write_loss(folder, loss)
           steps.publish(folder, self._directory, step)
       self._last = step
-      with _channel.together(_SAVING):
+      with self._all_together():
         if self._keeps:
           self._prune()
     if self._on_complete is not None:
       self._on_complete()
+
+  @contextlib.contextmanager
+  def _all_together(self) -> Iterator[None]:
+    """A block that is done in all processes, or fails in all."""
+    with _channel.together(_SAVING), _disk_errors(self._directory):
+      yield
 
   def _write_arrays(
     self, folder: pathlib.Path, items: dict[str, Any]
@@ -215,11 +221,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
     mine = folder / f".process-{jax.process_index()}"
     checksums: dict[str, tuple[int, int]] = {}
-    with _channel.together(_SAVING):
+    with self._all_together():
       write_parts(mine, items)
       checksums = checksums_of(mine)
     every = [json.loads(t) for t in _channel.gather(json.dumps(checksums))]
-    with _channel.together(_SAVING):
+    with self._all_together():
       join_parts(mine, folder, {} if is_first() else every[0])
       shutil.rmtree(mine)
     # What the first one has too, it has of all arrays.
