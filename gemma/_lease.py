@@ -28,6 +28,9 @@ _BEAT = 60.0  # seconds between two signs of life
 STALE = 300.0  # seconds after the last one, after which it is taken over
 
 
+_NOTED = 10  # leases that a file keeps
+
+
 class LeaseLostError(UserError):
   """Another process has taken the place."""
 
@@ -46,14 +49,17 @@ class Lease(contextlib.AbstractContextManager):
   """
 
   def __init__(self, place: Place, own: pathlib.Path):
-    self._place, self._own = place, own
+    self._place = place
     self._id = uuid.uuid4().hex
     self._since = f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
     self._ended = threading.Event()
     # Of what is read, and then written by it.
     self._lock = threading.Lock()
+    # Noted before it is taken: it is known again whenever this one is killed.
+    self._former = _ids(own)
+    noted = [*self._former, self._id][-_NOTED:]
+    write_atomically(own, " ".join(noted).encode())
     self._acquire()
-    write_atomically(own, self._id.encode())
     self._thread = threading.Thread(target=self._beat, daemon=True)
     self._thread.start()
 
@@ -98,10 +104,7 @@ class Lease(contextlib.AbstractContextManager):
 
     Only its own clock tells when a holder gave a sign of life.
     """
-    with contextlib.suppress(OSError):
-      if self._own.read_text() == there.get("id"):
-        return True
-    return not _age(there) < STALE
+    return there.get("id") in self._former or not _age(there) < STALE
 
   def _refusal(self, there: dict[str, Any]) -> UserError:
     rest = max(STALE - _age(there), 0.0)
@@ -135,6 +138,13 @@ class Lease(contextlib.AbstractContextManager):
       # there the next time.
       with contextlib.suppress(UserError):
         self.check()
+
+
+def _ids(own: pathlib.Path) -> list[str]:
+  """Of the leases that were taken with this file, the newest ones."""
+  with contextlib.suppress(OSError):
+    return own.read_text().split()
+  return []
 
 
 def _age(there: dict[str, Any]) -> float:

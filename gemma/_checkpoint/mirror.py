@@ -71,6 +71,9 @@ class Mirror:
         self._twin.look()
         self._twin.remove_what_differs()
         self._twin.fetch_files()
+      lacks = self._twin.lacks()
+      if lacks is not None:  # it may take long
+        self._say(f"fetching step {lacks} from {self._place} ...")
       self._twin.fetch_newest()
 
   def _reconcile(self) -> None:

@@ -139,6 +139,12 @@ class Twin:
     newest = max(complete_folders(self.directory), default=-1)
     return newest if newest > max(self.there, default=-1) else None
 
+  def lacks(self) -> int | None:
+    """The newest step there, if it is not on this machine, nor a newer one."""
+    newest = max(self.there, default=None)
+    here = complete_folders(self.directory)
+    return None if newest in here or self.ahead() is not None else newest
+
   def is_whole(self, step: int) -> bool:
     """Whether all files of a complete step are on this machine.
 

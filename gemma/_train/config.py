@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from .._config import LARGEST, GemmaConfig
 from .._data.remote import Remote
@@ -16,6 +18,11 @@ from .._seeds import A_SEED, is_seed
 from .mesh import parse
 from .mix import check as check_mix
 from .profile import window_of
+
+PathOrUrl = Annotated[
+  pathlib.Path | str | None, tyro.conf.arg(metavar="{None}|PATH|URL")
+]
+"""Of this machine or, as in gs://bucket/run, another one; a path afterwards."""
 
 
 def _require(condition: bool, field: str, wanted: str, got: object) -> None:
@@ -155,8 +162,8 @@ class TrainConfig:
   mix: tuple[str, ...] = ()
   text_field: str | None = "text"
   cache_dir: pathlib.Path | None = None
-  work_dir: pathlib.Path | None = None
-  tokenizer: pathlib.Path | None = None
+  work_dir: PathOrUrl = None
+  tokenizer: PathOrUrl = None
   steps: int = 320
   batch_size: int = 8
   accumulation: int = 1
@@ -245,6 +252,6 @@ class TrainConfig:
   def directory(self) -> pathlib.Path:
     """work_dir, or the default made from the name of the data."""
     if self.work_dir is not None:
-      return self.work_dir
+      return pathlib.Path(self.work_dir)
     name = self.data[0].resolve().stem if self.data else "python-docs"
     return pathlib.Path("runs") / (name or "data")

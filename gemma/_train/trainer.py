@@ -217,6 +217,8 @@ def _train(
     while loop.step < config.steps and not loop.stops():
       loop.take_step()
       interruption.holds = True
+    if work.mirror is not None:
+      progress.waits_for("uploading")
     loop.save()
     loop.report()
     loop.check()
