@@ -129,6 +129,8 @@ class Place:
 
   def upload(self, sources: Mapping[str, pathlib.Path]) -> None:
     """Writes files of this machine, by the names that they get."""
+    if not sources:
+      return
     with self._reached() as (files, path):
       targets = [_join(path, name) for name in sources]
       self._make_parents(files, targets)
@@ -140,6 +142,8 @@ class Place:
     Raises:
       FileNotFoundError: if one is not there.
     """
+    if not targets:
+      return
     for target in targets.values():
       target.parent.mkdir(parents=True, exist_ok=True)
     with _missing_is_raised(), self._reached() as (files, path):
