@@ -141,7 +141,7 @@ class Channel:
     while True:
       try:
         return _client().blocking_key_value_get(key, _WAIT)
-      except Exception as error:  # JAX's own, which is not public
+      except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
           raise
 
