@@ -51,7 +51,8 @@ class SampleConfig:
   """Continue prompts from a checkpoint, shown as the text grows.
 
   Attributes:
-    checkpoint: work directory of `train`, or directory of `save_checkpoint`.
+    checkpoint: work directory of `train`, such as gs://bucket/run, or directory
+      of `save_checkpoint`.
     prompt: texts to continue; one that begins with a dash as --prompt=-TEXT.
       Default: one empty text, the beginning of a document.
     step: which of its checkpoints: a number, or best for that of the lowest
@@ -164,8 +165,9 @@ def _train_and_sample(config: TrainConfig) -> int:
   from ._processes import count, is_first
   from ._train.metrics import perplexity
   from ._train.trainer import train
+  from ._train.work import local_home, shown
 
-  _keep_compiled(config.directory)
+  _keep_compiled(local_home(config))
   result = train(config)
   if not is_first():
     return 128 + (result.interrupted_by or -128)
@@ -182,10 +184,10 @@ def _train_and_sample(config: TrainConfig) -> int:
       f"by frequency alone (unigram): {perplexity(result.unigram_loss):,.1f}"
     )
   if count() == 1:  # several would all have to load it
-    print(f"\na sample from {result.directory}:\n")
+    print(f"\na sample from {shown(config)}:\n")
     _print_samples(SampleConfig(checkpoint=result.directory))
   print(
-    f"\nfor more: pallas-gemma sample --checkpoint {result.directory} "
+    f"\nfor more: pallas-gemma sample --checkpoint {shown(config)} "
     "--prompt 'The'"
   )
   return 0

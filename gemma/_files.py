@@ -43,8 +43,8 @@ def local_path(
   url = remote_url(path)
   if url is not None:
     raise UserError(
-      f"{what} {url}: remote paths are not supported yet, but for --data; "
-      "mount it or copy it to this machine, and give the local path"
+      f"{what} {url}: wanted a path of this machine; mount it, or write here "
+      "and copy"
     )
   return pathlib.Path(os.fsdecode(path))
 

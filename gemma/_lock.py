@@ -21,29 +21,34 @@ _HOLDER = ".lock.holder"
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path) -> Iterator[None]:
+def locked(directory: pathlib.Path, name: str = "") -> Iterator[None]:
   """Keeps other writers out of `directory`, an existing one; not readers.
 
   The lock is the operating system's: it ends with the process that holds it,
   however that ends, so that none is ever left behind.  Who holds it is written
   beside it.
 
+  Args:
+    directory: to lock.
+    name: for messages; that of the directory by default.
+
   Raises:
     UserError: if another process, or this one, holds it, naming the holder; or
       if the lock's file cannot be opened.
   """
+  name = name or str(directory)
   # Held by the block and not by a thread: threads may take turns in it.
   lock = filelock.FileLock(directory / _LOCK, thread_local=False)
   try:
     lock.acquire(blocking=False)
   except filelock.Timeout:
     raise UserError(
-      f"work directory {directory}: in use by {_holder(directory)}; wait for "
+      f"work directory {name}: in use by {_holder(directory)}; wait for "
       "it or stop it, or give --work-dir another place"
     ) from None
   except OSError as error:
     raise UserError(
-      f"work directory {directory}: cannot lock it: {error.strerror or error}; "
+      f"work directory {name}: cannot lock it: {error.strerror or error}; "
       "give --work-dir another place"
     ) from error
   try:

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._errors import UserError
 
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
+# Milliseconds of one request to the coordination service, of many.
+_WAIT = 60_000
 _NUMBERS = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -80,32 +81,83 @@ def is_first() -> bool:
   return count() == 1 or jax.process_index() == 0
 
 
-def all_agree(is_fine: bool) -> bool:
-  """Whether all processes say so; each waits for all others."""
-  if count() == 1:
-    return is_fine
-  return bool(multihost_utils.process_allgather(np.asarray(is_fine)).all())
+class Channel:
+  """Lets processes tell each other something, each time all of them.
 
-
-@contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-  """A block that all processes come to the end of, or none.
-
-  What another one wrote in it is there afterwards.
+  By the coordination service that JAX starts with them and not by devices, so
+  that a thread can do it while devices take steps.  All processes must do the
+  same in the same order, for each channel.
 
   Args:
-    what: is done, for the message of those that did not fail.
-
-  Raises:
-    UserError: if it failed in another process.
+    name: of the channel.
   """
-  try:
-    yield
-  except Exception:
-    all_agree(False)
-    raise
-  if not all_agree(True):
-    raise UserError(f"{what}: another process failed; see what it says")
+
+  def __init__(self, name: str):
+    self._name = name
+    self._count = 0
+
+  def gather(self, text: str) -> list[str]:
+    """What each process says here, in their order."""
+    if count() == 1:
+      return [text]
+    client, me = _client(), jax.process_index()
+    self._count += 1
+    client.key_value_set(self._key(self._count, me), text)
+    told = [self._wait(self._key(self._count, i)) for i in range(count())]
+    # All have said something now, so all have read what was said before.
+    if self._count > 1:
+      client.key_value_delete(self._key(self._count - 1, me))
+    return told
+
+  @contextlib.contextmanager
+  def together(self, what: str) -> Iterator[None]:
+    """A block that all processes come to the end of, or none.
+
+    What another one wrote in it is there afterwards.
+
+    Args:
+      what: is done, for the message of those that did not fail.
+
+    Raises:
+      UserError: if it failed in another process, saying why.
+    """
+    try:
+      yield
+    except Exception as error:
+      self.gather(str(error) or type(error).__name__)
+      raise
+    for i, text in enumerate(self.gather("")):
+      if text:
+        raise UserError(f"{what}: process {i} failed: {text}")
+
+  def _key(self, number: int, process: int) -> str:
+    return f"pallas-gemma/{self._name}/{number}/{process}"
+
+  def _wait(self, key: str) -> str:
+    """What is said by this key, however long that takes.
+
+    If its process has died, JAX ends this one too.
+    """
+    while True:
+      try:
+        return _client().blocking_key_value_get(key, _WAIT)
+      except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+          raise
+
+
+def _client() -> Any:
+  """JAX's end of the coordination service; it has no public name.
+
+  Orbax, whose barriers are made of it, gives it away neither.
+  """
+  from jax._src import distributed
+
+  return distributed.global_state.client
+
+
+_main = Channel("main")
+together = _main.together
 
 
 class Poll:

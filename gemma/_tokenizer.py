@@ -18,6 +18,7 @@ import sentencepiece
 
 from ._errors import UserError
 from ._files import local_path
+from ._remote import place_of
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
@@ -94,9 +95,14 @@ class Tokenizer:
 
   @classmethod
   def load(cls, path: str | pathlib.Path) -> Tokenizer:
-    """Reads a `.model` file, for example Gemma's tokenizer.model."""
+    """Reads a `.model` file, for example Gemma's tokenizer.model.
+
+    From this machine or another, as in gs://bucket/tokenizer.model.
+    """
+    if place := place_of(path, "tokenizer"):
+      return cls(place.content(), source=f"tokenizer {place}")
     try:
-      model = local_path(path, "tokenizer").read_bytes()
+      model = pathlib.Path(path).read_bytes()
     except OSError as error:
       raise UserError(
         f"tokenizer {path}: {error.strerror}; give a tokenizer.model file"

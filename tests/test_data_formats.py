@@ -354,7 +354,7 @@ def test_what_reads_another_machine_is_named_where_it_is_missing(
     with pytest.raises(UserError, match="data gs://bucket/x: .*gcsfs"):
       TrainConfig(data=(pathlib.Path(path),))
   with pytest.raises(
-    UserError, match="data nowhere://x: cannot be read: Proto"
+    UserError, match="data nowhere://x: cannot be reached: Proto"
   ):
     read_corpus(["nowhere://x"])
   monkeypatch.setitem(sys.modules, "fsspec", None)

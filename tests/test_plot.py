@@ -309,8 +309,8 @@ MISTAKES = {
   "no run": (lambda d, run: [run, d], "no metrics.jsonl with records in it"),
   "twice": (lambda d, run: [run, run], "given twice"),
   "remote": (
-    lambda d, run: ["gs://b/run"],
-    "gs://b/run: remote paths are not supported yet",
+    lambda d, run: ["memory://b/run"],
+    "memory:/b/run: no metrics.jsonl with records in it",
   ),
   "no such kind": (
     lambda d, run: [run, "--out", d / "a.doc"],

@@ -1,8 +1,12 @@
 """Several processes train as one does."""
 
+import errno
 import importlib
+import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lockstep import Lockstep
 from pallas_gemma.gemma import (
   OptimizerConfig,
   TrainConfig,
@@ -21,7 +26,11 @@ from pallas_gemma.gemma import (
 )
 from small_gemma import ONE_LAYER as MODEL
 from small_gemma import printed as run
+from test_train_safe import compiled_once, traced_once  # noqa: F401
 
+complete_steps = importlib.import_module(
+  "pallas_gemma.gemma._checkpoint"
+).complete_steps
 processes = importlib.import_module("pallas_gemma.gemma._processes")
 pytestmark = pytest.mark.no_interpreter
 
@@ -33,28 +42,45 @@ SETTINGS: dict[str, Any] = dict(
   sequence_length=8,
   evaluate_every=4,
   eval_batches=3,
-  save_every=100,
+  save_every=2,
   optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
   model=MODEL,
 )
 
-# Process 1 is told to end before its fourth step.
+# A checkpoint is written once another step is begun, and process 1 is told to
+# end meanwhile.  Then both begin a run on another machine, with caches of their
+# own, and process 1 is killed while it writes the second checkpoint.
 CHILD = """
-import importlib, os, pathlib, signal, sys
+import importlib, os, pathlib, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
 from pallas_gemma.gemma import TrainConfig, train
 from test_processes import SETTINGS
-loop = importlib.import_module("pallas_gemma.gemma._train.loop").Loop
-take_step = loop.take_step
+room = lambda name: importlib.import_module("pallas_gemma.gemma." + name)
+loop, store = room("_train.loop").Loop, room("_checkpoint.store")
+take_step, write_parts = loop.take_step, store.write_parts
+mine = os.environ["JAX_PROCESS_ID"]
+may_write, remote = threading.Event(), False
 
 def told(self):
-  if self.step == 3 and os.environ["JAX_PROCESS_ID"] == "1":
-    os.kill(os.getpid(), signal.SIGTERM)
+  if self.step == 3 and not remote:
+    assert not list(self._run.directory.glob("checkpoints/2"))
+    if mine == "1":
+      os.kill(os.getpid(), signal.SIGTERM)
+    may_write.set()
   take_step(self)
 
-loop.take_step = told
+def slow(folder, items):
+  assert may_write.wait(60)
+  if remote and mine == "1" and folder.parent.name == "4.part":
+    os.kill(os.getpid(), signal.SIGKILL)
+  write_parts(folder, items)
+
+loop.take_step, store.write_parts = told, slow
 result = train(TrainConfig(work_dir=pathlib.Path(sys.argv[2]), **SETTINGS))
-print("ended", result.step, int(result.interrupted_by))
+print("ended", result.step, int(result.interrupted_by), flush=True)
+remote, cache = True, pathlib.Path(sys.argv[2] + "-cache" + mine)
+place = pathlib.Path("file://" + sys.argv[2] + "-remote")
+train(TrainConfig(work_dir=place, cache_dir=cache, **SETTINGS))
 """
 
 
@@ -62,7 +88,9 @@ def start(directory: pathlib.Path, index: int, port: int) -> subprocess.Popen:
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "JAX_COMPILATION_CACHE_DIR": f"{directory}-compiled",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1"),
     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
     "JAX_NUM_PROCESSES": "2",
     "JAX_PROCESS_ID": str(index),
@@ -88,22 +116,96 @@ def test_two_processes_take_the_steps_of_one_and_one_goes_on(tmp_path):
   children = [start(directory, index, port) for index in range(2)]
   alone = TrainConfig(work_dir=tmp_path / "one", **SETTINGS)
   run(alone)
-  printed = [child.communicate()[0] for child in children]
-  assert all(not child.returncode for child in children), printed
-  ended = [text.splitlines()[-1].split() for text in printed]
-  step = int(ended[0][1])
-  assert ended[0] == ended[1] and int(ended[0][2]) == signal.SIGTERM
-  assert step in (4, 5)
+  (first, second), printed = children, ["", ""]
+  printed[1] = second.communicate()[0]
+  first.kill()  # it would wait a while for the other one
+  printed[0] = first.communicate()[0]
+  assert second.returncode == -signal.SIGKILL, printed
+  ended = [re.search(r"^ended (.*)$", text, re.M) for text in printed]
+  assert ended[0] and ended[1] and ended[0][1] == ended[1][1], printed
+  step, number = map(int, ended[0][1].split())
+  assert step in (4, 5) and number == signal.SIGTERM
   assert "mesh      fsdp=2, 2 devices of 2 processes" in printed[0]
   assert "loss" in printed[0] and "loss" not in printed[1]
   assert f"{step} done" in run(TrainConfig(work_dir=directory, **SETTINGS))
-  records = [read_metrics(d) for d in (alone.directory, directory)]
-  for one, two in zip(*records, strict=True):
+  assert_same_records(alone.directory, directory)
+  # What they had uploaded together is whole, too.
+  place = pathlib.Path(f"file://{directory}-remote")
+  shutil.copytree(f"{directory}-remote", tmp_path / "copy")
+  assert complete_steps(tmp_path / "copy") == [2]
+  (tmp_path / "two-remote" / "lease.json").unlink()  # it is old by then
+  text = run(TrainConfig(work_dir=place, cache_dir=tmp_path / "c", **SETTINGS))
+  assert "2 done" in text
+  assert_same_records(alone.directory, tmp_path / "two-remote")
+
+
+def assert_same_records(one: pathlib.Path, two: pathlib.Path) -> None:
+  """That two runs have taken the same steps, but for rounding."""
+  for x, y in zip(read_metrics(one), read_metrics(two), strict=True):
     for name in ("step", "loss", "gradient_norm", "parameter_norm"):
-      assert two[name] == pytest.approx(one[name], rel=1e-5), name
-    held_out = one.get("held_out_loss", 0.0), two.get("held_out_loss", 0.0)
+      assert y[name] == pytest.approx(x[name], rel=1e-5), name
+    held_out = x.get("held_out_loss", 0.0), y.get("held_out_loss", 0.0)
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
-  assert records[1][-1]["step"] == STEPS
+  assert read_metrics(two)[-1]["step"] == STEPS
+
+
+def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path, monkeypatch):
+  """By the next `save` or `finish`, whenever one of them knows it."""
+  store: Any = importlib.import_module("pallas_gemma.gemma._checkpoint.store")
+  threads, full = Lockstep(), False
+  threads.replace(monkeypatch, store)
+
+  class Background(store._Background):
+    """Is of the process that it was made by."""
+
+    def __init__(self, *args):
+      super().__init__(*args)
+      self.index = threads.own.index
+
+    def run(self):
+      threads.own.index = self.index
+      super().run()
+
+  def write_parts(folder, items):
+    if full and threads.own.index == 1:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    folder.mkdir()
+    (folder / f"part-{threads.own.index}").write_text(str(items))
+
+  monkeypatch.setattr(store, "_Background", Background)
+  monkeypatch.setattr(store, "write_parts", write_parts)
+  monkeypatch.setattr(store, "host_copies", lambda items: items)
+  made: list[Any] = [None, None]
+  directories = [tmp_path / "0", tmp_path / "1"]
+
+  def make(i: int) -> None:
+    made[i] = store.Checkpoints(directories[i], keep=1, own=True)
+
+  def save(i: int, step: int) -> None:
+    made[i].save(step, record={"n": step}, x=np.zeros(1), background=True)
+
+  def check(i: int) -> None:
+    made[i]._writing.join()
+    made[i].check()
+
+  assert threads.run(make) == ["", ""]
+  for step in (1, 2):
+    assert threads.run(lambda i: save(i, step)) == ["", ""]  # noqa: B023
+  assert threads.run(lambda i: made[i].finish()) == ["", ""]
+  for i, directory in enumerate(directories):
+    assert complete_steps(directory) == [2]
+    folder = directory / "checkpoints" / "2"
+    assert (folder / f"part-{i}").exists()
+    known = json.loads((folder / "checksums.json").read_text())
+    assert set(known) == {"part-0", "part-1", "record.json"}
+  full = True
+  assert threads.run(lambda i: save(i, 3)) == ["", ""]
+  assert threads.run(check) == ["", ""]
+  errors = threads.run(lambda i: save(i, 4))
+  assert "process 1 failed: work directory" in errors[0]
+  assert "no space left on its disk" in errors[0]
+  assert errors[1].startswith(f"work directory {directories[1]}: no space left")
+  assert complete_steps(directories[0]) == complete_steps(directories[1]) == [2]
 
 
 def test_a_process_makes_its_own_rows_of_each_batch():

@@ -105,7 +105,9 @@ def traced_once():
   loop = room("_train.loop")
   make = functools.cache(loop.make_steps)
   others = dict(data=(), work_dir=None, eval_batches="auto", allow_change=False)
-  others |= dict(profile=None, max_skipped=1, mix=(), save_in_background=True)
+  others |= dict(
+    cache_dir=None, profile=None, max_skipped=1, mix=(), save_in_background=True
+  )
   others |= dict.fromkeys(("evaluate_every", "save_every", "keep"), 1)
 
   def make_steps(config, valid_vocab_size, layout):

@@ -21,6 +21,12 @@ What is promised, and by which page:
                 summed; older ones are removed after that, the best one never.
                 So at every instant there is a complete one, once there was one
     store       Checkpoints, which the trainer saves with
+    told        best_step, read_record: what was said of a step
+    remote      steps that are on another machine
+    twin        a directory on another machine, and what this one has of it, in
+                which a run works
+    mirror      how that gets there: a step's checksums last
+    parts       arrays of several processes: each writes what it has
     model       save_checkpoint and load_checkpoint: a whole model, in and out
 """
 
@@ -35,21 +41,18 @@ from .identity import (
   tokenizer_identity,
   write_identity,
 )
+from .mirror import Mirror
 from .model import load_checkpoint, save_checkpoint
-from .steps import (
-  best_step,
-  complete_steps,
-  read_losses,
-  read_record,
-  set_aside_unfinished,
-  unfinished_steps,
-)
+from .steps import complete_steps, set_aside_unfinished, unfinished_steps
 from .store import Checkpoints
+from .told import best_step, read_losses, read_record
+from .twin import twin_home
 
 __all__ = [
   "CONFIG",
   "TOKENIZER",
   "Checkpoints",
+  "Mirror",
   "best_step",
   "check_identity",
   "complete_steps",
@@ -61,6 +64,7 @@ __all__ = [
   "save_checkpoint",
   "set_aside_unfinished",
   "tokenizer_identity",
+  "twin_home",
   "unfinished_steps",
   "write_identity",
 ]

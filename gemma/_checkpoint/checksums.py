@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .._errors import UserError
 from .._files import sync_folder, write_atomically
@@ -16,15 +16,29 @@ CHECKSUMS = "checksums.json"
 
 def write_checksums(step: pathlib.Path) -> None:
   """Writes those of all files under `step`, and puts all of them on disk."""
-  files = sorted(path for path in step.rglob("*") if path.is_file())
+  put_checksums(step, checksums_of(step))
+
+
+def checksums_of(
+  folder: pathlib.Path, pattern: str = "*"
+) -> dict[str, tuple[int, int]]:
+  """Size and CRC-32 of all files under `folder`, and puts them on disk."""
+  files = sorted(path for path in folder.rglob(pattern) if path.is_file())
   checksums = {
-    str(path.relative_to(step)): [path.stat().st_size, _crc32(path)]
+    path.relative_to(folder).as_posix(): (path.stat().st_size, _crc32(path))
     for path in files
   }
   for path in files:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+  return checksums
+
+
+def put_checksums(
+  step: pathlib.Path, checksums: Mapping[str, tuple[int, int]]
+) -> None:
+  """Writes checksums of files, and puts on disk which files there are."""
   for path in (*step.rglob("*"), step):
     if path.is_dir():
       sync_folder(path)
@@ -45,23 +59,37 @@ def verify(step: pathlib.Path, fix: str, only: str | None = None) -> None:
     UserError: naming the first file that is missing, cut or changed.
   """
   try:
-    checksums = json.loads((step / CHECKSUMS).read_text())
-    items = [(name, size, crc) for name, (size, crc) in checksums.items()]
-  except (OSError, ValueError, TypeError, AttributeError) as error:
+    items = checksums_in((step / CHECKSUMS).read_bytes())
+  except (OSError, ValueError) as error:
     raise UserError(f"checkpoint {step / CHECKSUMS}: damaged; {fix}") from error
-  for name, size, crc in items:
-    path = step / name
-    if only not in (None, name):
+  for file, known in items.items():
+    if only not in (None, file):
       continue
-    if not path.is_file():
-      problem = "missing"
-    elif path.stat().st_size != size:
-      problem = f"cut, {path.stat().st_size:,} of {size:,} bytes"
-    elif _crc32(path) != crc:
-      problem = "damaged, its checksum differs"
-    else:
-      continue
-    raise UserError(f"checkpoint {path}: {problem}; {fix}")
+    if problem := problem_of(step / file, known):
+      raise UserError(f"checkpoint {step / file}: {problem}; {fix}")
+
+
+def checksums_in(content: bytes) -> dict[str, tuple[int, int]]:
+  """Size and CRC-32 of each file, by the content of checksums.json.
+
+  Raises:
+    ValueError: if it is damaged.
+  """
+  try:
+    items = json.loads(content).items()
+    return {str(name): (int(size), int(crc)) for name, (size, crc) in items}
+  except (TypeError, AttributeError) as error:
+    raise ValueError(str(error)) from error
+
+
+def problem_of(path: pathlib.Path, known: tuple[int, int]) -> str:
+  """How a file differs from its size and CRC-32; nothing if it does not."""
+  size, crc = known
+  if not path.is_file():
+    return "missing"
+  if path.stat().st_size != size:
+    return f"cut, {path.stat().st_size:,} of {size:,} bytes"
+  return "" if _crc32(path) == crc else "damaged, its checksum differs"
 
 
 def _crc32(path: pathlib.Path) -> int:

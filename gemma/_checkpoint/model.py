@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from typing import Literal
 
 from .. import ops as _ops
 from .._errors import UserError
-from .._files import local_path
 from .._lock import locked
 from .._model import Gemma
 from .._params import abstract_gemma, model_params, with_params
+from .._remote import place_of
 from .._tokenizer import Tokenizer
 from .identity import (
   TOKENIZER,
@@ -19,6 +20,7 @@ from .identity import (
   read_identity,
   write_identity,
 )
+from .remote import fetched
 from .steps import choose_step, complete_folders
 from .store import Checkpoints, restore, step_number
 
@@ -70,7 +72,8 @@ def load_checkpoint(
   """Reads a model and its tokenizer.
 
   Args:
-    directory: written by `save_checkpoint`, or the work directory of `train`.
+    directory: written by `save_checkpoint`, or the work directory of `train`,
+      on this machine or another, such as gs://bucket/run.
     step: which of its steps: a number, "best" for the one of the lowest
       held-out loss, or None for the newest, that of the highest number.
     ops: the array functions the model will call.
@@ -79,14 +82,18 @@ def load_checkpoint(
     UserError: if there is none, or it is damaged, unfinished or of another
       config.
   """
-  directory = local_path(directory, "checkpoint")
+  if not isinstance(step, str | None):
+    step = step_number(step)
+  place = place_of(directory, "checkpoint")
+  if place is not None:
+    with fetched(place, step, ("params/",)) as (here, found):
+      return load_checkpoint(here, step=found, ops=ops)
+  directory = pathlib.Path(directory)
   if not directory.is_dir():
     raise UserError(f"checkpoint {directory}: no such directory")
   identity = read_identity(directory)
   config = model_config(directory, identity)
   tokenizer = Tokenizer.load(directory / TOKENIZER)
-  if not isinstance(step, str | None):
-    step = step_number(step)
   model = abstract_gemma(config, ops)
   params = model_params(model)
   while True:

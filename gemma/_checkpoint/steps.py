@@ -21,16 +21,18 @@ import pathlib
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from .._errors import UserError
-from .._files import local_path, sync_folder, write_atomically
-from .checksums import CHECKSUMS, verify
+from .._files import sync_folder, write_atomically
+from .checksums import CHECKSUMS
 
-_RECORD = "record.json"
-_LOSS = "loss.json"
-_STEP = re.compile(r"(0|[1-9][0-9]*)")
+_Folder = TypeVar("_Folder")
+
+RECORD = "record.json"
+LOSS = "loss.json"
+STEP = re.compile(r"(0|[1-9][0-9]*)")
 _NEW = re.compile(r"(0|[1-9][0-9]*)\.new")
 
 
@@ -48,7 +50,7 @@ def unfinished_steps(directory: pathlib.Path) -> list[int]:
   This version makes none: a folder gets its name when all is in it.  Either an
   earlier version was killed while saving, or the file was lost.
   """
-  steps = set(_folders(_root(directory), _STEP))
+  steps = set(_folders(_root(directory), STEP))
   return sorted(steps - set(complete_folders(directory)))
 
 
@@ -57,7 +59,7 @@ def complete_folders(directory: pathlib.Path) -> dict[int, pathlib.Path]:
   root, working = _root(directory), _working(directory)
   while True:
     before = _inodes(root), _inodes(working)
-    folders = _folders(root, _STEP) | _folders(working, _NEW)
+    folders = _folders(root, STEP) | _folders(working, _NEW)
     found = {
       step: folder
       for step, folder in folders.items()
@@ -92,8 +94,8 @@ def choose_step(directory: pathlib.Path, wanted: int | str | None) -> int:
   steps, unfinished = complete_steps(directory), unfinished_steps(directory)
   if wanted == "best":
     # An unfinished one that was evaluated may be the best.
-    lost = [s for s in unfinished if (_root(directory, s) / _LOSS).exists()]
-    best = best_step(directory)
+    lost = [s for s in unfinished if (_root(directory, s) / LOSS).exists()]
+    best = lowest(local_losses(directory))
     if best is None and not lost:
       raise UserError(
         f"checkpoint {directory}: no step has a held-out loss, so none is the "
@@ -154,27 +156,14 @@ def _folders(
 # --- what was said of them ---
 
 
-def best_step(directory: str | os.PathLike[str]) -> int | None:
-  """The complete step of the lowest held-out loss; None if none is known.
-
-  Raises:
-    UserError: if the file that holds a loss is damaged.
-  """
-  return _lowest(read_losses(directory))
-
-
-def _lowest(losses: dict[int, float]) -> int | None:
+def lowest(losses: Mapping[int, float]) -> int | None:
   """Of equal ones the newest."""
   return min(losses, key=lambda s: (losses[s], -s), default=None)
 
 
-def read_losses(directory: str | os.PathLike[str]) -> dict[int, float]:
-  """The held-out loss, in nats per token, of each step that has one.
-
-  Raises:
-    UserError: if the file that holds it is damaged.
-  """
-  folders = complete_folders(local_path(directory, "checkpoint"))
+def local_losses(directory: pathlib.Path) -> dict[int, float]:
+  """The held-out loss of each step that has one."""
+  folders = complete_folders(directory)
   losses = {step: _read_loss(path) for step, path in sorted(folders.items())}
   return {step: x for step, x in losses.items() if x is not None}
 
@@ -184,18 +173,34 @@ def write_loss(folder: pathlib.Path, loss: float) -> None:
   loss = float(loss)
   if math.isfinite(loss):
     content = {"held_out_loss": loss, "crc32": _crc32(loss)}
-    write_atomically(folder / _LOSS, json.dumps(content).encode())
+    write_atomically(folder / LOSS, json.dumps(content).encode())
 
 
 def _read_loss(folder: pathlib.Path) -> float | None:
-  path = folder / _LOSS
+  path = folder / LOSS
   try:
-    content = json.loads(path.read_text())
-    if content["crc32"] == _crc32(content["held_out_loss"]):
-      return float(content["held_out_loss"])
+    return loss_in(path.read_bytes(), path)
   except FileNotFoundError:
     return None
-  except (OSError, ValueError, KeyError, TypeError):
+  except OSError:
+    return loss_in(b"", path)
+
+
+def loss_in(content: bytes, path: object) -> float:
+  """The held-out loss that a file holds.
+
+  Args:
+    content: of the file.
+    path: for the message.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  try:
+    told = json.loads(content)
+    if told["crc32"] == _crc32(told["held_out_loss"]):
+      return float(told["held_out_loss"])
+  except (ValueError, KeyError, TypeError):
     pass
   raise UserError(
     f"checkpoint {path}: damaged; delete it: the step stays, its held-out loss "
@@ -208,22 +213,9 @@ def _crc32(loss: float) -> int:
 
 
 def write_record(folder: pathlib.Path, record: dict[str, Any]) -> None:
-  """Writes what `read_record` reads."""
+  """Writes what was recorded with a step."""
   text = json.dumps(record, indent=2) + "\n"
-  write_atomically(folder / _RECORD, text.encode())
-
-
-def read_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
-  """What the trainer recorded with a step; {} if it recorded nothing.
-
-  Raises:
-    UserError: if there is no such step, or its record is damaged.
-  """
-  directory = local_path(directory, "checkpoint")
-  folder = step_folder(directory, step)
-  verify(folder, way_out(directory, step), only=_RECORD)
-  path = folder / _RECORD
-  return json.loads(path.read_text()) if path.exists() else {}
+  write_atomically(folder / RECORD, text.encode())
 
 
 # --- how they come and go ---
@@ -328,16 +320,33 @@ def prune(directory: pathlib.Path, keep: int, saved: int) -> None:
     saved: the step saved last, which may be an earlier one.
   """
   folders = complete_folders(directory)
+  for step in superfluous(folders, _read_loss, keep, saved):
+    _discard(directory, folders[step])
+
+
+def superfluous(
+  folders: Mapping[int, _Folder],
+  loss_of: Callable[[_Folder], float | None],
+  keep: int,
+  saved: int,
+) -> list[int]:
+  """The steps that need not stay, in order.
+
+  Args:
+    folders: of all complete steps.
+    loss_of: a folder's held-out loss, if it is known.
+    keep: how many of the newest stay.
+    saved: the step saved last, which may be an earlier one.
+  """
   losses: dict[int, float] = {}
   spared: set[int | None] = {*sorted(folders)[-keep:], saved}
   for step, folder in folders.items():
     try:
-      loss = _read_loss(folder)
+      loss = loss_of(folder)
     except UserError:  # it may be the best
       spared.add(step)
     else:
       if loss is not None:
         losses[step] = loss
-  spared.add(_lowest(losses))
-  for step in sorted(set(folders) - spared):
-    _discard(directory, folders[step])
+  spared.add(lowest(losses))
+  return sorted(set(folders) - spared)

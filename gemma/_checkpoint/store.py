@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import operator
 import os
 import pathlib
@@ -17,12 +18,15 @@ import numpy as np
 
 from .._errors import UserError
 from .._files import local_path
-from .._processes import count, is_first, together
+from .._processes import Channel, count, is_first, together
 from . import steps
 from .arrays import read_arrays, write_arrays
-from .checksums import verify, write_checksums
+from .checksums import checksums_of, put_checksums, verify
+from .parts import host_copies, join_parts, write_parts
 
 _SAVING = "saving a checkpoint"
+# Of what is written; the thread that does it is one at a time.
+_channel = Channel("checkpoints")
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -32,27 +36,42 @@ class Checkpoints(contextlib.AbstractContextManager):
   one counts when all of it is on disk and was read back, and only then are
   older ones removed.  So there must be room for one more than are kept.
 
-  Of several processes all do the same; the first one does what is not in parts.
+  Of several processes all do the same: each writes its parts of the arrays, and
+  the first one does what is not in parts.
 
   Args:
-    directory: holds `checkpoints/`.
+    directory: holds `checkpoints/`; all processes see it, or each has its own.
     keep: how many of the newest to keep, besides the one of the lowest held-out
       loss; None for all.
+    on_complete: is called whenever a step is complete, by the thread that has
+      written it, in each process.
+    own: whether each of several processes has a directory of its own, which
+      gets its parts alone.
 
   Raises:
     UserError: if the directory cannot be one.
   """
 
-  def __init__(self, directory: str | os.PathLike[str], *, keep: int | None):
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    keep: int | None,
+    on_complete: Callable[[], None] | None = None,
+    own: bool = False,
+  ):
     self._directory = local_path(directory, "work directory").absolute()
     if keep is not None and keep < 1:
       raise UserError(f"keep: wanted 1 or more, or None, got {keep}")
     self._keep = keep
+    self._on_complete = on_complete
+    # Whether this process makes and removes folders.
+    self._keeps = own or is_first()
     # The step saved last, which stays whatever its number.
     self._last = -1
     self._writing: _Background | None = None
     with together("opening the checkpoints"):
-      if is_first():
+      if self._keeps:
         steps.clean(self._directory)
 
   def __exit__(self, kind: Any, *_) -> None:
@@ -65,17 +84,26 @@ class Checkpoints(contextlib.AbstractContextManager):
   def finish(self) -> None:
     """Waits until all that was saved is on disk, complete and compared.
 
+    Of several processes all must call it.
+
     Raises:
-      UserError: if it could not be written; see `save`.
+      UserError: if it could not be written; see `save`.  Of several processes
+        in all of them, wherever it was.
     """
     writing, self._writing = self._writing, None
     if writing is not None:
-      writing.join()
-      writing.check()
+      with together(_SAVING):
+        writing.join()
+        writing.check()
 
   def check(self) -> None:
-    """Raises what `finish` would, if that is known already."""
-    if self._writing is not None and not self._writing.is_alive():
+    """Raises what `finish` would, if that is known already.
+
+    Of several processes one may know it before the others; so they wait for the
+    next `save` or `finish`, which they call at the same time.
+    """
+    writing = self._writing
+    if count() == 1 and writing is not None and not writing.is_alive():
       self.finish()
 
   def save(
@@ -91,7 +119,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     In the background it takes a copy of the arrays in the host's memory, and
     writes that while the caller goes on; `finish` waits for it, and so does
-    whatever else is done here.  (One of several processes always waits.)
+    whatever else is done here.  Of several processes all must call it.
 
     Args:
       step: its number, 0 or more; it need not be the highest.
@@ -107,14 +135,23 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
     self.finish()
     step = step_number(step)
-    if not background or count() > 1:
+    several = count() > 1
+    if not background and not several:
       self._write(step, record, loss, items)
       return
-    with _disk_errors(self._directory):
-      self._check_room(items)
-    # The caller may give the arrays away, and an array of a CPU and NumPy's
-    # view of it are one.
-    copies = jax.tree.map(lambda x: np.array(x, copy=True), items)
+    with together(_SAVING), _disk_errors(self._directory):
+      if self._keeps:
+        self._check_room(items)
+      # The caller may give the arrays away, and an array of a CPU and NumPy's
+      # view of it are one.
+      copies = (
+        host_copies(items)
+        if several
+        else jax.tree.map(lambda x: np.array(x, copy=True), items)
+      )
+    if not background:
+      self._write(step, record, loss, copies)
+      return
 
     def work(writing: _Background) -> None:
       self._write(step, record, loss, copies)
@@ -133,25 +170,66 @@ class Checkpoints(contextlib.AbstractContextManager):
     items: dict[str, Any],
   ) -> None:
     with _disk_errors(self._directory), contextlib.ExitStack() as stack:
-      with together(_SAVING):
-        folder = steps.part_folder(self._directory, step)
-        if is_first():
+      folder = steps.part_folder(self._directory, step)
+      with self._all_together():
+        if self._keeps:
           self._check_room(items)
           stack.enter_context(steps.new_folder(self._directory, step))
-      for name, item in items.items():
-        with together(_SAVING):
-          write_arrays(folder / name, item)
-      with together(_SAVING):
-        if is_first():
-          if record is not None:
-            steps.write_record(folder, record)
-          write_checksums(folder)
+      checksums = (
+        self._write_arrays(folder, items)
+        if count() == 1
+        else self._write_parts(folder, items)
+      )
+      with self._all_together():
+        if is_first() and record is not None:
+          steps.write_record(folder, record)
+          checksums |= checksums_of(folder, steps.RECORD)
+      checksums = json.loads(_channel.gather(json.dumps(checksums))[0])
+      with self._all_together():
+        if self._keeps:
+          put_checksums(folder, checksums)
           if loss is not None:
             steps.write_loss(folder, loss)
           steps.publish(folder, self._directory, step)
       self._last = step
-      if is_first():
-        self._prune()
+      with self._all_together():
+        if self._keeps:
+          self._prune()
+    if self._on_complete is not None:
+      self._on_complete()
+
+  @contextlib.contextmanager
+  def _all_together(self) -> Iterator[None]:
+    """A block that is done in all processes, or fails in all."""
+    with _channel.together(_SAVING), _disk_errors(self._directory):
+      yield
+
+  def _write_arrays(
+    self, folder: pathlib.Path, items: dict[str, Any]
+  ) -> dict[str, tuple[int, int]]:
+    """Writes them; the checksums of what was written."""
+    for name, item in items.items():
+      write_arrays(folder / name, item)
+    return checksums_of(folder)
+
+  def _write_parts(
+    self, folder: pathlib.Path, items: dict[str, Any]
+  ) -> dict[str, tuple[int, int]]:
+    """As `_write_arrays`, of several processes; the checksums of all of them.
+
+    Nothing else may be in the folder.
+    """
+    mine = folder / f".process-{jax.process_index()}"
+    checksums: dict[str, tuple[int, int]] = {}
+    with self._all_together():
+      write_parts(mine, items)
+      checksums = checksums_of(mine)
+    every = [json.loads(t) for t in _channel.gather(json.dumps(checksums))]
+    with self._all_together():
+      join_parts(mine, folder, {} if is_first() else every[0])
+      shutil.rmtree(mine)
+    # What the first one has too, it has of all arrays.
+    return {k: v for known in reversed(every) for k, v in known.items()}
 
   def note_loss(self, step: int, loss: float) -> None:
     """Records the held-out loss of a step that was saved before.
@@ -167,12 +245,15 @@ class Checkpoints(contextlib.AbstractContextManager):
     Raises:
       UserError: if the disk is full or cannot be written.
     """
-    writing = self._writing
-    if writing is not None and writing.step == step and writing.note(loss):
+    if not is_first():
       return
-    self.finish()
-    if is_first():
-      self._write_loss(step, loss)
+    writing = self._writing
+    if writing is not None:
+      if writing.step == step and writing.note(loss):
+        return
+      writing.join()
+    self.check()
+    self._write_loss(step, loss)
 
   def _write_loss(self, step: int, loss: float) -> None:
     folder = steps.complete_folders(self._directory).get(step)

@@ -1,19 +1,13 @@
-"""Text on other machines: gs://, s3://, https:// and the like, by fsspec.
-
-What a scheme needs besides, such as gcsfs for gs://, is a package of its own;
-one that is missing is named.
-"""
+"""Text on other machines: gs://, s3://, https:// and the like, by fsspec."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import pathlib
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from .._errors import UserError
+from .._remote import reached
 
 # What file systems tell of a file by which it is known to be another one.
 _TOLD = "mtime updated LastModified last_modified created ETag etag md5Hash"
@@ -78,21 +72,5 @@ class Remote:
     told = [f"{key}={info[key]}" for key in _TOLD.split() if info.get(key)]
     return int(info.get("size") or 0), told
 
-  @contextlib.contextmanager
-  def _reached(self) -> Iterator[tuple[Any, str]]:
-    """The file system and the path in it; what goes wrong is said."""
-    try:
-      yield importlib.import_module("fsspec").core.url_to_fs(self.url)
-    except ModuleNotFoundError as error:
-      raise UserError(
-        f"data {self.url}: needs {error.name}; pip install "
-        "'pallas-gemma[remote]', or copy it to this machine"
-      ) from error
-    except ImportError as error:  # fsspec says what to install
-      raise UserError(
-        f"data {self.url}: {error}; or copy it to this machine"
-      ) from error
-    except Exception as error:  # of any of their libraries
-      raise UserError(
-        f"data {self.url}: cannot be read: {error or type(error).__name__}"
-      ) from error
+  def _reached(self) -> contextlib.AbstractContextManager[tuple[Any, str]]:
+    return reached(self.url, "data")

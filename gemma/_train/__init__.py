@@ -5,6 +5,7 @@ What happens then, and where to read it:
 
     config      what a run can be told: TrainConfig, OptimizerConfig
     trainer     train(config), the whole run in twenty lines:
+    |-- work      the directory: locked, and if it is on another machine, a twin
     |-- run       before the first step: text, tokenizer, packed rows, and the
     |   |         directory, which is made, or checked if it is resumed
     |   |-- .._data   files -> documents -> token ids -> rows

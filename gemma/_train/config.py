@@ -5,16 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from .._config import LARGEST, GemmaConfig
 from .._data.remote import Remote
 from .._errors import UserError
 from .._files import local_path, remote_url
+from .._remote import place_of
 from .._seeds import A_SEED, is_seed
 from .mesh import parse
 from .mix import check as check_mix
 from .profile import window_of
+
+PathOrUrl = Annotated[
+  pathlib.Path | str | None, tyro.conf.arg(metavar="{None}|PATH|URL")
+]
+"""Of this machine or, as in gs://bucket/run, another one; a path afterwards."""
 
 
 def _require(condition: bool, field: str, wanted: str, got: object) -> None:
@@ -88,9 +96,12 @@ class TrainConfig:
       $PALLAS_GEMMA_CACHE, $XDG_CACHE_HOME/pallas-gemma or
       ~/.cache/pallas-gemma.
     work_dir: checkpoints, metrics and loss.png go here, and a run found here
-      is continued.  Default: runs/NAME, after the first of --data.
-    tokenizer: a SentencePiece tokenizer.model, for example Gemma's.  Default:
-      one of --model.vocab-size pieces, learnt from the training text.
+      is continued.  On this machine, or where fsspec writes: gs://bucket/run,
+      s3://; then the run works in the cache, and each checkpoint is uploaded.
+      Default: runs/NAME, after the first of --data.
+    tokenizer: a SentencePiece tokenizer.model, for example Gemma's, on this
+      machine or as in gs://bucket/tokenizer.model.  Default: one of
+      --model.vocab-size pieces, learnt from the training text.
     steps: optimizer steps in all, those of earlier runs included.
     batch_size: rows per step.
     accumulation: passes per step, each over batch_size / accumulation rows, to
@@ -134,7 +145,7 @@ class TrainConfig:
     save_every: steps between checkpoints; there is one at the end too, and on
       Ctrl-C, SIGTERM, SIGHUP, or when nobody reads the output any more.
     save_in_background: go on while a checkpoint is written, from a copy in the
-      host's memory.  (Of several processes all wait for it.)
+      host's memory.
     keep: checkpoints kept, the newest, besides the one of the lowest held-out
       loss.  A new one is complete before an older one is removed, so the disk
       must hold one more.
@@ -151,8 +162,8 @@ class TrainConfig:
   mix: tuple[str, ...] = ()
   text_field: str | None = "text"
   cache_dir: pathlib.Path | None = None
-  work_dir: pathlib.Path | None = None
-  tokenizer: pathlib.Path | None = None
+  work_dir: PathOrUrl = None
+  tokenizer: PathOrUrl = None
   steps: int = 320
   batch_size: int = 8
   accumulation: int = 1
@@ -177,10 +188,15 @@ class TrainConfig:
 
   def __post_init__(self) -> None:
     """Checks the values."""
-    for name in ("work_dir", "tokenizer"):
+    for name in ("work_dir", "tokenizer", "cache_dir"):
       path = getattr(self, name)
-      if path is not None:
+      if path is None:
+        continue
+      if name == "cache_dir":
         local_path(path, name)
+      elif place := place_of(path, name):
+        place.check()
+      object.__setattr__(self, name, pathlib.Path(path))
     for path in self.data:
       if url := remote_url(path):
         Remote(url).check()
@@ -236,6 +252,6 @@ class TrainConfig:
   def directory(self) -> pathlib.Path:
     """work_dir, or the default made from the name of the data."""
     if self.work_dir is not None:
-      return self.work_dir
+      return pathlib.Path(self.work_dir)
     name = self.data[0].resolve().stem if self.data else "python-docs"
     return pathlib.Path("runs") / (name or "data")

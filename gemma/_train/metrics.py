@@ -16,7 +16,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.summary import scalar
 
 from .._errors import UserError
-from .._files import local_path, write_atomically
+from .._files import write_atomically
+from .._remote import place_of
 
 _FILE = "metrics.jsonl"
 _events: Any = tensorboardX.proto.event_pb2  # generated, without types
@@ -242,17 +243,23 @@ def unwritten_record(
 def read_metrics(directory: str | os.PathLike[str]) -> list[Record]:
   """All records of a run, in order; none if there is no file.
 
+  The run may be on another machine, as in gs://bucket/run.
+
   A line that is not whole, because the process died while writing it, is left
   out; a number that was not finite is NaN.  `Record`, in `_train/metrics.py`,
   says what a record has.
   """
-  path = local_path(directory, "run") / _FILE
-  try:
-    lines = path.read_text(errors="replace").splitlines()
-  except (FileNotFoundError, NotADirectoryError):
-    return []
-  except OSError as error:
-    raise UserError(f"metrics {path}: {error.strerror}") from error
+  if place := place_of(directory, "run"):
+    content = place.read(_FILE) or b""
+  else:
+    path = pathlib.Path(directory) / _FILE
+    try:
+      content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+      return []
+    except OSError as error:
+      raise UserError(f"metrics {path}: {error.strerror}") from error
+  lines = content.decode(errors="replace").splitlines()
   records = []
   for line in lines:
     with contextlib.suppress(ValueError):

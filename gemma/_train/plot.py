@@ -15,7 +15,7 @@ import matplotlib.ticker
 import numpy as np
 
 from .._errors import UserError
-from .._files import local_path
+from .._files import local_path, remote_url
 from .metrics import Record, read_metrics
 from .plot_options import Axis
 
@@ -121,7 +121,7 @@ def plot_runs(
   """Draws training and held-out losses of runs into one picture.
 
   Args:
-    directories: work directories of `train`.
+    directories: work directories of `train`, such as gs://bucket/run.
     out: the picture; its suffix says of which kind.
     axis: what the curves are drawn over.
 
@@ -129,7 +129,7 @@ def plot_runs(
     UserError: if a run has no metrics, or none over this axis, or the picture
       cannot be written.
   """
-  paths = [local_path(directory, "run") for directory in directories]
+  paths = [pathlib.Path(directory) for directory in directories]
   path = local_path(out, "--out")
   if not paths:
     raise UserError("plot: no runs; give work directories of `train`")
@@ -187,7 +187,9 @@ def labels(paths: Sequence[pathlib.Path]) -> list[str]:
   Raises:
     UserError: if two are the same.
   """
-  whole = [path.resolve().parts for path in paths]
+  whole = [
+    path.parts if remote_url(path) else path.resolve().parts for path in paths
+  ]
   for path, parts in zip(paths, whole, strict=True):
     if whole.count(parts) > 1:
       raise UserError(f"run {path}: given twice; give different runs")
@@ -200,7 +202,7 @@ def labels(paths: Sequence[pathlib.Path]) -> list[str]:
 
 
 def _records(run: pathlib.Path, axis: Axis) -> list[Record]:
-  if not run.is_dir():
+  if remote_url(run) is None and not run.is_dir():
     raise UserError(f"run {run}: no such directory")
   records = read_metrics(run)
   if not records:

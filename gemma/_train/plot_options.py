@@ -16,7 +16,8 @@ class PlotConfig:
   """Draw the losses of runs into one picture, a colour for each.
 
   Attributes:
-    runs: work directories of `train`; a run that is still training will do.
+    runs: work directories of `train`, also on other machines, such as
+      gs://bucket/run; a run that is still training will do.
     out: the picture; its suffix says of which kind: png, svg, pdf.
     axis: what the curves are drawn over: optimizer steps, tokens trained on, or
       time spent, of which runs of earlier versions have steps alone.

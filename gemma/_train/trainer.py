@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import signal
 from collections.abc import Callable, Iterator
@@ -19,14 +18,12 @@ from .._checkpoint import (
   CONFIG,
   Checkpoints,
   best_step,
-  open_directory,
   read_losses,
   read_record,
   set_aside_unfinished,
 )
 from .._errors import UserError
 from .._flops import peak_flops
-from .._lock import locked
 from .._output import Output, reporting
 from .._params import num_parameters
 from .._processes import Poll, is_first, start, together
@@ -47,6 +44,7 @@ from .profile import Profile
 from .progress import Progress, completed
 from .run import Run, describe_data, open_run
 from .step import abstract_model, device_memory, resolved
+from .work import Work, open_work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,8 @@ class TrainResult:
   """How a call of `train` ended.
 
   Attributes:
-    directory: holds the checkpoints, metrics.jsonl and loss.png.
+    directory: holds the checkpoints, metrics.jsonl and loss.png.  Of a run that
+      works on another machine, what this one has of it.
     step: optimizer steps done, those of earlier calls included.
     held_out_loss: of the last evaluation, in nats per token; None if there was
       none yet.
@@ -88,38 +87,31 @@ def train(
       message says what to do, and nothing that was there is lost.
   """
   start(config.distributed)
-  existed = os.path.exists(config.directory)
-  directory = config.directory
-  try:
-    with contextlib.ExitStack() as stack:
-      with together("opening the work directory"):
-        directory = open_directory(directory)
-        if is_first():
-          stack.enter_context(locked(directory))
-      console = console or rich.console.Console()
-      if not is_first():
-        console = rich.console.Console(quiet=True)
-      reporter, output = stack.enter_context(reporting(console))
-      return _run(config, directory, reporter, output)
-  finally:
-    if not existed and is_first():  # and nothing came of it
-      with contextlib.suppress(OSError):
-        directory.rmdir()
+  console = console or rich.console.Console()
+  if not is_first():
+    console = rich.console.Console(quiet=True)
+  with contextlib.ExitStack() as stack:
+    work = open_work(config, stack)
+    reporter, output = stack.enter_context(reporting(console))
+    return _run(config, work, reporter, output)
 
 
 def _run(
   config: TrainConfig,
-  directory: pathlib.Path,
+  work: Work,
   console: rich.console.Console,
   output: Output,
 ) -> TrainResult:
   def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-  run = _opened(config, directory, console, say)
+  work.pull(say)
+  directory = work.directory
+  run = _opened(config, work, console, say)
   done, unwritten = run.done, _unwritten(run)
   if done >= config.steps and unwritten is None:
-    say(f"{completed(done, config.steps)} in {directory}")
+    with work.sent():
+      say(f"{completed(done, config.steps)} in {work.name}")
     return _result(directory, done)
   memory = device_memory()
   if memory is not None and config.model.remat == "auto":
@@ -128,18 +120,21 @@ def _run(
   run = dataclasses.replace(run, config=config)
   for line in _describe(run):
     say(line)
-  result = _train(run, unwritten, console, output)
+  result = _train(run, work, unwritten, console, output)
+  with work.sent():
+    try:
+      if is_first():
+        plot_losses(directory)
+        say(f"losses drawn in {work.name}/loss.png")
+    except OSError as error:  # the picture only; all else is saved
+      say(f"losses not drawn: {error}")
   if not is_first():
     return result
-  try:
-    say(f"losses drawn in {plot_losses(directory)}")
-  except OSError as error:  # the picture only; all else is saved
-    say(f"losses not drawn: {error}")
-  best = best_step(directory)
+  best = best_step(work.name)
   if best is not None:
     say(
       f"best checkpoint: step {best}, held-out loss "
-      f"{read_losses(directory)[best]:.3f}; it is kept, and "
+      f"{read_losses(work.name)[best]:.3f}; it is kept, and "
       "`sample --step best` takes it"
     )
   return result
@@ -147,16 +142,18 @@ def _run(
 
 def _opened(
   config: TrainConfig,
-  directory: pathlib.Path,
+  work: Work,
   console: rich.console.Console,
   say: Callable[[str], None],
 ) -> Run:
   """The run; of several processes, the first one makes what is not there."""
-  run = None
+  run, directory = None, work.directory
   for mine in (is_first(), not is_first()):
     with together("reading the data"):
       if not mine:
         continue
+      if not is_first():
+        work.share()
       if is_first():
         for step, folder in set_aside_unfinished(directory).items():
           say(
@@ -170,6 +167,8 @@ def _opened(
           "share"
         )
       run = open_run(config, directory, console)
+      if is_first():
+        work.share()
   assert run is not None
   return run
 
@@ -185,6 +184,7 @@ def _unwritten(run: Run) -> Record | None:
 
 def _train(
   run: Run,
+  work: Work,
   unwritten: Record | None,
   console: rich.console.Console,
   output: Output,
@@ -192,7 +192,13 @@ def _train(
   config = run.config
   with (
     deferred_interrupts() as interruption,
-    Checkpoints(run.directory, keep=config.keep) as checkpoints,
+    work.sent(),
+    Checkpoints(
+      run.directory,
+      keep=config.keep,
+      on_complete=work.push,
+      own=work.mirror is not None,
+    ) as checkpoints,
     _metrics(run.directory, run.done - 1 if unwritten else run.done) as metrics,
     Progress(run.done, config.steps, console) as progress,
     Profile(config.profile if is_first() else None, run.directory) as profile,
@@ -211,6 +217,8 @@ def _train(
     while loop.step < config.steps and not loop.stops():
       loop.take_step()
       interruption.holds = True
+    if work.mirror is not None:
+      progress.waits_for("uploading")
     loop.save()
     loop.report()
     loop.check()
