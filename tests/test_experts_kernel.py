@@ -40,11 +40,13 @@ def group_sizes(draw):
 
 # --- the visits ---------------------------------------------------------------
 
+visits_of = jax.jit(VISITS.visits_of, static_argnums=(1, 2))
+
 
 @given(group_sizes())
 @settings(max_examples=200, deadline=None)
 def test_every_row_is_visited_once_by_its_expert(sizes):
-  visits = jax.device_get(VISITS.visits_of(jnp.asarray(sizes), ROWS, TILE))
+  visits = jax.device_get(visits_of(jnp.asarray(sizes), ROWS, TILE))
   steps = list(zip(*visits, strict=True))
   wanted = [e for e, size in enumerate(sizes) for _ in range(size)]
   got = [None] * ROWS
@@ -67,7 +69,7 @@ def test_every_row_is_visited_once_by_its_expert(sizes):
 def test_flags_and_parts(sizes):
   part = VISITS.part_rows(256)
   assert part == VISITS.PART_ROWS and VISITS.part_rows(80) == 80
-  visits = jax.device_get(VISITS.visits_of(4 * jnp.asarray(sizes), 280, 256))
+  visits = jax.device_get(visits_of(4 * jnp.asarray(sizes), 280, 256))
   for runs, first, last in (
     (visits.expert, visits.is_first, visits.is_last),
     (visits.tile, visits.opens, visits.closes),
