@@ -81,15 +81,17 @@ class Ops:
     return self.flash_attention(q, k, v, layout="BNTH", **kwargs)
 
 
+_NAMES = {field.name for field in dataclasses.fields(Ops)}
+_CALLED = tuple(op for op in kernels.OPS if op.name in _NAMES)
+
+
 def _ops(default: str | None, **implementations: str) -> Ops:
-  own = {field.name for field in dataclasses.fields(Ops)}
   return Ops(
     **{
       op.name: functools.partial(
         op.function, implementation=implementations.get(op.name, default)
       )
-      for op in kernels.OPS
-      if op.name in own
+      for op in _CALLED
     }
   )
 
@@ -153,7 +155,7 @@ def describe_ops(ops: Ops, platform: str) -> list[str]:
   """
   return [
     f"{op.name}: {_which(op, getattr(ops, op.name), platform)}"
-    for op in kernels.OPS
+    for op in _CALLED
   ]
 
 

@@ -202,7 +202,7 @@ def test_pallas_kernels_agree_with_the_float64_twin():
   written = {
     op.name: functools.partial(op.function, implementation="pallas")
     for op in kernels.OPS
-    if op.pallas
+    if op.pallas and hasattr(REFERENCE, op.name)
   }
   tokens = random_tokens()
   model = make(ops=dataclasses.replace(REFERENCE, **written))
@@ -435,7 +435,8 @@ def test_remat_policies_keep_what_they_say():
 def test_describe_names_every_op_and_its_reason():
   for platform in ("cpu", "tpu"):
     lines = describe_ops(KERNELS, platform)
-    for op, line in zip(kernels.OPS, lines, strict=True):
+    called = [op for op in kernels.OPS if hasattr(KERNELS, op.name)]
+    for op, line in zip(called, lines, strict=True):
       if op.name in ("rms_norm", "add_rms_norm"):
         why = "reference (XLA), by choice"
       elif not op.pallas:

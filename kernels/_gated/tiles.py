@@ -275,9 +275,11 @@ def _fitting(
     if vmem_bytes(sizes, tiles) <= budget and (is_short or is_last):
       return tiles
   rows, cols = fastest_first[-1]
+  # The second product of experts has F in D's place.
+  names = ("D and F", "D or F") if sizes.experts else ("D", "D")
   raise ValueError(
-    f"{sizes.op}: the kernel needs D small enough that {rows} rows "
-    f"and {cols} columns of F fit VMEM, got D = {sizes.d} in "
+    f"{sizes.op}: the kernel needs {names[0]} small enough that {rows} rows "
+    f"and {cols} columns of F fit VMEM, got {names[1]} = {sizes.d} in "
     f"{sizes.dtype}; pass implementation='xla'"
   )
 
