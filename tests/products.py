@@ -23,6 +23,7 @@ HEADS = (1, SIZE, 1, SIZE)
 ARGUMENTS = {
   "geglu": [SQUARE, SQUARE, SQUARE],
   "feed_forward": [SQUARE, SQUARE, SQUARE, SQUARE],
+  "expert_feed_forward": [SQUARE, *[(1, *SQUARE)] * 3],
   "flash_attention": [HEADS, HEADS, HEADS],
   "linear_cross_entropy": [SQUARE, SQUARE],
 }
@@ -63,6 +64,9 @@ def results_and_gradients(*arrays):
     if op.name == "linear_cross_entropy":
       labels = jnp.arange(SIZE, dtype=jnp.int32)
       function = functools.partial(function, labels=labels)
+    if op.name == "expert_feed_forward":
+      all_rows = jnp.full(1, SIZE, jnp.int32)
+      function = functools.partial(function, group_sizes=all_rows)
     out, vjp = jax.vjp(function, *args)
     results.append((out, vjp(out)))
   return results

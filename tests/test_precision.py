@@ -9,6 +9,7 @@ import products
 import pytest
 import v5e
 from pallas_gemma import bench
+from pallas_gemma.bench.v5e import kernel_operands
 
 pytestmark = [pytest.mark.no_interpreter, v5e.needs_compiler]
 SUITE = str(pathlib.Path(products.__file__))
@@ -19,6 +20,9 @@ PRODUCTS = {
   "geglu_bwd": 4,
   "feed_forward_fwd": 3,
   "feed_forward_bwd": 6,
+  "expert_feed_forward_fwd": 2,
+  "expert_feed_forward_down_fwd": 1,
+  "expert_feed_forward_bwd": 6,
   "flash_attention_fwd": 2,
   "flash_attention_bwd": 5,
   "linear_cross_entropy_fwd": 1,
@@ -33,17 +37,20 @@ def is_product(instruction):
 def instructions(dtype):
   """How often each kernel runs an instruction of the matrix units."""
   counts = {}
+  program = next(p for p in products.programs() if p.case == dtype).build()
+  operands = kernel_operands(program.function, program.specs, program.values)
   job = bench.Job(SUITE, f"products/{dtype}/fwd/pallas")
   with bench.compiler_output(job) as (folder, _):
     for name, path in bench.find_listings(folder).items():
-      for kernel in PRODUCTS:
-        if kernel in name:
-          listing = bench.parse_listing(path.read_text(), name)
-          visits = bench.count_cycles(listing).visits
-          counts[kernel] = sum(
-            times * sum(map(is_product, bundle))
-            for times, bundle in zip(visits, listing.bundles, strict=True)
-          )
+      kernels = [kernel for kernel in PRODUCTS if kernel in name]
+      if kernels:
+        kernel = max(kernels, key=len)
+        listing = bench.parse_listing(path.read_text(), name)
+        visits = bench.count_cycles(listing, operands.get(kernel)).visits
+        counts[kernel] = sum(
+          times * sum(map(is_product, bundle))
+          for times, bundle in zip(visits, listing.bundles, strict=True)
+        )
   return counts
 
 

@@ -74,7 +74,7 @@ def visits_of(group_sizes: jax.Array, rows: int, tile: int) -> Visits:
   after = jnp.cumsum(of_expert)  # the number of the visit after its last
   visit = jnp.arange(tiles + experts, dtype=jnp.int32)
   # Rows of none are seen by the last expert, at its own visits' end.
-  owner = jnp.searchsorted(after, visit, side="right").astype(jnp.int32)
+  owner = jnp.sum(visit[:, None] >= after[None, :], axis=1, dtype=jnp.int32)
   is_rest = owner == experts
   expert = jnp.minimum(owner, experts - 1)
   since = visit - (after - of_expert)[expert]
