@@ -136,7 +136,7 @@ def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
       mask=mask,
     )
     config = FlashAttentionConfig(**found) if found else None
-  config = config or FlashAttentionConfig.fitting(group, h, a.q.dtype)
+  config = config or _untuned(p, group, h, a.q.dtype)
   config = config.clipped(t, s, group)
   if a.bias is not None and p.config is None:
     config = _beside_bias(config, Sizes.of_problem(p, a))
@@ -144,6 +144,30 @@ def choose(p: Problem, a: Arrays) -> FlashAttentionConfig:
     most = min(config.block_kv, MASK_KEYS), min(config.block_kv_bwd, MASK_KEYS)
     config = dataclasses.replace(config, block_kv=most[0], block_kv_bwd=most[1])
   return config
+
+
+def _untuned(
+  p: Problem, group: int, head_size: int, dtype: Any
+) -> FlashAttentionConfig:
+  """`fitting`, for what else is known of the problem."""
+  config = FlashAttentionConfig.fitting(group, head_size, dtype)
+  if group == 2 and head_size > tpu.LANES and dtype != jnp.float32:
+    # A diagonal of square blocks is one block, and less of a program: with a
+    # soft cap that of 1024 x 256 would not fit the instruction memory.
+    config = dataclasses.replace(config, block_q_bwd=512, block_kv_bwd=512)
+  if p.window is None:
+    return config
+  # Of a block of queries and the keys before it some are never seen: about as
+  # many as a block is long.
+  left, right = p.window
+  width = power_of_two(left + 1 + (0 if p.is_causal else right))
+  most_q, most_bwd = max(width // 2, 256), max(width // 4, 256)
+  return dataclasses.replace(
+    config,
+    block_q=min(config.block_q, most_q),
+    block_q_bwd=min(config.block_q_bwd, most_bwd),
+    block_kv_bwd=min(config.block_kv_bwd, most_bwd),
+  )
 
 
 def _beside_bias(
