@@ -6,10 +6,10 @@ from typing import Any
 
 from pallas_gemma.gemma import UserError
 
-_processes: Any = importlib.import_module("pallas_gemma.gemma._processes")
+Channel: Any = importlib.import_module("pallas_gemma.gemma._processes").Channel
 
 
-class Lockstep(_processes.Channel):  # type: ignore[misc]
+class Lockstep(Channel):
   """What they tell each other.
 
   Args:

@@ -26,7 +26,7 @@ from pallas_gemma.gemma import (
 )
 from small_gemma import ONE_LAYER as MODEL
 from small_gemma import printed as run
-from test_train_safe import compiled_once, traced_once  # noqa: F401
+from test_train_safe import compiled_once, traced_once  # noqa: F401  (fixtures)
 
 complete_steps = importlib.import_module(
   "pallas_gemma.gemma._checkpoint"

@@ -1,7 +1,6 @@
 """A run whose directory is on another machine loses nothing either."""
 
 import contextlib
-import importlib
 import json
 import os
 import pathlib
@@ -27,20 +26,16 @@ from pallas_gemma.gemma import (
   read_record,
 )
 from small_gemma import printed as run
-from test_train_safe import (  # noqa: F401
+from test_train_safe import (  # noqa: F401  (two are fixtures)
   STEPS,
   compiled_once,
   config,
   numbers,
+  room,
   traced_once,
 )
 
 pytestmark = pytest.mark.no_interpreter
-
-
-def room(name: str) -> Any:
-  """A module of the package."""
-  return importlib.import_module(f"pallas_gemma.gemma.{name}")
 
 
 steps, mirrors = room("_checkpoint.steps"), room("_checkpoint.mirror")

@@ -48,11 +48,11 @@ def checked(
   check_seen_products(
     _OP, p.implementation, "x, the weights and the group sizes"
   )
-  x, sizes, *weights_checked = _checked(x, weights, group_sizes)
-  own = _biases(biases, weights_checked)
+  x, sizes, *settled = _arrays(x, weights, group_sizes)
+  own = _biases(biases, settled)
   if not all(isinstance(n, int) for n in x.shape):
     p = dataclasses.replace(p, implementation=_without_kernel(p, x))
-  return arranged(x, weights_checked, sizes, own, p)
+  return arranged(x, settled, sizes, own, p)
 
 
 def arranged(
@@ -94,7 +94,7 @@ def _without_kernel(p: Problem, x: Any) -> Implementation:
   return "xla"
 
 
-def _checked(x: Any, weights: Any, group_sizes: Any) -> tuple[Any, ...]:
+def _arrays(x: Any, weights: Any, group_sizes: Any) -> tuple[Any, ...]:
   """x, the group sizes and the weights, as arrays."""
   (x,) = as_floats(_OP, x=x)
   if x.ndim != 2:

@@ -22,7 +22,13 @@ from .._gated.layout import Layout
 from .._gated.spec import Arrays, Kept, Outs, Problem
 from .._gated.tiles import where_present
 from .door import arranged, checked
-from .spec import ExpertBiases, expert_of_row, plain_forward, reference
+from .spec import (
+  ExpertBiases,
+  bias_of_rows,
+  expert_of_row,
+  plain_forward,
+  reference,
+)
 
 # --- the op -------------------------------------------------------------------
 
@@ -48,7 +54,7 @@ def _forward(p: Problem, a: Arrays, *, keep: bool) -> tuple[Outs, Kept | None]:
   product = Problem(
     _as_it_is, None, False, p.implementation, own, Layout("ungated")
   )
-  return gated_forward(product, down, keep=False, part="_down")[0], kept
+  return gated_forward(product, down, keep=False, suffix="_down")[0], kept
 
 
 def _split(p: Problem, a: Arrays) -> Split:
@@ -86,9 +92,8 @@ def _on_device(
   part = op(p, a._replace(b_down=None)).y
   y = jax.lax.psum(part, axes["F"])
   if a.b_down is not None:
-    expert = expert_of_row(a.group_sizes, y.shape[0])[:, None]
-    bias = a.b_down[jnp.minimum(expert[:, 0], a.b_down.shape[0] - 1)]
-    y += jnp.where(expert < a.b_down.shape[0], bias.astype(y.dtype), 0)
+    expert = expert_of_row(a.group_sizes, y.shape[0])
+    y += bias_of_rows(a.b_down, expert, y.dtype)
   return Outs(y)
 
 

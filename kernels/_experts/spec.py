@@ -80,8 +80,15 @@ def _product(
   x = jnp.where(is_some, x, jnp.zeros_like(x))
   y = _grouped(x, w.astype(x.dtype), sizes)
   if bias is not None:
-    y += bias.astype(y.dtype)[jnp.minimum(expert, sizes.shape[0] - 1)]
+    y += bias_of_rows(bias, expert, y.dtype)
   return jnp.where(is_some, y, 0)
+
+
+def bias_of_rows(bias: jax.Array, expert: jax.Array, dtype: Any) -> jax.Array:
+  """Each row's expert's bias; 0 for rows of none."""
+  experts = bias.shape[0]
+  own = bias.astype(dtype)[jnp.minimum(expert, experts - 1)]
+  return jnp.where((expert < experts)[:, None], own, 0)
 
 
 # --- ragged products ----------------------------------------------------------

@@ -17,7 +17,6 @@ from .stack import block_of_layer
 from .sums import Sums, sums_scratch
 from .tiles import Plan
 from .travel import TravelScratch, dx_travels, slots, travel_scratch
-from .visits import part_rows
 
 # --- records ------------------------------------------------------------------
 
@@ -174,8 +173,7 @@ def out_shapes(plan: Plan, a: Arrays) -> Outputs:
 def scratch(plan: Plan, a: Arrays) -> Scratch:
   """What to ask the compiler for."""
   sizes, rows, cols = plan.sizes, plan.tiles.rows, plan.tiles.cols
-  at_once = part_rows(rows) if sizes.experts else rows
-  tile = pltpu.VMEM((at_once, cols), sizes.dtype)
+  tile = pltpu.VMEM((sizes.rows_at_once(rows), cols), sizes.dtype)
   return Scratch(
     dgate=tile,
     dup=tile if sizes.branches == 2 else None,

@@ -181,7 +181,7 @@ def _finish(i: Inputs, o: Outputs, s: Scratch, plan: Plan):
 
 
 def forward(
-  p: Problem, a: Arrays, *, keep: bool, part: str = ""
+  p: Problem, a: Arrays, *, keep: bool, suffix: str = ""
 ) -> tuple[Outs, Kept | None]:
   """The result, and with `keep` what the config keeps for the backward pass.
 
@@ -189,7 +189,7 @@ def forward(
     p: the problem.
     a: its arrays.
     keep: whether there will be a backward pass.
-    part: of an op that calls this more than once, for the kernel's name.
+    suffix: of the kernel's name, where an op calls this more than once.
   """
   kept = keep and p.keeps_products
   sizes = Sizes.of(p, a, kept=kept, stored=kept and a.store_gate is not None)
@@ -199,7 +199,7 @@ def forward(
   grid = plan.row_steps, plan.f_tiles
   (outs,) = pl.pallas_call(
     functools.partial(_kernel, plan=plan),
-    name=f"{sizes.op}{part}_fwd",
+    name=f"{sizes.op}{suffix}_fwd",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=grid if _f_inside(plan) else grid[::-1],

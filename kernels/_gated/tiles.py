@@ -96,6 +96,10 @@ class Sizes:
       return "expert_feed_forward"
     return "feed_forward" if self.down else "geglu"
 
+  def rows_at_once(self, tile: int) -> int:
+    """Rows of a row tile that are computed together."""
+    return part_rows(tile) if self.experts else tile
+
   @property
   def weights(self) -> int:
     """How many weight matrices there are."""
@@ -123,7 +127,7 @@ def backward_bytes(sizes: Sizes, tiles: FeedForwardTiles) -> int:
   size, wsize = sizes.dtype.itemsize, sizes.weight_dtype.itemsize
   buffered = 2 * size * (2 + sizes.down + sizes.normed)
   # Three sums of dx, and what is added to them.
-  at_once = part_rows(rows) if sizes.experts else rows
+  at_once = sizes.rows_at_once(rows)
   row_tiles = rows * width * (buffered + 3 * 4) + at_once * width * 4
   # A weight and its gradient, and the gradient's sum or the weight's cast.
   one_weight = 4 * wsize + (4 if wsize < 4 else size)
@@ -162,7 +166,7 @@ def _product_cycles(
 ) -> float:
   """Cycles that the matrix unit takes for products, as many as are unrolled."""
   passes = tpu.FLOAT32_PASSES if sizes.dtype == jnp.float32 else 1
-  rows = part_rows(tiles.rows) if sizes.experts else tiles.rows
+  rows = sizes.rows_at_once(tiles.rows)
   one = rows * tiles.cols * tpu.lanes(sizes.d) / tpu.PRODUCTS_PER_CYCLE
   return products * passes * one
 

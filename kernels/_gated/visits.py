@@ -172,11 +172,17 @@ class Rows:
 
   def when_tile_begins(self, do: Callable[[], None]):
     """Does something once for each time that the tile is come to."""
-    pl.when(self._opens)(do) if self._of_expert else do()
+    if self._of_expert:
+      pl.when(self._opens)(do)
+    else:
+      do()
 
   def when_tile_ends(self, do: Callable[[], None]):
     """Does something once for each time that the tile is left."""
-    pl.when(self._closes)(do) if self._of_expert else do()
+    if self._of_expert:
+      pl.when(self._closes)(do)
+    else:
+      do()
 
   def open(self, *results: Any):
     """Clears a tile of which rows may be of none, before others are written."""
@@ -186,9 +192,9 @@ class Rows:
   def inside(self, tile: jax.Array) -> jax.Array:
     """A [rows, any] tile with zeros in place of other rows."""
     if self._of_expert:
-      return jnp.where(
-        self._are_own(tile), tile.astype(jnp.float32), 0.0
-      ).astype(tile.dtype)
+      # The selection is in float32: a v5e has no bfloat16 arithmetic.
+      wide = tile.astype(jnp.float32)
+      return jnp.where(self._are_own(tile), wide, 0.0).astype(tile.dtype)
     if self._n % self._tile == 0:
       return tile
     return tpu.zero_past(tile, self._n - self._step * self._tile, axis=0)
