@@ -22,8 +22,8 @@ os.environ.setdefault("NPROC", "64")
 # would only take from each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Nearly every program here runs once, on little data: most time goes into
-# compiling it for the CPU, where these ask for less.  Not for level 0: its tanh
-# differs, and is too far off for the derivative of gelu_tanh.
+# compiling it for the CPU, where these ask for less; `compile_once`, for less
+# still.
 COMPILE_FASTER = [
   "--xla_backend_optimization_level=1",
   "--xla_llvm_disable_expensive_passes=true",
@@ -58,6 +58,7 @@ import hypothesis  # noqa: E402
 import interpreter  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import v5e  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 # The same examples on every run, however slow the machine, and no shrinking: in
@@ -78,7 +79,7 @@ atexit.register(
   shutil.rmtree, os.environ["PALLAS_GEMMA_CACHE"], ignore_errors=True
 )
 
-compile_once.keep_small_programs()
+compile_once.compile_faster()
 interpreter.evaluate_op_by_op()
 interpreter.copy_words_too()
 
@@ -126,6 +127,13 @@ def compiled_programs_end_with_their_module():
   """They add up to gigabytes, and no other module calls them."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture
+def kernels_without_bodies():
+  """For `v5e.around_kernels`."""
+  with v5e.kernels_without_bodies():
+    yield
 
 
 @pytest.fixture(autouse=True)

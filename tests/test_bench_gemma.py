@@ -78,6 +78,7 @@ def test_decoding_is_bound_by_weights_and_the_cache_that_there_is():
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 def test_the_cache_is_written_in_place():
   built = gemma_decode.step(TINY, (1024,) * 8, 1024)
   compiled = bench.compile_program(built.function, built.specs, built.placement)

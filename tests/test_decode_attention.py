@@ -337,6 +337,7 @@ def _scanned(q, caches, lengths, new):
 
 @pytest.mark.no_interpreter
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.parametrize(
   "n, k, h, quantized",
   [(8, 1, 256, False), (32, 8, 128, False), (8, 1, 256, True)],

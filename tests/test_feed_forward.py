@@ -426,6 +426,7 @@ def value_and_gradients(function):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("saved", [False, True])
 def test_checkpoint_finds_what_is_saved_by_name(saved):
@@ -443,6 +444,7 @@ def test_checkpoint_finds_what_is_saved_by_name(saved):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_memory():
   """Beside what is kept, only the float32 dx is in HBM, and a norm's x."""
@@ -462,6 +464,7 @@ def test_memory():
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_float32_weights_are_cast_in_the_kernel():
   args = described(256, 256, 1024, weight_dtype=jnp.float32)
@@ -552,6 +555,7 @@ def test_split_over_a_mesh(layout):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_collectives_on_eight_chips():
   """One sum after down, one of dx, and those of the weights over the rows."""

@@ -655,6 +655,7 @@ def loss_gradient(**kwargs):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_compiles_for_eight_chips():
   mesh = jax.sharding.Mesh(
@@ -676,6 +677,7 @@ def test_compiles_for_eight_chips():
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_little_memory_beside_the_results():
   """No partial sums of dq, no transposed copies: at most a mebibyte."""

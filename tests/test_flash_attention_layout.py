@@ -290,20 +290,9 @@ def moves(text):
   return [f"{kind} {shape}" for shape, kind in found if "2048" in shape]
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-  """Compile in less time; what XLA copies does not depend on them."""
-
-  def choose(p, a):
-    (t, n), (s, k) = (x.shape[1:3] for x in (a.q, a.k))
-    return SMALL.clipped(t, s, n // k)
-
-  monkeypatch.setattr(TILES, "choose", choose)
-
-
 @pytest.mark.no_interpreter
 @v5e.needs_compiler
-@pytest.mark.usefixtures("small_blocks")
+@v5e.around_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", REAL)
 def test_nothing_is_copied(layout, heads):
@@ -333,7 +322,7 @@ def test_nothing_is_copied(layout, heads):
 
 @pytest.mark.no_interpreter
 @v5e.needs_compiler
-@pytest.mark.usefixtures("small_blocks")
+@v5e.around_kernels
 @pytest.mark.parametrize(
   "heads, by_default", [("mqa", False), ("gqa", True), ("mha", False)]
 )
@@ -342,7 +331,7 @@ def test_nothing_is_copied_between_projections(heads, by_default):
 
   By default, or as Gemma does it.
   """
-  (n, k, h), width = REAL[heads], 1536
+  (n, k, h), width = REAL[heads], 640
 
   def attend(x, w_q, w_k, w_v, w_out):
     q = jnp.einsum("BTD,NDH->BTNH", x, w_q)

@@ -178,6 +178,7 @@ def test_split_over_a_mesh(name):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_weights_are_read_where_they_lie():
   """No copy of a weight or its gradient, but for the gradient of [D, 2F]."""

@@ -179,6 +179,7 @@ def test_what_kernels_do_not_serve_is_left_alone_and_said(library):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("topology", ["1x1", "2x4"])
 def test_kernels_are_in_the_program_and_no_collective_more(library, topology):

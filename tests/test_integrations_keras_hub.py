@@ -126,6 +126,7 @@ def test_what_kernels_do_not_serve_is_left_alone_and_said(library):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize(
   "name, shape", [("gemma_2", (1, 1)), ("llama_3", (2, 4))]

@@ -133,6 +133,7 @@ def test_a_window_and_what_is_left_alone(library):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("topology", ["1x1", "2x4"])
 def test_kernels_are_in_the_program_and_no_collective_more(library, topology):

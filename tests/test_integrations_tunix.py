@@ -207,6 +207,7 @@ def test_losses_are_what_they_were_and_take_no_logits(library, name, tied):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_over_fsdp_and_tensors_no_collective_is_added(

@@ -387,6 +387,7 @@ def moved(text, least):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_nothing_of_a_layer_is_copied():
   """Neither weights, nor their gradients, nor what is kept."""

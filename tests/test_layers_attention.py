@@ -248,6 +248,7 @@ def test_a_product_with_an_array():
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_nothing_of_attention_is_copied():
   """Neither q, nor what attention gives, on either way."""

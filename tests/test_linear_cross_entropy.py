@@ -259,6 +259,7 @@ SPECS = (
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("mode", MODES)
 def test_compiles_under_vmap_and_checkpoint(mode):
@@ -274,6 +275,7 @@ def test_compiles_under_vmap_and_checkpoint(mode):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("rows", [256, 512])
 @pytest.mark.parametrize("mode", MODES)
@@ -634,6 +636,7 @@ def test_one_axis_for_tokens_and_words_is_refused():
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("split", SPLITS)
 def test_compiles_for_eight_chips(split):

@@ -60,6 +60,7 @@ def test_lowers_for_tpu(op, case):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.parametrize("op, case", ONE_PER_OP)
 def test_default_is_the_kernel_where_lowered_for_tpu(op, case):
   """Compiled for v5e on this machine, implementation=None is the kernel."""

@@ -148,6 +148,7 @@ def test_every_parameter_is_in_the_table_and_split_where_it_can_be(model):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,model=2"])
 def test_kernels_are_compiled_for_a_slice(mesh):
   model = GemmaConfig(

@@ -221,6 +221,7 @@ def test_a_sampler_may_compute_with_it(tmp_path):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 def test_a_step_reads_int8_and_copies_nothing():
   config = dataclasses.replace(GemmaConfig.gemma_2b(), num_layers=2)
   built = gemma_decode.step(config, (256,), 256, quantized=True)

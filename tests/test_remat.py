@@ -161,6 +161,7 @@ def test_products_of_xla_are_kept_too():
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.parametrize("op", NAMED)
 def test_what_is_kept_can_lie_in_the_hosts_memory(op):
   """In S(5), where it goes from the forward loop and comes back from."""

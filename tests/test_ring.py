@@ -123,6 +123,7 @@ def test_an_order_of_context_without_a_ring():
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_only_keys_travel_and_while_kernels_run():
   chips = np.array(v5e.devices("2x2", (2, 2, 1)))

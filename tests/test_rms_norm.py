@@ -231,6 +231,7 @@ def test_vmap(scale_axis):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_checkpoint_recomputes_the_kernel():
   def loss(x, scale):
@@ -305,6 +306,7 @@ def test_split_over_a_mesh(how):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_compiles_for_eight_chips():
   mesh = jax.sharding.Mesh(
@@ -409,6 +411,7 @@ def test_without_a_scale_and_split_widths():
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_a_stream_in_float32_is_read_and_written_as_it_is():
   """Nothing but the kernels touches it."""

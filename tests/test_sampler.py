@@ -383,6 +383,7 @@ def test_compiles_once_for_similar_calls():
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 def test_the_cache_is_written_in_place():
   """On a TPU a call keeps no second copy of it, nor of a row's penalties."""
   config = dataclasses.replace(CONFIG, head_size=128, context_length=4096)
