@@ -126,6 +126,35 @@ def test_kernels_write_into_stacks(sizes, residuals, unset_is_nan):
 
 
 @pytest.mark.no_interpreter
+@pytest.mark.parametrize("form", ["geglu", "fused", "ungated"])
+def test_with_fewer_weights(form, unset_is_nan):
+  """Also where there is no w_up, or no w_down."""
+  x, weights = arrays(**RAGGED)
+
+  def layer(x, w):
+    if form == "geglu":
+      return kernels.geglu(x, w["gate"], w["up"]) @ w["down"], None
+    gate = w["gate"] if form == "fused" else None
+    up = None if form == "fused" else w["up"]
+    return kernels.feed_forward(x, gate, up, w["down"]), None
+
+  both = jnp.stack([weights["gate"], weights["up"]], axis=1)
+  weights, names = {
+    "geglu": (weights, ("gate", "up")),
+    "fused": (weights | {"gate": both}, ("gate", "down")),
+    "ungated": (weights, ("up", "down")),
+  }[form]
+
+  def run(scan, **kwargs):
+    def function(x, weights):
+      return scan(layer, x, weights, **kwargs)[0]
+
+    return outs_and_gradients(function, x, weights)
+
+  assert_agree(run(kernels.scan_layers, in_place=names), run(jax.lax.scan))
+
+
+@pytest.mark.no_interpreter
 def test_reverse_and_unrolled(unset_is_nan):
   x, weights = arrays(**SIZES)
   for options in (dict(reverse=True), dict(unroll=True), dict(unroll=2)):

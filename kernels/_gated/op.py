@@ -105,7 +105,10 @@ def _summed_over_f(
 
 
 def _whose_gradients_leave_by_ports(a: Arrays) -> tuple[str, ...]:
-  return () if a.port_gate is None else ("w_gate", "w_up", "w_down")
+  ports = "port_gate", "port_up", "port_down"
+  return tuple(
+    port.replace("port", "w") for port in ports if getattr(a, port) is not None
+  )
 
 
 def _kept_in_room(p: Problem, a: Arrays) -> dict[str, Form]:
