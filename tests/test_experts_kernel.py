@@ -184,9 +184,9 @@ class _OnePartOnly(Rows):
     super().each_part(compute)
 
 
-def _of_the_first_buffer(inputs, buffers, rows, plan):
+def _of_the_first_buffer(scalars, inputs, buffers, rows, plan):
   """Every other expert's weights."""
-  got = PREFETCH.fetched(inputs, buffers, rows, plan)
+  got = PREFETCH.fetched(scalars, inputs, buffers, rows, plan)
   return got._replace(w_gate=buffers.w_gate.at[0]) if buffers else got
 
 

@@ -25,6 +25,11 @@ Tiling: row tiles of 512, of which the 128 rows of a part are computed at once,
 and F tiles, the outer dimension of the grid, as those of geglu and of the
 backward pass of feed_forward.
 
+In a scan over layers the weights are [L, E, D, F], of which the kernels are
+given the whole and the layer's index: a step's blocks are those of its expert
+in the layer (`_gated/stack.py`).  Every expert has a visit, so that of the
+stack's gradient every block of the layer is written.
+
 Traffic: bound by the matrix unit where experts have hundreds of rows, else by
 their weights, which are read once in either pass.  h is written and read again,
 [T, F]; gate and up are kept for the backward pass, or computed again, as in

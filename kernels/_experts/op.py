@@ -17,15 +17,23 @@ from .._frame.sharding import Axes, Split
 from .._gated.activation import Activation, ClampedSwiGLU, as_activation
 from .._gated.backward import backward
 from .._gated.config import FeedForwardConfig
+from .._gated.door import Given
 from .._gated.forward import forward as gated_forward
 from .._gated.layout import Layout
-from .._gated.spec import Arrays, Kept, Outs, Problem
+from .._gated.spec import Arrays, Kept, Outs, Problem, of_layer
+from .._gated.stack import (
+  PORTS,
+  kept_in_room,
+  whose_gradients_leave_by_ports,
+)
 from .._gated.tiles import where_present
-from .door import arranged, checked
+from .._layers import LayerOf
+from .door import arranged, run
 from .spec import (
   ExpertBiases,
   bias_of_rows,
   expert_of_row,
+  plain_backward,
   plain_forward,
   reference,
 )
@@ -48,13 +56,15 @@ def _forward(p: Problem, a: Arrays, *, keep: bool) -> tuple[Outs, Kept | None]:
     w_down=None,
     scale=None,
     b_gate=a.b_down,
+    layer=a.layer,
     group_sizes=a.group_sizes,
   )
   own = FeedForwardConfig(residuals="none")
   product = Problem(
     _as_it_is, None, False, p.implementation, own, Layout("ungated")
   )
-  return gated_forward(product, down, keep=False, suffix="_down")[0], kept
+  y = gated_forward(product, down, keep=False, suffix="_down")[0].y
+  return h._replace(y=y), kept
 
 
 def _split(p: Problem, a: Arrays) -> Split:
@@ -62,19 +72,31 @@ def _split(p: Problem, a: Arrays) -> Split:
 
   Each device of a split F has the part of y that its own columns give.
   """
-  gate, up, down = p.layout.letters()
+  # Weights of all layers' stack come here only where nothing is split.
+  stack = "E" if a.layer is None else "LE"
+  gate, up, down = (
+    None if w is None else stack + w for w in p.layout.letters()
+  )
   letters = Arrays(
     x="BD",
-    w_gate=f"E{gate}",
-    w_up=f"E{up}",
-    w_down=f"E{down}",
+    w_gate=gate,
+    w_up=up,
+    w_down=down,
     scale=None,
     b_gate="EF",
     b_up="EF",
     b_down="Ed",
+    layer="",
     group_sizes="-",
+    port_gate=gate,
+    port_up=up,
+    port_down=down,
+    store_gate="L-F",
+    store_up="L-F",
   )
-  return Split(where_present(a, letters), Outs("BD"), over="BF", gathers="DdE")
+  letters = where_present(a, letters)
+  outs = Outs("BD", *letters[-6:])
+  return Split(letters, outs, over="BF", gathers="DdE")
 
 
 def _on_device(
@@ -104,7 +126,7 @@ _expert_feed_forward = kernel_op(
   backward=backward,
   saves=(
     *("x", "w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down"),
-    "group_sizes",
+    *("layer", "group_sizes"),
   ),
   names=("gate", "up", "y"),
   keeps=True,
@@ -113,6 +135,10 @@ _expert_feed_forward = kernel_op(
   vmap=("loop", "loop"),
   around=_on_device,
   plain_forward=plain_forward,
+  plain_backward=plain_backward,
+  constants=whose_gradients_leave_by_ports,
+  passes=PORTS,
+  stores=kept_in_room,
 )
 
 # --- public -------------------------------------------------------------------
@@ -121,12 +147,13 @@ _expert_feed_forward = kernel_op(
 @switches.plain
 def expert_feed_forward(
   x: jax.Array,
-  w_gate: jax.Array | None,
-  w_up: jax.Array | None,
-  w_down: jax.Array,
+  w_gate: jax.Array | LayerOf | None,
+  w_up: jax.Array | LayerOf | None,
+  w_down: jax.Array | LayerOf,
   group_sizes: jax.Array,
   *,
   biases: ExpertBiases | None = None,
+  layer: jax.Array | int | None = None,
   activation: Activation = "silu",
   implementation: Implementation = None,
   config: FeedForwardConfig | None = None,
@@ -148,6 +175,14 @@ def expert_feed_forward(
       Rows past their sum are no expert's, and give 0.  (What a sum above T
       gives is not defined.)
     biases: added in float32; None for none.
+    layer: None, or an integer, traced or not: then the weights are [L, E, D, F]
+      or [L, E, D, 2F], and [L, E, F, D], stacked over the layers of a model,
+      and this is the layer to use; biases are [L, E, F] and [L, E, D].  The
+      kernel reads it where it lies, as in `feed_forward`; of [L, E, D, 2F] it
+      is copied where F is no multiple of 128.
+      The gradient is that of the stack.  In a scan use `scan_layers`, whose
+      `LayerOf` takes the place of a weight and of `layer`: there the gradient
+      is written once.  Over a mesh that splits them, the layer is taken first.
     activation: as in `feed_forward`: a name, an elementwise function, or
       gpt-oss's `ClampedSwiGLU`.
     implementation: "pallas", "xla" (the reference, ragged products), or None
@@ -167,27 +202,27 @@ def expert_feed_forward(
   """
   config = FeedForwardConfig() if config is None else config
   problem = Problem(activation, None, False, implementation, config)
-  weights = w_gate, w_up, w_down
-  return _expert_feed_forward(
-    *checked(x, weights, group_sizes, biases, problem)
-  ).y
+  given = Given(w_gate, w_up, w_down, layer)
+  return run(_expert_feed_forward, problem, x, given, group_sizes, biases)
 
 
 @switches.plain
 def expert_feed_forward_reference(
   x: jax.Array,
-  w_gate: jax.Array | None,
-  w_up: jax.Array | None,
-  w_down: jax.Array,
+  w_gate: jax.Array | LayerOf | None,
+  w_up: jax.Array | LayerOf | None,
+  w_down: jax.Array | LayerOf,
   group_sizes: jax.Array,
   *,
   biases: ExpertBiases | None = None,
+  layer: jax.Array | int | None = None,
   activation: Activation = "silu",
 ) -> jax.Array:
   """Each row through the feed-forward of its expert.  The specification."""
   activation = as_activation("expert_feed_forward", activation)
   problem = Problem(activation, None, False, "xla", FeedForwardConfig())
-  weights, own = (w_gate, w_up, w_down), biases or ExpertBiases()
+  given = (w_gate, w_up, w_down), biases or ExpertBiases()
+  weights, own = jax.tree.map(lambda w: of_layer(w, layer), given)
   return reference(*arranged(x, weights, group_sizes, own, problem)).y
 
 

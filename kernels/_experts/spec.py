@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from .._frame.derivative import is_perturbed, linear
+from .._frame.kernel import Saved
 from .._frame.mapped import in_turns
+from .._gated import stack
 from .._gated.activation import gated
 from .._gated.spec import Arrays, Kept, Outs, Problem
 
@@ -39,7 +41,11 @@ def reference(p: Problem, a: Arrays) -> Outs:
 def plain_forward(
   p: Problem, a: Arrays, *, keep: bool
 ) -> tuple[Outs, Kept | None]:
-  """The specification, and what it keeps of its way."""
+  """The specification, and what it keeps of its way.
+
+  Stores pass by it as they are: its gradient reads none.
+  """
+  given, a = a, a.of_one_layer()
   expert = expert_of_row(a.group_sizes, a.x.shape[0])
   product = functools.partial(_product, sizes=a.group_sizes, expert=expert)
   gate = product(a.x, a.w_gate, bias=_gate_bias(p, a))
@@ -50,10 +56,25 @@ def plain_forward(
     up = product(a.x, a.w_up, bias=a.b_up)
   h = gated(p.activation, gate, up).astype(a.x.dtype)
   y = product(h, a.w_down, bias=a.b_down).astype(a.x.dtype)
-  if not (keep and p.keeps_products):
-    return Outs(y), None
+  outs = Outs.of(y, given)
+  if not (keep and p.keeps_products) or given.store_gate is not None:
+    return outs, None
   kept = Kept(gate.astype(y.dtype), None, None)
-  return Outs(y), kept if up is None else kept._replace(up=up.astype(y.dtype))
+  return outs, kept if up is None else kept._replace(up=up.astype(y.dtype))
+
+
+def plain_backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
+  """The specification's gradients, by JAX; of a stack, in the layer's place."""
+  own: Arrays = saved.arrays.of_one_layer()
+  floats = own._replace(layer=None, group_sizes=None)
+
+  def of_floats(floats: Arrays) -> jax.Array:
+    a = floats._replace(group_sizes=own.group_sizes)
+    return plain_forward(p, a, keep=False)[0].y
+
+  (grads,) = jax.vjp(of_floats, floats)[1](d.y)
+  ports = stack.ports_of(saved.arrays, d)
+  return stack.onward(stack.put_gradients(grads, saved.arrays, ports), d)
 
 
 def _gate_bias(p: Problem, a: Arrays) -> Any:

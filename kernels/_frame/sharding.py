@@ -201,6 +201,13 @@ def is_split(op: str, arrays: Any, split: Split) -> bool:
   return _Where.of(op, leaves, letters) is not None
 
 
+def is_split_over(letter: str, op: str, arrays: Any, split: Split) -> bool:
+  """Whether it would do so along a letter."""
+  leaves, letters = jax.tree.leaves(arrays), jax.tree.leaves(split.arrays)
+  where = _Where.of(op, leaves, letters)
+  return where is not None and bool(_allowed(op, where, split).get(letter))
+
+
 def _own_part(x: jax.Array, letters: str, gathered: Mapping[str, Axes]) -> Any:
   """Of a result over a gathered letter, the part that the device had of it."""
   for dim, letter in enumerate(letters):

@@ -67,7 +67,7 @@ from .visits import Rows
 
 def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
   f_tile, rows = pl.program_id(0), Rows(scalars.visits, plan, axis=1)
-  i, travel = fetched(i, s.weights, rows, plan), None
+  i, travel = fetched(scalars, i, s.weights, rows, plan), None
   if s.travel:
     travel = Travel(o.dx_hbm, s.dx_sum, s.travel, rows.tile, plan)
     rows.when_tile_begins(travel.begin)
@@ -246,7 +246,8 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
   stored = d.store_gate is not None
   sizes = Sizes.of(p, a, kept=p.keeps_products, stored=stored)
   plan = Plan(p, sizes, backward_tiles(sizes, p.config))
-  arrays = _inputs(plan, a, saved.kept, d)
+  ports, later = _by_kernel(plan, stack.ports_of(a, d))
+  arrays = _inputs(plan, a, saved.kept, d)._replace(ports=ports)
   scalars = Scalars.of(a, plan.tiles.rows)
   blocks, shapes = specs(plan, arrays), out_shapes(plan, a)
   if saved.places is not None:
@@ -266,16 +267,27 @@ def backward(p: Problem, saved: Saved, d: Outs) -> Arrays:
       scratch_shapes=[scratch(plan, a)],
     ),
     out_shape=[shapes],
-    # dx is the first result, then the weights' gradients.
+    # After dx come the weights' gradients, of these last what is in ports.
     input_output_aliases=stack.aliases(
-      (scalars, arrays), arrays.ports, first=1
+      (scalars, arrays), ports, first=1 + _count(shapes[1:4]) - _count(ports)
     ),
     compiler_params=tpu.compiler_params(VMEM_BYTES),
   )(scalars, arrays)
   grads = _gradients(plan, a, outs)
-  if sizes.stacked and not plan.sums_in_stack:
-    grads = stack.put_gradients(grads, a, stack.ports_of(a, d))
-  return stack.onward(grads, d)
+  return stack.onward(stack.put_gradients(grads, a, later), d)
+
+
+def _by_kernel(plan: Plan, ports: tuple[Any, ...]) -> tuple[Any, Any]:
+  """The ports that the kernel writes into, and those that XLA does."""
+  pairs = list(zip(ports, plan.sums_in_stack, strict=True))
+  return (
+    tuple(port if inside else None for port, inside in pairs),
+    tuple(None if inside else port for port, inside in pairs),
+  )
+
+
+def _count(tree: Any) -> int:
+  return len(jax.tree.leaves(tree))
 
 
 def _gradients(plan: Plan, a: Arrays, outs: Outputs) -> Arrays:
@@ -301,7 +313,6 @@ def _gradients(plan: Plan, a: Arrays, outs: Outputs) -> Arrays:
 
 def _inputs(plan: Plan, a: Arrays, kept: Kept | None, d: Outs) -> Inputs:
   down, scale = a.w_down is not None, a.scale
-  ports = stack.ports_of(a, d) if plan.sums_in_stack else (None, None, None)
   if d.store_gate is not None:
     kept = Kept(*stack.stores_of(d))
   elif kept is None:
@@ -325,5 +336,5 @@ def _inputs(plan: Plan, a: Arrays, kept: Kept | None, d: Outs) -> Inputs:
     normed=kept.normed,
     scale=as_row(scale),
     epsilon=epsilon_operand(a.epsilon)[0],
-    ports=ports,
+    ports=(None, None, None),
   )

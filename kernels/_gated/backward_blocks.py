@@ -13,7 +13,7 @@ from .._frame.manual import varying_like
 from . import stack
 from .prefetch import WeightBuffers, are_prefetched, weight_buffers
 from .spec import Arrays
-from .stack import block_of_layer
+from .stack import block_in_stack
 from .sums import Sums, sums_scratch
 from .tiles import Plan
 from .travel import TravelScratch, dx_travels, slots, travel_scratch
@@ -74,43 +74,46 @@ def specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
   rows, cols, d = plan.tiles.rows, plan.tiles.cols, plan.sizes.d
   by_row = pl.BlockSpec((rows, d), lambda j, i, s: (s.row_tile(i), 0))
 
-  layout = plan.problem.layout
+  layout, of_experts = plan.problem.layout, plan.of_experts
 
-  def up(stacked: bool, index: Any = layout.gate_index) -> pl.BlockSpec:
-    shape = layout.gate_shape(d, cols)
-    return block_of_layer(stacked, shape, lambda j, i, _: index(j))
+  def weight(shape: tuple[int, ...], index: Any, layers: bool) -> pl.BlockSpec:
+    return block_in_stack(
+      shape, lambda j, i, _: index(j), layers=layers, experts=of_experts
+    )
 
-  def down(stacked: bool) -> pl.BlockSpec:
-    shape = layout.down_shape(d, cols)
-    return block_of_layer(stacked, shape, lambda j, i, _: layout.down_index(j))
+  def up(layers: bool, index: Any = layout.gate_index) -> pl.BlockSpec:
+    return weight(layout.gate_shape(d, cols), index, layers)
+
+  def down(layers: bool) -> pl.BlockSpec:
+    return weight(layout.down_shape(d, cols), layout.down_index, layers)
 
   both = pl.BlockSpec((rows, cols), lambda j, i, s: (s.row_tile(i), j))
-  stored, of_experts = plan.sizes.stored, plan.sizes.experts > 0
-  of_stack = plan.weights_in_stack
-  kept = block_of_layer(
-    stored, (rows, cols), lambda j, i, s: (s.row_tile(i), j)
+  stacked, stores = plan.sizes.stacked, dict(layers=plan.sizes.stored)
+  kept = block_in_stack(
+    (rows, cols), lambda j, i, s: (s.row_tile(i), j), **stores
   )
-  kept_row = block_of_layer(stored, (rows, d), lambda j, i, _: (i, 0))
+  kept_row = block_in_stack((rows, d), lambda j, i, _: (i, 0), **stores)
   gain = pl.BlockSpec((1, d), lambda j, i, _: (0, 0))
-  of_f = block_of_layer(of_experts, (1, cols), lambda j, i, _: (0, j))
+  of_f = block_in_stack((1, cols), lambda j, i, _: (0, j), experts=of_experts)
 
   def if_last(j: Any, i: Any, s: Any) -> tuple[Any, Any]:
     # Of the last F tile alone; until then the block stays the first.
     return jnp.where(j == plan.f_tiles - 1, s.row_tile(i), 0), 0
 
   def expert_if_last(j: Any, i: Any, s: Any) -> tuple[Any, Any, Any]:
-    return jnp.where(j == plan.f_tiles - 1, s.weight(i), 0), 0, 0
+    return jnp.where(j == plan.f_tiles - 1, s.expert(i), 0), 0, 0
 
   at_last = pl.BlockSpec((rows, d), if_last)
   of_d = pl.BlockSpec((None, 1, d), expert_if_last) if of_experts else gain
   in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   by_hand = are_prefetched(plan)
+  in_gate, in_up, in_down = plan.sums_in_stack
   inputs = Inputs(
     # With a norm, the products are of `normed`, and x is its gradient's.
     x=by_row if plan.problem.norm is None else at_last,
-    w_gate=in_hbm if by_hand else up(of_stack),
-    w_up=in_hbm if by_hand else up(of_stack, layout.up_index(plan.f_tiles)),
-    w_down=in_hbm if by_hand else down(of_stack),
+    w_gate=in_hbm if by_hand else up(stacked),
+    w_up=in_hbm if by_hand else up(stacked, layout.up_index(plan.f_tiles)),
+    w_down=in_hbm if by_hand else down(stacked),
     b_gate=of_f,
     b_up=of_f,
     dy=by_row,
@@ -124,9 +127,9 @@ def specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
   )
   outputs = Outputs(
     dx=at_last,
-    dw_gate=up(plan.sums_in_stack),
-    dw_up=up(plan.sums_in_stack),
-    dw_down=down(plan.sums_in_stack),
+    dw_gate=up(in_gate),
+    dw_up=up(in_up),
+    dw_down=down(in_down),
     db_gate=of_f,
     db_up=of_f,
     db_down=of_d,
@@ -141,27 +144,27 @@ def out_shapes(plan: Plan, a: Arrays) -> Outputs:
   d, f, rows = plan.sizes.d, plan.sizes.f, plan.row_tiles * plan.tiles.rows
   halves = plan.problem.layout.form == "columns"
 
-  def gradient(array: jax.Array | None, in_stack: bool = False) -> Any:
-    if array is None:
+  def gradient(weight: jax.Array | None, in_stack: bool) -> Any:
+    if weight is None:
       return None
-    shape = array.shape
-    if plan.sizes.stacked and in_stack and not plan.sums_in_stack:
-      shape = shape[1:]
-    return varying_like(a.x, shape, array.dtype)
+    is_own = plan.sizes.stacked and not in_stack
+    shape = weight.shape[1:] if is_own else weight.shape
+    return varying_like(a.x, shape, weight.dtype)
 
   experts = () if a.group_sizes is None else (plan.sizes.experts,)
 
   def float32(*shape: int, of: Any = a.x) -> Any:
     return None if of is None else varying_like(a.x, shape, jnp.float32)
 
+  in_gate, in_up, in_down = plan.sums_in_stack
   half = None
   if halves:
     half = varying_like(a.x, (*experts, d, f), a.w_gate.dtype)
   return Outputs(
-    dx=gradient(a.x),
-    dw_gate=half if halves else gradient(a.w_gate, True),
-    dw_up=half if halves else gradient(a.w_up, True),
-    dw_down=gradient(a.w_down, True),
+    dx=varying_like(a.x, a.x.shape, a.x.dtype),
+    dw_gate=half if halves else gradient(a.w_gate, in_gate),
+    dw_up=half if halves else gradient(a.w_up, in_up),
+    dw_down=gradient(a.w_down, in_down),
     db_gate=float32(*experts, 1, f, of=a.b_gate),
     db_up=float32(*experts, 1, f, of=a.b_up),
     db_down=float32(*experts, 1, d, of=a.b_down),

@@ -74,18 +74,35 @@ def run(
     w_gate, w_up = p.layout.take(arrays.w_gate, None)
     p = dataclasses.replace(p, layout=Layout())
     arrays = arrays._replace(w_gate=w_gate, w_up=w_up)
+  return run_in_stack(op, p, arrays, given.in_place())
+
+
+def run_in_stack(
+  op: kernel_op, p: Problem, arrays: Arrays, weights: Mapping[str, LayerOf]
+) -> jax.Array:
+  """The op of arrays, whose weights may be in a stack of all layers'.
+
+  Args:
+    op: the op.
+    p: its problem.
+    arrays: its arrays.
+    weights: those that stay in the stack that a scan goes over, by their names.
+  """
   if arrays.layer is None:
     return op(p, arrays).y
-  weights = given.in_place()
   stacks = arrays.w_gate, arrays.w_up, arrays.w_down
   if not op.leaves_alone(p, arrays, stacks):
     # A layer of its own is what is split over the devices, or cast.
-    own = arrays.of_one_layer()
-    own = own._replace(**{name: w.take() for name, w in weights.items()})
-    return op(p, own).y
+    return op(p, own_layer(arrays, weights)).y
   if not weights:
     return op(p, arrays).y
   return _in_scan(op, p, arrays, weights)
+
+
+def own_layer(arrays: Arrays, weights: Mapping[str, LayerOf]) -> Arrays:
+  """With weights of the layer's own; `weights` as for `run_in_stack`."""
+  own = arrays.of_one_layer()
+  return own._replace(**{name: w.take() for name, w in weights.items()})
 
 
 def _is_cut_by_tiles(op: kernel_op, p: Problem, a: Arrays) -> bool:
@@ -216,23 +233,29 @@ def _as_weights(
 
 def _arrays(op: str, p: Problem, x: jax.Array, given: Given) -> Arrays:
   """The arrays without a norm."""
-  weights, in_place, layer = given.named(), given.in_place(), given.layer
-  if in_place:
-    if len(in_place) < len(weights) or layer is not None:
-      raise ValueError(
-        f"{op}: all weights must stay in their stacks, or none, and layer must "
-        f"be None with them; got {len(in_place)} of {len(weights)}, and layer "
-        f"{layer!r}"
-      )
-    weights = {name: w.stack for name, w in in_place.items()}
-    layer = in_place["w_gate"].index
+  weights, layer = stacks_of(op, given)
   settled = _as_weights(op, weights, p.layout.transposed)
   stack = _check_weights(op, p.layout, settled, x.shape[-1], layer)
   if layer is not None:
-    layer = _as_layer(op, layer, *stack)
+    layer = as_layer(op, layer, *stack)
   gate, up, down = (settled.get(name) for name in WEIGHTS)
   arrays = Arrays(x, gate, up, down, None, layer=layer)
   return arrays._replace(**biases(op, p.layout, arrays, given))
+
+
+def stacks_of(op: str, given: Given) -> tuple[Mapping[str, Any], Any]:
+  """The weights by their names, in their stacks, and the layer if there is."""
+  weights, in_place, layer = given.named(), given.in_place(), given.layer
+  if not in_place:
+    return weights, layer
+  if len(in_place) < len(weights) or layer is not None:
+    raise ValueError(
+      f"{op}: all weights must stay in their stacks, or none, and layer must "
+      f"be None with them; got {len(in_place)} of {len(weights)}, and layer "
+      f"{layer!r}"
+    )
+  stacks = {name: w.stack for name, w in in_place.items()}
+  return stacks, next(iter(in_place.values())).index
 
 
 def _check_weights(
@@ -264,7 +287,7 @@ def _check_weights(
   return of_stack
 
 
-def _as_layer(op: str, layer: Any, count: int) -> jax.Array:
+def as_layer(op: str, layer: Any, count: int) -> jax.Array:
   """[] int32, which of `count` layers."""
   if not isinstance(layer, jax.Array | np.ndarray):
     layer = as_whole_number(op, "layer", layer)

@@ -32,7 +32,7 @@ from . import stack
 from .activation import ClampedSwiGLU, activate
 from .prefetch import WeightBuffers, are_prefetched, fetched, weight_buffers
 from .spec import Arrays, Kept, Outs, Problem, as_row
-from .stack import Scalars, block_of_layer
+from .stack import Scalars, block_in_stack
 from .tiles import VMEM_BYTES, Plan, Sizes, forward_tiles, where_present
 from .visits import Rows
 
@@ -74,7 +74,7 @@ class Scratch(NamedTuple):
 
 def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: Scratch, *, plan: Plan):
   rows = Rows(scalars.visits, plan, axis=0 if _f_inside(plan) else 1)
-  i = fetched(i, s.weights, rows, plan)
+  i = fetched(scalars, i, s.weights, rows, plan)
   rows.open(o.y, o.gate, o.up)
 
   def compute(rows: Rows, part: Any):
@@ -252,29 +252,29 @@ def _specs(plan: Plan, arrays: Inputs) -> tuple[Inputs, Outputs]:
   rows, cols, d = plan.tiles.rows, plan.tiles.cols, sizes.d
 
   def block(
-    shape: tuple[int, ...], index: Callable[..., Any], of_layer: bool = False
+    shape: tuple[int, ...], index: Callable[..., Any], **stacks: bool
   ) -> pl.BlockSpec:
     """`index` is of the row tile, the F tile and the scalars."""
     if not _f_inside(plan):
-      return block_of_layer(of_layer, shape, lambda j, i, s: index(i, j, s))
-    return block_of_layer(of_layer, shape, index)
+      return block_in_stack(shape, lambda j, i, s: index(i, j, s), **stacks)
+    return block_in_stack(shape, index, **stacks)
 
   by_row = block((rows, d), lambda i, j, s: (s.row_tile(i), 0))
 
   def weight(shape: tuple[int, ...], index: Callable[..., Any]) -> pl.BlockSpec:
     if are_prefetched(plan):
       return pl.BlockSpec(memory_space=pl.ANY)
-    return block(shape, lambda i, j, _: index(j), plan.weights_in_stack)
+    stacks = dict(layers=sizes.stacked, experts=plan.of_experts)
+    return block(shape, lambda i, j, _: index(j), **stacks)
 
   layout = plan.problem.layout
   up_index = layout.up_index(plan.f_tiles)
-  of_f = block((1, cols), lambda i, j, _: (0, j), sizes.experts > 0)
+  of_f = block((1, cols), lambda i, j, _: (0, j), experts=plan.of_experts)
   of_d = block((1, d), lambda i, j, _: (0, 0))
   both = block((rows, cols), lambda i, j, s: (s.row_tile(i), j))
-  kept = block(
-    (rows, cols), lambda i, j, s: (s.row_tile(i), j), plan.keeps_in_stack
-  )
-  kept_row = block((rows, d), lambda i, j, _: (i, 0), plan.keeps_in_stack)
+  in_stores = dict(layers=plan.keeps_in_stack)
+  kept = block((rows, cols), lambda i, j, s: (s.row_tile(i), j), **in_stores)
+  kept_row = block((rows, d), lambda i, j, _: (i, 0), **in_stores)
   y = by_row if sizes.down else both
   return (
     Inputs(

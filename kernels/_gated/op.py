@@ -16,7 +16,6 @@ from .._frame import switches
 from .._frame.check import Implementation
 from .._frame.kernel import kernel_op
 from .._frame.op import Case, Cost, Op, nbytes
-from .._frame.room import Form
 from .._frame.sharding import Axes, Split, leading_dims
 from .._layers import LayerOf
 from .._quantized import QuantizedWeight
@@ -37,6 +36,7 @@ from .spec import (
   plain_linear,
   reference,
 )
+from .stack import PORTS, kept_in_room, whose_gradients_leave_by_ports
 from .tiles import where_present
 
 # --- the ops ------------------------------------------------------------------
@@ -104,19 +104,6 @@ def _summed_over_f(
   return Outs(a.x + y if p.residual else y)
 
 
-def _whose_gradients_leave_by_ports(a: Arrays) -> tuple[str, ...]:
-  ports = "port_gate", "port_up", "port_down"
-  return tuple(
-    port.replace("port", "w") for port in ports if getattr(a, port) is not None
-  )
-
-
-def _kept_in_room(p: Problem, a: Arrays) -> dict[str, Form]:
-  """Beside what the kernel writes itself, x, which XLA does."""
-  in_scan = a.port_gate is not None and p.keeps_products
-  return {"x": Form(lambda x: x, lambda x: x)} if in_scan else {}
-
-
 _geglu = kernel_op(
   "geglu",
   reference=reference,
@@ -136,9 +123,9 @@ _geglu = kernel_op(
   plain_forward=plain_forward,
   plain_backward=plain_backward,
   plain_linear=plain_linear,
-  constants=_whose_gradients_leave_by_ports,
-  passes=("port_gate", "port_up", "port_down"),
-  stores=_kept_in_room,
+  constants=whose_gradients_leave_by_ports,
+  passes=PORTS,
+  stores=kept_in_room,
 )
 _feed_forward = dataclasses.replace(
   _geglu, name="feed_forward", around=_summed_over_f

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .stack import Scalars
 from .tiles import Plan
 from .visits import Rows
 
@@ -41,7 +42,7 @@ class WeightBuffers(NamedTuple):
 
 def are_prefetched(plan: Plan) -> bool:
   """Whether weights come so: of experts, in whole tiles."""
-  return plan.sizes.experts > 0 and not plan.hangs_over_f
+  return plan.of_experts and not plan.hangs_over_f
 
 
 def weight_buffers(plan: Plan, arrays: Any) -> WeightBuffers | None:
@@ -66,11 +67,16 @@ def weight_buffers(plan: Plan, arrays: Any) -> WeightBuffers | None:
 
 
 def fetched(
-  inputs: Any, buffers: WeightBuffers | None, rows: Rows, plan: Plan
+  scalars: Scalars,
+  inputs: Any,
+  buffers: WeightBuffers | None,
+  rows: Rows,
+  plan: Plan,
 ) -> Any:
   """The kernel's inputs, with this step's weights in VMEM.
 
   Args:
+    scalars: that are prefetched.
     inputs: its record of refs; if there are buffers, its weights are in HBM.
     buffers: the scratch.
     rows: of the step.
@@ -84,20 +90,22 @@ def fetched(
   next_f_tile = jnp.where(is_end, f_tile + 1, f_tile)
   next_expert = jnp.where(is_end, 0, rows.expert + 1)
   slot = number & (_BUFFERS - 1)
+  layer = () if scalars.layer is None else (scalars.layer[0],)
+  now = f_tile, (*layer, rows.expert), slot
 
   @pl.when(rows.is_first)
   def _():
     @pl.when(number == 0)
     def _():
-      for copy in _copies(inputs, buffers, f_tile, rows.expert, slot, plan):
+      for copy in _copies(inputs, buffers, *now, plan):
         copy.start()
 
-    for copy in _copies(inputs, buffers, f_tile, rows.expert, slot, plan):
+    for copy in _copies(inputs, buffers, *now, plan):
       copy.wait()
 
     @pl.when(number < plan.f_tiles * experts - 1)
     def _():
-      after = next_f_tile, next_expert, 1 - slot
+      after = next_f_tile, (*layer, next_expert), 1 - slot
       for copy in _copies(inputs, buffers, *after, plan):
         copy.start()
 
@@ -109,11 +117,11 @@ def _copies(
   inputs: Any,
   buffers: WeightBuffers,
   f_tile: Any,
-  expert: Any,
+  place: tuple[Any, ...],
   slot: Any,
   plan: Plan,
 ) -> Iterator[Any]:
-  """Those that fetch an expert's tile of each weight."""
+  """Those that fetch a tile of each of the weights at a place in the stack."""
   layout = plan.problem.layout
   weights = inputs.w_gate, inputs.w_up, inputs.w_down
   indices = (
@@ -130,5 +138,5 @@ def _copies(
         for i, size in zip(index, buffer.shape[1:], strict=True)
       )
       yield pltpu.make_async_copy(
-        weight.at[(expert, *block)], buffer.at[slot], arrived.at[slot]
+        weight.at[(*place, *block)], buffer.at[slot], arrived.at[slot]
       )

@@ -207,9 +207,9 @@ class Problem:
 class Arrays(NamedTuple):
   """What an op is given.
 
-  Weights of a stack are [L, D, F] and [L, F, D].  In a scan over it, what is
-  written goes into stacks as well: gradients through ports, and what is kept
-  into stores, see `_layers/`.
+  Weights of a stack are [L, D, F] and [L, F, D], of experts [L, E, D, F].  In a
+  scan over it, what is written goes into stacks as well: gradients through
+  ports, and what is kept into stores, see `_layers/`.
   """
 
   x: Any  # [..., D]; for all but the public functions [N, D]
@@ -240,7 +240,12 @@ class Arrays(NamedTuple):
       for w in (self.w_gate, self.w_up, self.w_down)
     )
     own = Arrays(self.x, gate, up, down, self.scale, self.epsilon)
-    return own._replace(b_gate=self.b_gate, b_up=self.b_up, b_down=self.b_down)
+    return own._replace(
+      b_gate=self.b_gate,
+      b_up=self.b_up,
+      b_down=self.b_down,
+      group_sizes=self.group_sizes,
+    )
 
 
 class Kept(NamedTuple):

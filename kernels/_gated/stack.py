@@ -6,6 +6,9 @@ of the scan.  So the kernel is given the stack, and the layer's index, which is
 prefetched: the blocks of its weights, and of their gradients, are blocks of the
 stack.  Of a gradient it writes one layer, in memory that it is given for the
 whole of it, and so it does with what it keeps for the backward pass.
+
+Experts' weights are in a stack as well, [E, D, F], of which the step's visit
+says the place; with a layer's index they are in both, [L, E, D, F].
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from .._frame.room import Form
 from .visits import visits_of
 
 if TYPE_CHECKING:  # the records are of another page
-  from .spec import Arrays, Outs
+  from .spec import Arrays, Outs, Problem
 
 # --- in a kernel's call -------------------------------------------------------
 
@@ -29,7 +33,7 @@ if TYPE_CHECKING:  # the records are of another page
 class Scalars(NamedTuple):
   """What the index of a block may depend on, prefetched; or its refs."""
 
-  layer: Any  # [1] int32, of weights in a stack; None if they are in none
+  layer: Any  # [1] int32, of weights in the layers' stack; None if in none
   visits: Any  # `Visits` of experts' weights; None if they are of all rows
 
   @classmethod
@@ -40,33 +44,41 @@ class Scalars(NamedTuple):
       return cls(layer, None)
     return cls(layer, visits_of(a.group_sizes, a.x.shape[0], row_tile))
 
-  def weight(self, step: Any) -> Any:
-    """Which of the stack, at a step along the rows."""
-    return self.layer[0] if self.visits is None else self.visits.expert[step]
+  def expert(self, step: Any) -> Any:
+    """Whose rows, at a step along them."""
+    return self.visits.expert[step]
 
   def row_tile(self, step: Any) -> Any:
     """Which tile of the rows."""
     return step if self.visits is None else self.visits.tile[step]
 
 
-def block_of_layer(
-  stacked: bool, shape: tuple[int, ...], index: Callable[..., Any]
+def block_in_stack(
+  shape: tuple[int, ...],
+  index: Callable[..., Any],
+  *,
+  layers: bool = False,
+  experts: bool = False,
 ) -> pl.BlockSpec:
   """A block of an array that is a layer's or an expert's, in their stack.
 
   Args:
-    stacked: whether there is a stack.
-    shape: of the block in a layer.
-    index: of the block there, from the grid's indices and the `Scalars`.
+    shape: of the block in the array.
+    index: of the block there, from the grid's indices, the one along the rows
+      last, and the `Scalars`.
+    layers: whether there is a stack of all layers'.
+    experts: whether there is one of all experts', in a layer's.
   """
-  if not stacked:
+  if not (layers or experts):
     return pl.BlockSpec(shape, index)
 
   def in_stack(*grid_and_scalars: Any) -> tuple[Any, ...]:
     _, step, scalars = grid_and_scalars  # only experts look at the step
-    return scalars.weight(step), *index(*grid_and_scalars)
+    layer = (scalars.layer[0],) if layers else ()
+    expert = (scalars.expert(step),) if experts else ()
+    return *layer, *expert, *index(*grid_and_scalars)
 
-  return pl.BlockSpec((None, *shape), in_stack)
+  return pl.BlockSpec((*[None] * (layers + experts), *shape), in_stack)
 
 
 def in_place(stacks: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -83,7 +95,7 @@ def aliases(operands: Any, stacks: Any, first: int) -> dict[int, int]:
   Args:
     operands: of the call.
     stacks: of these, the last.
-    first: place of the first among the results.
+    first: place of the first one among the results, which the others follow.
   """
   count = len(jax.tree.leaves(stacks))
   start = len(jax.tree.leaves(operands)) - count
@@ -91,6 +103,16 @@ def aliases(operands: Any, stacks: Any, first: int) -> dict[int, int]:
 
 
 # --- gradients ----------------------------------------------------------------
+
+
+PORTS = "port_gate", "port_up", "port_down"
+
+
+def whose_gradients_leave_by_ports(a: Arrays) -> tuple[str, ...]:
+  """The arrays that have no gradient of their own."""
+  return tuple(
+    port.replace("port", "w") for port in PORTS if getattr(a, port) is not None
+  )
 
 
 def ports_of(a: Arrays, d: Outs) -> tuple[Any, Any, Any]:
@@ -109,9 +131,15 @@ def ports_of(a: Arrays, d: Outs) -> tuple[Any, Any, Any]:
 
 
 def put_gradients(grads: Arrays, a: Arrays, ports: Any) -> Arrays:
-  """The gradients, with those of the weights in their places in the stack's."""
+  """The gradients, with those of the weights in their places in the stack's.
+
+  They stay as they are where there is None for a port.
+  """
   own = grads.w_gate, grads.w_up, grads.w_down
-  gate, up, down = put_all(a.layer, ports, own)
+  gate, up, down = (
+    d if port is None else _put(a.layer, port, d)
+    for port, d in zip(ports, own, strict=True)
+  )
   return grads._replace(w_gate=gate, w_up=up, w_down=down)
 
 
@@ -150,6 +178,12 @@ def _put(layer: jax.Array, stack: Any, own: Any) -> Any:
 def stores_of(record: Any) -> tuple[Any, Any, Any]:
   """The stores of arrays or results."""
   return record.store_gate, record.store_up, record.store_normed
+
+
+def kept_in_room(p: Problem, a: Arrays) -> dict[str, Form]:
+  """Beside what the kernel writes itself, x, which XLA does."""
+  in_scan = a.port_gate is not None and p.keeps_products
+  return {"x": Form(lambda x: x, lambda x: x)} if in_scan else {}
 
 
 def put_all(layer: jax.Array, stacks: Any, own: Any) -> tuple[Any, ...]:

@@ -309,15 +309,20 @@ class Plan:
     return self.sizes.f % self.tiles.cols != 0
 
   @property
-  def weights_in_stack(self) -> bool:
-    """Whether a step's weights are blocks of a stack, of layers or experts."""
-    return self.sizes.stacked or self.sizes.experts > 0
+  def of_experts(self) -> bool:
+    """Whether a step's weights are its visit's expert's."""
+    return self.sizes.experts > 0
 
   @property
-  def sums_in_stack(self) -> bool:
-    """Whether the gradients of weights are written into the stack's."""
-    of_layers = self.sizes.stacked and not self.hangs_over_f
-    return of_layers or self.sizes.experts > 0
+  def sums_in_stack(self) -> tuple[bool, bool, bool]:
+    """Whether the layers' stack of each weight's gradient is written into.
+
+    Of both branches in one array's columns a kernel writes halves, which are no
+    part of the stack.
+    """
+    whole = self.sizes.stacked and not self.hangs_over_f
+    of_branches = whole and not self.sizes.halves
+    return of_branches, of_branches, whole
 
   @property
   def keeps_in_stack(self) -> bool:

@@ -46,8 +46,8 @@ def scan_layers(
   Args:
     f: maps the carry and one layer's part of xs to the carry and a result, as
       for `jax.lax.scan`.  For weights that stay in place it gets a `LayerOf`,
-      which `feed_forward` and `geglu` take as they take an array.  Or several
-      `ScanPart`s, one after the other.
+      which `feed_forward`, `geglu` and `expert_feed_forward` take as they take
+      an array.  Or several `ScanPart`s, one after the other.
     init: the first carry.
     xs: a pytree of arrays [L, ...], the parameters of all layers.
     in_place: names of the weights that stay in their stacks: a leaf of xs does

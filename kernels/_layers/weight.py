@@ -12,11 +12,11 @@ from .turns import skip, take
 class LayerOf:
   """One layer's weight, in the stack of all layers'.
 
-  `geglu` and `feed_forward` take it in place of an array and read the stack.
-  To anything else it is the array [...] of the layer: a slice of the stack, as
-  a scan would have made it.  It can be used once by a kernel or as an array,
-  and only by the body that it is given to, not in a `jax.checkpoint` or
-  `jax.jit` inside of it.
+  `geglu`, `feed_forward` and `expert_feed_forward` take it in place of an array
+  and read the stack.  To anything else it is the array [...] of the layer: a
+  slice of the stack, as a scan would have made it.  It can be used once by a
+  kernel or as an array, and only by the body that it is given to, not in a
+  `jax.checkpoint` or `jax.jit` inside of it.
 
   Attributes:
     stack: [L, ...], the weights of all layers; its gradient is the port's.
