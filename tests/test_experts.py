@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from pallas_gemma.kernels import (
   ClampedSwiGLU,
   ExpertBiases,
@@ -14,6 +15,7 @@ from pallas_gemma.kernels import (
   FeedForwardTiles,
   expert_feed_forward,
   feed_forward_reference,
+  sharding,
 )
 
 T, D, F, E = 24, 16, 40, 4
@@ -144,3 +146,27 @@ def test_bad_input_is_refused(args, kwargs, message):
 def test_group_sizes_are_integers():
   with pytest.raises(ValueError, match="group_sizes must be integers"):
     expert_feed_forward(X, GATE, UP, DOWN, cast(Any, jnp.ones(E)))
+
+
+@pytest.mark.no_interpreter
+def test_both_branches_in_one_weight_over_a_mesh():
+  """Columns that lie side by side cannot be split as they lie."""
+  rng = np.random.default_rng(0)
+  x, both, down = (
+    jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    for shape in ((T, D), (E, D, 512), (E, 256, D))
+  )
+
+  @jax.jit
+  def run(x, both, down):
+    function = functools.partial(expert_feed_forward, group_sizes=SIZES)
+    y, vjp = jax.vjp(lambda x, w, d: function(x, w, None, d), x, both, down)
+    return y, *vjp(jnp.cos(jnp.arange(T * D)).reshape(T, D))
+
+  want = run(x, both, down)
+  mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+  for rules in ({"B": "data", "F": "model"}, {"B": "data"}):
+    with sharding(mesh, rules):
+      for got, exact in zip(run(x, both, down), want, strict=True):
+        bar = 2e-5 * np.abs(exact).max()
+        np.testing.assert_allclose(got, exact, rtol=0, atol=bar)
