@@ -415,6 +415,7 @@ def test_another_layers_weights_are_noticed(module, monkeypatch):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("form", ["apart", "ungated"])
 def test_nothing_of_a_layer_is_copied(form):
@@ -424,6 +425,7 @@ def test_nothing_of_a_layer_is_copied(form):
 
 
 @v5e.needs_compiler
+@v5e.around_kernels
 @pytest.mark.no_interpreter
 def test_halves_of_gradients_are_all_that_is_copied():
   """Of both branches in one weight XLA puts the gradient together."""

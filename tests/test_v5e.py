@@ -4,7 +4,6 @@ Most tests of copies, collectives and memory rest on this: they compile kernels
 without bodies (`v5e.around_kernels`), in a tenth of the time.
 """
 
-import functools
 import re
 
 import jax
