@@ -3,17 +3,38 @@
 Nearly every one runs once, on little data: most of its time goes into compiling
 it.  Small ones are compiled once a process, whichever test asks: JAX keeps a
 compiled program with the function that it came from, and most tests make their
-own, of the same few operations.  Large ones are not optimised.  That rounds the
-last digits of some tanh and rsqrt otherwise, so that it is not for small ones,
-which are the plain jnp that a kernel's numbers are measured by.
+own, of the same few operations.  Those of the model are large, and not
+optimised.  That rounds some last digits of tanh and rsqrt otherwise, so kernels
+and the plain jnp that their numbers are measured by are.
 """
 
+import contextlib
 import functools
+import os
+import re
 
+import jax
 from jax._src import compiler
 
 _LARGEST = 1 << 14  # of a program's text: those of single operations, and more
 _MOST = 500
+
+_unoptimised = False
+
+
+@contextlib.contextmanager
+def without_optimisation():
+  """Programs are not optimised, here and in processes that are started."""
+  global _unoptimised
+  jax.devices()  # XLA has read its flags, which are others' from here on
+  flags = os.environ["XLA_FLAGS"]
+  os.environ["XLA_FLAGS"] = re.sub("(optimization_level=)1", r"\g<1>0", flags)
+  _unoptimised = True
+  try:
+    yield
+  finally:
+    _unoptimised = False
+    os.environ["XLA_FLAGS"] = flags
 
 
 def compile_faster():
@@ -25,11 +46,11 @@ def compile_faster():
     args = backend, module, devices, options, host_callbacks
     if backend.platform != "cpu":
       return compile_it(*args)
-    text = str(module)
-    if len(text) >= _LARGEST:
+    if _unoptimised:
       build = options.executable_build_options
       build.debug_options.xla_backend_optimization_level = 0
-    if host_callbacks or len(text) >= _LARGEST:
+    text = "" if host_callbacks else str(module)
+    if not 0 < len(text) < _LARGEST:
       return compile_it(*args)
     places = tuple(device.id for device in devices)
     key = text, places, options.SerializeAsString()

@@ -47,7 +47,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import atexit  # noqa: E402
+import contextlib  # noqa: E402
 import gc  # noqa: E402
+import inspect  # noqa: E402
 import pathlib  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
@@ -133,6 +135,18 @@ def compiled_programs_end_with_their_module():
 def kernels_without_bodies():
   """For `v5e.around_kernels`."""
   with v5e.kernels_without_bodies():
+    yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def models_are_not_optimised(request):
+  """But kernels are, whose numbers count to the last digit."""
+  of_models = "pallas_gemma.gemma" in inspect.getsource(request.module)
+  with (
+    compile_once.without_optimisation()
+    if of_models
+    else contextlib.nullcontext()
+  ):
     yield
 
 
