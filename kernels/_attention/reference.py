@@ -93,10 +93,14 @@ def masked_attention(
   batch, t, n, h = q.shape
   kv_heads = k.shape[2]
   at_least_float32 = jnp.promote_types(q.dtype, jnp.float32)
+  # Heads first, as the products give them: else XLA transposes logits and
+  # weights, [T, S] for each head, in place of [T, H].
   grouped = q.reshape(batch, t, kv_heads, n // max(kv_heads, 1), h)
+  grouped = grouped.transpose(0, 2, 3, 1, 4)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   mask = by_kv_head(mask[:, None] if mask.ndim == 3 else mask, kv_heads)
   logits = jnp.einsum(
-    "btkgh,bskh->bkgts", grouped, k, preferred_element_type=at_least_float32
+    "bkgth,bksh->bkgts", grouped, k, preferred_element_type=at_least_float32
   )
   logits *= default_scale(q) if scale is None else scale
   if logits_soft_cap is not None:
@@ -126,12 +130,12 @@ def masked_attention(
     kept = by_kv_head(more.kept, kv_heads)
     weights = jnp.where(kept, weights * more.kept_scale, 0.0)
   out = jnp.einsum(
-    "bkgts,bskh->btkgh",
+    "bkgts,bksh->bkgth",
     weights.astype(v.dtype),
     v,
     preferred_element_type=at_least_float32,
   )
-  out = jnp.where(of_logits.transpose(0, 3, 1, 2, 4), out, 0.0)
+  out = jnp.where(of_logits, out, 0.0).transpose(0, 3, 1, 2, 4)
   lse = jnp.where(of_logits, finite_lse, -jnp.inf).reshape(batch, n, t)
   out = out.reshape(*q.shape[:3], v.shape[3])
   return Outs(out.astype(q.dtype), lse)
@@ -229,9 +233,13 @@ def nan_by_finiteness(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   (b, t), kv_heads = q.shape[:2], k.shape[2]
   good_q = jnp.isfinite(q).all(axis=-1).reshape(b, t, kv_heads, -1)
   good_k = jnp.isfinite(k).all(axis=-1) & jnp.isfinite(v).all(axis=-1)
-  good = good_q.transpose(0, 2, 3, 1)[..., None]
-  good &= good_k.transpose(0, 2, 1)[:, :, None, None, :]
-  return jnp.where(good, 0.0, jnp.nan).astype(jnp.float32)
+
+  def nan_or_0(good: jax.Array) -> jax.Array:
+    return jnp.where(good, 0.0, jnp.nan).astype(jnp.float32)
+
+  # A sum of the two, not a selection by both, which a CPU takes one by one.
+  of_q = nan_or_0(good_q).transpose(0, 2, 3, 1)[..., None]
+  return of_q + nan_or_0(good_k).transpose(0, 2, 1)[:, :, None, None, :]
 
 
 def _rotated(p: Problem, a: Arrays, x: jax.Array) -> jax.Array:
