@@ -113,6 +113,7 @@ _CALLS = {
   "custom_vjp_call": "call_jaxpr",
   "custom_vmap_call": "call",
   "remat2": "jaxpr",
+  "pallas_gemma_ruled": "jaxpr",
 }
 
 

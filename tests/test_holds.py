@@ -478,6 +478,45 @@ def second_derivatives(op):
       jax.make_jaxpr(curvature("pallas"))(x)
 
 
+def second_derivatives_in_a_scan(op):
+  """Whose body JAX takes apart; either mode over reverse mode."""
+  arrays = arguments(op)
+  if not differentiable(op):
+    return
+  name = next(iter(arrays))
+
+  def gradient(implementation):
+    call = functools.partial(op.function, implementation=implementation)
+
+    @jax.checkpoint
+    def layer(x, _):
+      out = jax.tree.leaves(call(**{**arrays, name: x}))[0]
+      return x + jnp.tanh(out).mean(), None
+
+    def loss(x):
+      return (jnp.sin(jax.lax.scan(layer, x, length=2)[0]) ** 2).sum()
+
+    return jax.grad(loss)
+
+  def reverse(implementation):
+    f = gradient(implementation)
+    return jax.grad(lambda x: (f(x) ** 2).sum())
+
+  def forward(implementation):
+    f = gradient(implementation)
+    return lambda x: jax.jvp(f, (x,), (jnp.cos(x),))[1]
+
+  x = arrays[name] / 4
+  for second in (reverse, forward):
+    got, want = (np.asarray(jax.jit(second(i))(x)) for i in (None, "xla"))
+    assert_same([got], [want], 1e-4)
+    if op.pallas:
+      with pytest.raises(NotImplementedError, match="no second derivative"):
+        exported(op, function=second(None), arrays=[x])
+      with pytest.raises(NotImplementedError, match="no second derivative"):
+        jax.make_jaxpr(second("pallas"))(x)
+
+
 def under_vmap(op):
   """Of the gradient, and the gradient of it; twice too."""
   arrays = arguments(op)
@@ -524,6 +563,7 @@ ROWS = [
   two_platforms_at_once_are_refused_in_our_words,
   forward_mode,
   second_derivatives,
+  second_derivatives_in_a_scan,
   under_vmap,
 ]
 

@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._frame.derivative import is_perturbed, linear
+from .._frame.derivative import linear
 from .._frame.kernel import Saved
 from .._frame.mapped import in_turns
+from .._frame.rule import is_perturbed, with_rule
 from .._gated import stack
 from .._gated.activation import gated
 from .._gated.spec import Arrays, Kept, Outs, Problem
@@ -166,10 +167,8 @@ _OVER_ROWS = jax.lax.RaggedDotDimensionNumbers(
 def _product_function(of: _Of, dtype: Any) -> Callable[..., jax.Array]:
   """One of the three, with its derivatives."""
   plain = in_turns(functools.partial(_plain_product, of, dtype))
-  product = jax.custom_jvp(plain)
 
-  @functools.partial(product.defjvp, symbolic_zeros=True)
-  def jvp(primals: Any, tangents: Any) -> Any:
+  def rule(primals: Any, tangents: Any) -> Any:
     *factors, sizes = primals
     result = product(*primals)
     parts = [
@@ -181,6 +180,7 @@ def _product_function(of: _Of, dtype: Any) -> Callable[..., jax.Array]:
     ]
     return result, functools.reduce(jnp.add, parts)
 
+  product = with_rule(plain, rule)
   return product
 
 

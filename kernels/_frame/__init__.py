@@ -8,6 +8,7 @@ sharding.py  which mesh axis splits which dimension; `sharding(mesh, rules)`
 manual.py    what JAX asks of code inside a `shard_map`
 derivative.py  a linear function by two programs: the backward kernel in reverse
              mode, plain jnp in forward mode
+rule.py      a function with a derivative of its own
 mapped.py    a kernel under vmap
 lowering.py  what is known only when a program is lowered
 switches.py  JAX's switches, where an op must not follow them

@@ -19,12 +19,12 @@ import jax.core
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
 from .lowering import guarded, off_tpu
 from .manual import vary_alike, varying_like
 from .room import Places
+from .rule import is_perturbed, with_rule
 
 Leaves = Sequence[Any]
 # Of residuals and tangents, or of residuals and cotangents.
@@ -328,13 +328,13 @@ class _Derivative(NamedTuple):
     return [*d_outs, *d_stacks]
 
 
-def is_perturbed(tangent: Any) -> bool:
-  """Whether a tangent is more than a zero known as such."""
-  return not isinstance(tangent, SymbolicZero)
-
-
-differentiable = jax.custom_jvp(_primal, nondiff_argnums=(0, 1))
-differentiable.defjvp(_op_jvp, symbolic_zeros=True)
+def differentiable(op: Any, problem: Any, arrays: Any, places: Any) -> Any:
+  """What `_primal` gives, with the op's derivative."""
+  run = with_rule(
+    functools.partial(_primal, op, problem),
+    functools.partial(_op_jvp, op, problem),
+  )
+  return run(arrays, places)
 
 
 def without_derivatives(
@@ -351,8 +351,7 @@ def without_derivatives(
     f"implementation='xla'"
   )
 
-  @jax.custom_jvp
-  def run(*args: Any) -> Any:
+  def if_allowed(*args: Any) -> Any:
     return kernel(*guarded(op, args))
 
   def jvp(primals: Any, tangents: Any) -> Any:
@@ -363,5 +362,5 @@ def without_derivatives(
     d_outs = refused(message, perturbed, outs)
     return jax.tree.unflatten(tree, outs), jax.tree.unflatten(tree, d_outs)
 
-  run.defjvp(jvp, symbolic_zeros=True)
+  run = with_rule(if_allowed, jvp)
   return run

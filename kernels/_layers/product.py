@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._frame.derivative import is_perturbed, linear
+from .._frame.derivative import linear
 from .._frame.room import current
+from .._frame.rule import is_perturbed, with_rule
 from .._quantized import QuantizedWeight, quantized_einsum
 from .weight import LayerOf
 
@@ -62,19 +63,20 @@ def _layer(stack: Any, index: Any) -> Any:
   return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _einsum(
-  subscripts: str,
-  back: Back,
-  x: Any,
-  stack: Any,
-  port: Any,
-  index: Any,
-  store: Any,
-) -> Any:
-  """The product; the port, and the store in which x lies, as they are."""
-  del back
-  return _of(subscripts, x, _layer(stack, index)), port, store
+def _einsum(subscripts: str, back: Back, *arrays: Any) -> tuple[Any, Any, Any]:
+  """The product; the port, and the store in which x lies, as they are.
+
+  Args:
+    subscripts: as for `layer_einsum`.
+    back: of the x that lies in the store.
+    *arrays: x, stack, port, index, store.
+  """
+
+  def function(x: Any, stack: Any, port: Any, index: Any, store: Any) -> Any:
+    return _of(subscripts, x, _layer(stack, index)), port, store
+
+  rule = functools.partial(_einsum_jvp, subscripts, back)
+  return with_rule(function, rule)(*arrays)
 
 
 def _einsum_jvp(
@@ -120,6 +122,3 @@ def _einsum_jvp(
     [y for y in outs if y is not None],
   )
   return outs, (d_outs[0], d_outs[1], d_outs[2] if store is not None else None)
-
-
-_einsum.defjvp(_einsum_jvp, symbolic_zeros=True)

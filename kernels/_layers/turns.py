@@ -6,19 +6,18 @@ to their cotangents, see the package.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._frame.derivative import is_perturbed, linear
+from .._frame.derivative import linear
 from .._frame.lowering import lies_on_a_mesh, unset
+from .._frame.rule import is_perturbed, with_rule
 
 
-@jax.custom_jvp
-def take(stack: Any, port: Any, index: Any) -> Any:
+def _take(stack: Any, port: Any, index: Any) -> Any:
   """A layer of the stack, and the port."""
   return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), port
 
@@ -42,11 +41,10 @@ def _take_jvp(primals: Any, tangents: Any) -> Any:
   return outs, tuple(d_outs)
 
 
-take.defjvp(_take_jvp, symbolic_zeros=True)
+take = with_rule(_take, _take_jvp)
 
 
-@jax.custom_jvp
-def skip(port: Any, index: Any) -> Any:
+def _skip(port: Any, index: Any) -> Any:
   """The port past a layer that is not used, whose gradient is zero."""
   del index
   return port
@@ -64,7 +62,7 @@ def _skip_jvp(primals: Any, tangents: Any) -> Any:
   return port, d
 
 
-skip.defjvp(_skip_jvp, symbolic_zeros=True)
+skip = with_rule(_skip, _skip_jvp)
 
 
 def open_stores(init: Any, length: int, asked: Any) -> tuple[Any, Any]:
@@ -81,23 +79,22 @@ def open_stores(init: Any, length: int, asked: Any) -> tuple[Any, Any]:
   return filled(leaf), jax.tree.unflatten(structure, empty)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _opened(x: Any, specs: Any) -> Any:
   """x and stores, whose cotangents are dropped."""
-  return x, *(unset(x, spec.shape, spec.dtype) for spec in specs)
 
+  def function(x: Any) -> Any:
+    return x, *(unset(x, spec.shape, spec.dtype) for spec in specs)
 
-def _opened_jvp(specs: Any, primals: Any, tangents: Any) -> Any:
-  outs = _opened(*primals, specs)
+  def rule(primals: Any, tangents: Any) -> Any:
+    outs = _opened(primals[0], specs)
 
-  def opened(_: Any, tangents: Any) -> Any:
-    return [*tangents, *map(jnp.zeros_like, outs[1:])]
+    def opened(_: Any, tangents: Any) -> Any:
+      return [*tangents, *map(jnp.zeros_like, outs[1:])]
 
-  d = linear(opened, lambda _, d: d[:1], [], tangents, outs)
-  return outs, tuple(d)
+    d = linear(opened, lambda _, d: d[:1], [], tangents, outs)
+    return outs, tuple(d)
 
-
-_opened.defjvp(_opened_jvp, symbolic_zeros=True)
+  return with_rule(function, rule)(x)
 
 
 def turn(carry: Any, ports: Any, stores: Any) -> Any:
@@ -131,8 +128,7 @@ def _first_float(carry: Any) -> tuple[Any, Callable[[Any], Any]]:
   return (leaves[place] if place < len(leaves) else None), filled
 
 
-@jax.custom_jvp
-def _turned(x: Any, ports: Any, stores: Any) -> Any:
+def _unturned(x: Any, ports: Any, stores: Any) -> Any:
   """x; backwards, the ports too, not set, and the stores as they are."""
   del ports, stores
   return x
@@ -161,4 +157,4 @@ def _turned_jvp(primals: Any, tangents: Any) -> Any:
   return x, d
 
 
-_turned.defjvp(_turned_jvp, symbolic_zeros=True)
+_turned = with_rule(_unturned, _turned_jvp)
