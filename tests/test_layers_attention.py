@@ -71,8 +71,8 @@ def plain(x, weights, **kwargs):
 def unset_is_nan(monkeypatch):
   """What is to be written is not a number until it is."""
 
-  def nan(like, shape, dtype):
-    return jnp.full_like(unset(like, shape, dtype), jnp.nan)
+  def nan(kind):
+    return unset(kind) + jnp.nan
 
   monkeypatch.setattr(TURNS, "unset", nan)
 

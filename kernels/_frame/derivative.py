@@ -22,7 +22,7 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir
 
 from .lowering import guarded, off_tpu
-from .manual import vary_alike, varying_like
+from .manual import vary_alike, varying_like, zeros_of
 from .room import Places
 from .rule import is_perturbed, with_rule
 
@@ -108,7 +108,7 @@ def _transpose(
 ) -> Any:
   del params["function"], params["refusal"]
   cotangents = [
-    jnp.zeros(t.shape, t.dtype) if type(c) is ad.Zero else c
+    zeros_of(t) if type(c) is ad.Zero else c
     for c, t in zip(cotangents, params["types"], strict=True)
   ]
   grads = transpose(args[:residuals], cotangents)
@@ -228,9 +228,7 @@ def _op_jvp(op: Any, problem: Any, primals: Any, tangents: Any) -> Any:
     wanted=wanted,
     saved_tree=saved_tree,
     outs=jax.tree.map(lambda x: varying_like(x, x.shape, x.dtype), floats),
-    stacks=jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stacks
-    ),
+    stacks=jax.tree.map(lambda x: varying_like(x, x.shape, x.dtype), stacks),
     moving=[is_perturbed(d) for d in d_stacks],
     own=len(own),
   )
@@ -321,10 +319,7 @@ class _Derivative(NamedTuple):
     own, rest = list(tangents[: self.own]), iter(tangents[self.own :])
     d_outs = jax.linear_transpose(back, *types)(own)
     stacks = zip(jax.tree.leaves(self.stacks), self.moving, strict=True)
-    d_stacks = [
-      next(rest) if moves else jnp.zeros(x.shape, x.dtype)
-      for x, moves in stacks
-    ]
+    d_stacks = [next(rest) if moves else zeros_of(x) for x, moves in stacks]
     return [*d_outs, *d_stacks]
 
 

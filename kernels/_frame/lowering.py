@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.interpreters import ad, batching, mlir
 
+from .manual import is_explicit, varying_axes, zeros_of
+
 
 def _identity(name: str, refusal: Any) -> jax.extend.core.Primitive:
   """A primitive that gives its argument, if refusal(ctx, **params) is None."""
@@ -107,20 +109,14 @@ _unset.def_abstract_eval(lambda **params: jax.core.ShapedArray(**params))
 _unset.def_impl(lambda **params: jax.jit(lambda: _unset.bind(**params))())
 
 
-def unset(like: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-  """An array to be written, on the devices where `like` is.
+def unset(kind: Any) -> jax.Array:
+  """An array of a type, to be written.
 
   `jax.lax.empty` is zeros on a TPU, which take as long to write as anything.
   """
-  if lies_on_a_mesh(like):
-    return jnp.zeros_like(like, shape=shape, dtype=dtype)
-  return _unset.bind(shape=tuple(shape), dtype=jnp.dtype(dtype))
-
-
-def lies_on_a_mesh(x: jax.Array) -> bool:
-  """Whether the type of an array says that it is split or varies."""
-  kind = jax.typeof(x)
-  return bool(kind.manual_axis_type.varying) or any(kind.sharding.spec)
+  if is_explicit(kind) or varying_axes(kind):
+    return zeros_of(kind)
+  return _unset.bind(shape=tuple(kind.shape), dtype=jnp.dtype(kind.dtype))
 
 
 def _empty(shape: Sequence[int], dtype: Any) -> jax.Array:

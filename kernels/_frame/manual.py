@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Axes = tuple[str, ...]
 
@@ -52,6 +52,26 @@ def varying_like(array: Any, shape: Sequence[int], dtype: Any) -> Any:
     dtype,
     manual_axis_type=jax.typeof(array).manual_axis_type,
   )
+
+
+def zeros_of(kind: Any) -> jax.Array:
+  """Zeros of a type, or `jax.ShapeDtypeStruct`: split and varying as it is."""
+  zeros = jnp.zeros(kind.shape, kind.dtype)
+  if is_explicit(kind):
+    where = NamedSharding(kind.sharding.mesh, kind.sharding.spec)
+    zeros = jax.sharding.reshard(zeros, where)
+  return _varying_over(zeros, sorted(varying_axes(kind)))
+
+
+def is_explicit(kind: Any) -> bool:
+  """Whether a type says how an array is split over a mesh."""
+  mesh = getattr(kind.sharding, "mesh", None)
+  return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def varying_axes(kind: Any) -> frozenset[str]:
+  """The mesh axes over which a type says that an array varies."""
+  return getattr(kind.manual_axis_type, "varying", frozenset())
 
 
 # --- what XLA's partitioner does ----------------------------------------------

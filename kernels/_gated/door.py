@@ -25,6 +25,7 @@ from .._frame.check import (
   check_shape,
 )
 from .._frame.kernel import kernel_op
+from .._frame.manual import varying_like
 from .._layers import LayerOf
 from .._quantized import QuantizedWeight, check_quantized
 from .._row_norm import Norm, as_norm
@@ -138,7 +139,7 @@ def _kept_shapes(p: Problem, a: Arrays) -> Mapping[str, jax.ShapeDtypeStruct]:
   if p.norm is None:
     del widths["store_normed"]
   return {
-    name: jax.ShapeDtypeStruct((a.x.size // d, width), a.x.dtype)
+    name: varying_like(a.w_gate, (a.x.size // d, width), a.x.dtype)
     for name, width in widths.items()
   }
 

@@ -82,7 +82,7 @@ def scan_layers(
     results.append(ys)
   results = results[::-1] if reverse else results
   ys = jax.tree.map(lambda *ys: jnp.concatenate(ys), *results)
-  return turn(carry, ports, []), ys
+  return turn((carry, ys), ports, [])
 
 
 class _Scan(NamedTuple):
@@ -137,7 +137,8 @@ class _Scan(NamedTuple):
     (carry, ports, stores), ys = jax.lax.scan(
       layer, (carry, ports, stores), xs, **options
     )
-    return turn(carry, [], stores), ports, ys
+    carry, ys = turn((carry, ys), [], stores)
+    return carry, ports, ys
 
 
 def _is_named(path: Any, names: Collection[str]) -> bool:

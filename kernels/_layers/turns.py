@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._frame.derivative import linear
-from .._frame.lowering import lies_on_a_mesh, unset
+from .._frame.lowering import unset
 from .._frame.rule import is_perturbed, with_rule
 
 
@@ -67,10 +67,9 @@ skip = with_rule(_skip, _skip_jvp)
 
 def open_stores(init: Any, length: int, asked: Any) -> tuple[Any, Any]:
   """The first carry, and stores that are not set."""
-  stores: Any = [
-    [jax.ShapeDtypeStruct((length, *s.shape), s.dtype) for s in specs]
-    for specs in asked
-  ]
+  stores = jax.tree.map(
+    lambda s: s.update(shape=(length, *s.shape), sharding=None), asked
+  )
   leaf, filled = _first_float(init)
   if leaf is None:
     return init, [[] for _ in asked]
@@ -83,7 +82,7 @@ def _opened(x: Any, specs: Any) -> Any:
   """x and stores, whose cotangents are dropped."""
 
   def function(x: Any) -> Any:
-    return x, *(unset(x, spec.shape, spec.dtype) for spec in specs)
+    return x, *map(unset, specs)
 
   def rule(primals: Any, tangents: Any) -> Any:
     outs = _opened(primals[0], specs)
@@ -97,28 +96,11 @@ def _opened(x: Any, specs: Any) -> Any:
   return with_rule(function, rule)(x)
 
 
-def turn(carry: Any, ports: Any, stores: Any) -> Any:
-  """The carry after the last layer.
-
-  Backwards, the ports begin here, not as zeros: those of a scan's last carry
-  that nothing reads would be written, as much as the gradient itself.  And here
-  the stores turn back.
-  """
-  stores = jax.tree.leaves(stores)
-  if not ports and not stores:
-    return carry
-  leaf, filled = _first_float(carry)
-  return carry if leaf is None else filled(_turned(leaf, ports, stores))
-
-
 def _first_float(carry: Any) -> tuple[Any, Callable[[Any], Any]]:
   """The first float of a carry, None if there is none, and what replaces it."""
   leaves, tree = jax.tree.flatten(carry)
 
-  def is_float(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-  place = next((i for i, x in enumerate(leaves) if is_float(x)), len(leaves))
+  place = next((i for i, x in enumerate(leaves) if _is_float(x)), len(leaves))
 
   def filled(leaf: Any) -> Any:
     return jax.tree.unflatten(
@@ -128,33 +110,54 @@ def _first_float(carry: Any) -> tuple[Any, Callable[[Any], Any]]:
   return (leaves[place] if place < len(leaves) else None), filled
 
 
-def _unturned(x: Any, ports: Any, stores: Any) -> Any:
-  """x; backwards, the ports too, not set, and the stores as they are."""
+def turn(outs: Any, ports: Any, stores: Any) -> Any:
+  """The outs of the last layer: a carry, and results.
+
+  Backwards, the ports begin here, not as zeros: those of a scan's last carry
+  that nothing reads would be written, as much as the gradient itself.  And here
+  the stores turn back.  That hangs on all floats among the outs: JAX goes
+  backwards only from what a gradient comes to.
+  """
+  stores = jax.tree.leaves(stores)
+  leaves, tree = jax.tree.flatten(outs)
+  floats = [x for x in leaves if _is_float(x)]
+  if not floats or not (ports or stores):
+    return outs
+  turned = iter(_turned(floats, ports, stores))
+  return jax.tree.unflatten(
+    tree, [next(turned) if _is_float(x) else x for x in leaves]
+  )
+
+
+def _is_float(x: Any) -> bool:
+  return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _unturned(xs: Any, ports: Any, stores: Any) -> Any:
+  """xs; backwards, the ports too, not set, and the stores as they are."""
   del ports, stores
-  return x
+  return xs
 
 
 def _turned_jvp(primals: Any, tangents: Any) -> Any:
-  (x, ports, stores), (dx, dports, dstores) = primals, tangents
-  if not is_perturbed(dx):
-    return x, jnp.zeros_like(x)
-  moving = [
-    port for port, d in zip(ports, dports, strict=True) if is_perturbed(d)
-  ]
-  tangents = [dx, *filter(is_perturbed, [*dports, *dstores])]
-  # Where a port lies on a mesh only the port says; else its type will do.
-  on_mesh = any(map(lies_on_a_mesh, moving))
-  kept = moving if on_mesh else []
-  types = [(port.shape, port.dtype) for port in moving]
-  full = list(stores) if any(map(is_perturbed, dstores)) else []
+  (xs, ports, stores), (dxs, dports, dstores) = primals, tangents
 
-  def turn_back(residuals: Any, cotangents: Any) -> Any:
-    likes = residuals[: len(kept)] if on_mesh else cotangents * len(types)
-    begun = [unset(like, *t) for like, t in zip(likes, types, strict=True)]
-    return [*cotangents, *begun, *residuals[len(kept) :]]
+  def moving(arrays: Any, tangents: Any) -> list[Any]:
+    pairs = zip(arrays, tangents, strict=True)
+    return [x for x, d in pairs if is_perturbed(d)]
 
-  (d,) = linear(lambda _, d: d[:1], turn_back, [*kept, *full], tangents, [x])
-  return x, d
+  outs, full = moving(xs, dxs), moving(stores, dstores)
+  if not outs:
+    return xs, dxs
+  kinds = [jax.typeof(port) for port in moving(ports, dports)]
+  tangents = list(filter(is_perturbed, [*dxs, *dports, *dstores]))
+
+  def turn_back(stores: Any, cotangents: Any) -> Any:
+    return [*cotangents, *map(unset, kinds), *stores]
+
+  count = len(outs)
+  d = iter(linear(lambda _, d: d[:count], turn_back, full, tangents, outs))
+  return xs, [next(d) if is_perturbed(dx) else dx for dx in dxs]
 
 
 _turned = with_rule(_unturned, _turned_jvp)
