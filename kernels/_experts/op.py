@@ -23,6 +23,7 @@ from .._gated.layout import Layout
 from .._gated.spec import Arrays, Kept, Outs, Problem, of_layer
 from .._gated.stack import (
   PORTS,
+  apart,
   kept_in_room,
   whose_gradients_leave_by_ports,
 )
@@ -138,6 +139,7 @@ _expert_feed_forward = kernel_op(
   plain_backward=plain_backward,
   constants=whose_gradients_leave_by_ports,
   passes=PORTS,
+  apart=apart,
   stores=kept_in_room,
 )
 

@@ -328,8 +328,35 @@ def differentiable(op: Any, problem: Any, arrays: Any, places: Any) -> Any:
   run = with_rule(
     functools.partial(_primal, op, problem),
     functools.partial(_op_jvp, op, problem),
+    functools.partial(_of_examples, op, problem),
   )
   return run(arrays, places)
+
+
+def _of_examples(
+  op: Any, problem: Any, size: int, batched: Any, arrays: Any, places: Any
+) -> Any:
+  """Of examples that share a layer's weights in a stack, if they do.
+
+  To a port comes the sum of their gradients, so it is not a port of each.
+  """
+  which, which_places = batched
+  ports = [b for f in op.passes if (b := getattr(which, f)) is not None]
+  if not ports or any(ports):
+    return None
+  own, passing = op.apart(arrays)
+  axes = {f: 0 if getattr(which, f) else None for f in own._fields}
+  run = jax.vmap(
+    lambda own: differentiable(op, problem, own, None)[0],
+    (own._replace(**axes),),
+    axis_size=size,
+  )
+  outs = run(own)._replace(**passing)
+  is_batched = {f: getattr(which, f) for f in passing}
+  which_outs = jax.tree.map(lambda _: True, outs)._replace(**is_batched)
+  if places is None:
+    return (outs, None), (which_outs, None)
+  return (outs, places.stacks), (which_outs, which_places.stacks)
 
 
 def without_derivatives(

@@ -92,6 +92,8 @@ class kernel_op:  # lower case, as jax.custom_vjp
       for it is another field's.
     passes: fields of the arrays that are fields of the results too, as they
       are; the kernels see their cotangents alone.
+    apart: of arrays with such fields, those of an op without, and the fields of
+      the results that are known by that.
     stores: of a problem and its arrays, the names of fields of the arrays and
       the results that `backward` can read in a stack of all layers, and the
       form that each has there; see `room`.
@@ -113,6 +115,7 @@ class kernel_op:  # lower case, as jax.custom_vjp
   plain_linear: Callable[..., Any] | None = None
   constants: Callable[[Any], Iterable[str]] = lambda _: ()
   passes: tuple[str, ...] = ()
+  apart: Callable[[Any], tuple[Any, Mapping[str, Any]]] | None = None
   stores: Callable[[Any, Any], Mapping[str, room.Form]] = lambda *_: {}
 
   def __call__(self, problem: Any, arrays: Any) -> Any:

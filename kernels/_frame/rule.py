@@ -20,18 +20,25 @@ from jax.interpreters import ad, batching, mlir
 
 # Of primals and tangents, the results and their tangents.
 Rule = Callable[[Any, Any], tuple[Any, Any]]
+# Of how many examples, which arguments have a dimension for them, their first,
+# and the arguments: the results, and which of them have it; or None.
+Mapped = Callable[..., tuple[Any, Any] | None]
 
 _ruled = jax.extend.core.Primitive("pallas_gemma_ruled")
 _ruled.multiple_results = True
 
 
-def with_rule(function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
+def with_rule(
+  function: Callable[..., Any], rule: Rule, mapped: Mapped | None = None
+) -> Callable[..., Any]:
   """`function`, differentiated by `rule`.
 
   Args:
     function: of trees of arrays; it closes over none that is traced.
     rule: as that of a `jax.custom_jvp` with symbolic zeros: it maps the
       function's arguments, and as many tangents, to its results and theirs.
+    mapped: what it is under vmap, if it is not None: of functions that have
+      derivatives themselves.  Else all results have a dimension for examples.
   """
 
   def run(*args: Any) -> Any:
@@ -45,8 +52,15 @@ def with_rule(function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
       outs, d_outs = rule(*pair)
       return jax.tree.leaves(outs), jax.tree.leaves(d_outs)
 
+    def mapped_leaves(size: int, batched: Any, leaves: Any) -> Any:
+      which, args = (jax.tree.unflatten(tree, x) for x in (batched, leaves))
+      found = None if mapped is None else mapped(size, which, *args)
+      return found and tuple(map(jax.tree.leaves, found))
+
     program, outs = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves)
-    flat = _ruled.bind(*leaves, jaxpr=program, rule=rule_of_leaves)
+    flat = _ruled.bind(
+      *leaves, jaxpr=program, rule=rule_of_leaves, mapped=mapped_leaves
+    )
     return jax.tree.unflatten(jax.tree.structure(outs), flat)
 
   return run
@@ -83,7 +97,9 @@ def _zero_of(x: Any) -> Any:
   return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
-def _batch(args: Any, dims: Any, *, jaxpr: Any, rule: Rule) -> Any:
+def _batch(
+  args: Any, dims: Any, *, jaxpr: Any, rule: Rule, mapped: Mapped
+) -> Any:
   size = next(
     x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None
   )
@@ -91,6 +107,10 @@ def _batch(args: Any, dims: Any, *, jaxpr: Any, rule: Rule) -> Any:
     x if d is None else jnp.moveaxis(x, d, 0)
     for x, d in zip(args, dims, strict=True)
   ]
+  found = mapped(size, [d is not None for d in dims], moved)
+  if found is not None:
+    outs, batched = found
+    return outs, [0 if b else None for b in batched]
   axes = [None if d is None else 0 for d in dims]
   one = jax.extend.core.jaxpr_as_fun(jaxpr)
   many = jax.vmap(one, axes, axis_size=size)
@@ -112,7 +132,9 @@ def _batch(args: Any, dims: Any, *, jaxpr: Any, rule: Rule) -> Any:
     return run(list(primals), list(filter(is_perturbed, tangents)))
 
   program = jax.make_jaxpr(many)(*moved)
-  outs = _ruled.bind(*moved, jaxpr=program, rule=rule_of_many)
+  outs = _ruled.bind(
+    *moved, jaxpr=program, rule=rule_of_many, mapped=lambda *_: None
+  )
   return outs, [0] * len(outs)
 
 

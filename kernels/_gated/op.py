@@ -36,7 +36,7 @@ from .spec import (
   plain_linear,
   reference,
 )
-from .stack import PORTS, kept_in_room, whose_gradients_leave_by_ports
+from .stack import PORTS, apart, kept_in_room, whose_gradients_leave_by_ports
 from .tiles import where_present
 
 # --- the ops ------------------------------------------------------------------
@@ -125,6 +125,7 @@ _geglu = kernel_op(
   plain_linear=plain_linear,
   constants=whose_gradients_leave_by_ports,
   passes=PORTS,
+  apart=apart,
   stores=kept_in_room,
 )
 _feed_forward = dataclasses.replace(

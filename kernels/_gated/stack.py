@@ -14,7 +14,7 @@ says the place; with a layer's index they are in both, [L, E, D, F].
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .._frame.room import Form
+from .._layers.turns import take
 from .visits import visits_of
 
 if TYPE_CHECKING:  # the records are of another page
@@ -113,6 +114,20 @@ def whose_gradients_leave_by_ports(a: Arrays) -> tuple[str, ...]:
   return tuple(
     port.replace("port", "w") for port in PORTS if getattr(a, port) is not None
   )
+
+
+def apart(a: Arrays) -> tuple[Arrays, Mapping[str, Any]]:
+  """The arrays with a layer's own weights, and what goes past it."""
+  own, passing = a.of_one_layer(), {}
+  for port in PORTS:
+    if getattr(a, port) is None:
+      continue
+    name = port.replace("port", "w")
+    weight, on = take(getattr(a, name), getattr(a, port), a.layer)
+    own, passing[port] = own._replace(**{name: weight}), on
+  gate, up, normed = stores_of(a)
+  stores = dict(store_gate=gate, store_up=up, store_normed=normed)
+  return own, passing | stores
 
 
 def ports_of(a: Arrays, d: Outs) -> tuple[Any, Any, Any]:

@@ -13,6 +13,7 @@ from .._frame.derivative import linear
 from .._frame.room import current
 from .._frame.rule import is_perturbed, with_rule
 from .._quantized import QuantizedWeight, quantized_einsum
+from .turns import take
 from .weight import LayerOf
 
 # What makes x of a layer's part of the store in which it lies, if it does.
@@ -76,7 +77,19 @@ def _einsum(subscripts: str, back: Back, *arrays: Any) -> tuple[Any, Any, Any]:
     return _of(subscripts, x, _layer(stack, index)), port, store
 
   rule = functools.partial(_einsum_jvp, subscripts, back)
-  return with_rule(function, rule)(*arrays)
+  mapped = functools.partial(_of_examples, subscripts)
+  return with_rule(function, rule, mapped)(*arrays)
+
+
+def _of_examples(subscripts: str, size: int, batched: Any, *arrays: Any) -> Any:
+  """Of examples that share the weight, if they do: it is taken first."""
+  if any(batched[1:4]) or not batched[0]:
+    return None
+  x, stack, port, index, store = arrays
+  own, port = take(stack, port, index)
+  of = functools.partial(_of, subscripts)
+  y = jax.vmap(of, (0, None), axis_size=size)(x, own)
+  return (y, port, store), (True, False, batched[4])
 
 
 def _einsum_jvp(

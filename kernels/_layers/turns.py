@@ -93,7 +93,11 @@ def _opened(x: Any, specs: Any) -> Any:
     d = linear(opened, lambda _, d: d[:1], [], tangents, outs)
     return outs, tuple(d)
 
-  return with_rule(function, rule)(x)
+  def mapped(_: int, batched: Any, x: Any) -> Any:
+    outs = _opened(x, specs)
+    return outs, (batched[0], *[False] * len(specs))
+
+  return with_rule(function, rule, mapped)(x)
 
 
 def _first_float(carry: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -160,4 +164,9 @@ def _turned_jvp(primals: Any, tangents: Any) -> Any:
   return xs, [next(d) if is_perturbed(dx) else dx for dx in dxs]
 
 
-_turned = with_rule(_unturned, _turned_jvp)
+def _turned_of_examples(_: int, batched: Any, *args: Any) -> Any:
+  """The same: stores are not of each example if they were not before."""
+  return _turned(*args), batched[0]
+
+
+_turned = with_rule(_unturned, _turned_jvp, _turned_of_examples)
