@@ -74,18 +74,20 @@ def _by_branch(weight: Any) -> Any:
 def biases(
   op: str, layout: Layout, arrays: Arrays, given: Any
 ) -> Mapping[str, Any]:
-  """The biases by their fields in `Arrays`: one layer's, and checked."""
+  """The biases by their fields in `Arrays`: one layer's, and checked.
+
+  Beside a `LayerOf` they are a layer's own, as the scan gives them.
+  """
   names = "b_gate", "b_up", "b_down"
   found = {n: b for n in names if (b := getattr(given, n)) is not None}
   taken = {
     n: b.take() if isinstance(b, LayerOf) else b for n, b in found.items()
   }
   own = dict(zip(taken, as_floats(op, **taken), strict=True))
-  if arrays.layer is not None:
+  if arrays.layer is not None and not given.in_place():
     for name, bias in own.items():
-      if not isinstance(found[name], LayerOf):
-        _check_stack(op, name, bias, arrays.w_gate.shape[0])
-        own[name] = of_layer(bias, arrays.layer)
+      _check_stack(op, name, bias, arrays.w_gate.shape[0])
+      own[name] = of_layer(bias, arrays.layer)
   f, both = layout.width(arrays.w_gate), "b_gate" in own and "b_up" not in own
   if layout.form in ("fused", "columns") and both and own["b_gate"].size != f:
     if own["b_gate"].shape not in ((2, f), (2 * f,)):
