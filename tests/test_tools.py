@@ -1,4 +1,4 @@
-"""The tuner and the dumper."""
+"""The tools that are run by hand."""
 
 import dataclasses
 import importlib.util
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from pallas_gemma import bench
 from pallas_gemma.kernels import OPS, Case, Cost, Op
@@ -27,7 +28,7 @@ def tool(name) -> Any:
   return module
 
 
-TUNE, DUMP = tool("tune"), tool("dump")
+TUNE, DUMP, BESIDE = map(tool, ("tune", "dump", "beside_torch"))
 
 
 def test_neighbours_change_one_field():
@@ -157,3 +158,17 @@ def test_finds_the_hottest_loop():
 )
 def test_names_units(opcode, unit):
   assert DUMP.unit(opcode) == unit
+
+
+def test_a_step_beside_torch_is_one_of_training():
+  """On a batch that stays the same the loss falls, from that of a guess."""
+  step = BESIDE._ours(BESIDE.Size(64, 1, 16, 32, 1, 16, rows=2, tokens=8))
+  first, *_, last = (step() for _ in range(30))
+  assert first == pytest.approx(np.log(64), rel=0.3) and last < 0.9 * first
+
+
+def test_a_size_beside_torch_that_there_is_not(monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["beside_torch.py", "large"])
+  with pytest.raises(SystemExit):
+    BESIDE.main()
+  assert "must be one of tiny, small, got 'large'" in capsys.readouterr().err
