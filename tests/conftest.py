@@ -140,11 +140,12 @@ def kernels_without_bodies():
 
 @pytest.fixture(autouse=True, scope="module")
 def models_are_not_optimised(request):
-  """But kernels are, whose numbers count to the last digit."""
+  """But kernels are, whose numbers count to the last digit, if not marked."""
   of_models = "pallas_gemma.gemma" in inspect.getsource(request.module)
+  leaves_out = of_models or request.node.get_closest_marker("unoptimised")
   with (
     compile_once.without_optimisation()
-    if of_models
+    if leaves_out
     else contextlib.nullcontext()
   ):
     yield

@@ -57,7 +57,8 @@ def _step(eqn, operands):
   """The results of one equation."""
   name, params = eqn.primitive.name, eqn.params
   if inner := _CALLS.get(name):
-    return _closed(params[inner], operands)
+    called = params[inner]
+    return _closed(called[0] if type(called) is tuple else called, operands)
   if name == "io_callback":
     return _call_back(eqn, operands)
   if name == "cond":

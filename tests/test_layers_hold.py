@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_gemma import kernels
 from test_layers import assert_agree
 
-pytestmark = pytest.mark.no_interpreter
+pytestmark = [pytest.mark.no_interpreter, pytest.mark.unoptimised]
 LAYERS, SIZES = 3, jnp.asarray([3, 5, 0, 6])
 
 

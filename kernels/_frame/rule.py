@@ -59,7 +59,7 @@ def with_rule(
 
     program, outs = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves)
     flat = _ruled.bind(
-      *leaves, jaxpr=program, rule=rule_of_leaves, mapped=mapped_leaves
+      *leaves, jaxpr=(program,), rule=rule_of_leaves, mapped=mapped_leaves
     )
     return jax.tree.unflatten(jax.tree.structure(outs), flat)
 
@@ -71,8 +71,12 @@ def is_perturbed(tangent: Any) -> bool:
   return not isinstance(tangent, SymbolicZero)
 
 
+# The program is in a tuple of one: by itself, JAX 0.12 would ask this primitive
+# how to lower what is high-level in it, and that knows it itself.
+
+
 def _evaluate(*args: Any, jaxpr: Any, **_: Any) -> Any:
-  return jax.extend.core.jaxpr_as_fun(jaxpr)(*args)
+  return jax.extend.core.jaxpr_as_fun(*jaxpr)(*args)
 
 
 def _jvp(primals: Any, tangents: Any, *, rule: Rule, **_: Any) -> Any:
@@ -112,7 +116,7 @@ def _batch(
     outs, batched = found
     return outs, [0 if b else None for b in batched]
   axes = [None if d is None else 0 for d in dims]
-  one = jax.extend.core.jaxpr_as_fun(jaxpr)
+  one = jax.extend.core.jaxpr_as_fun(*jaxpr)
   many = jax.vmap(one, axes, axis_size=size)
 
   def rule_of_many(primals: Any, tangents: Any) -> Any:
@@ -133,13 +137,13 @@ def _batch(
 
   program = jax.make_jaxpr(many)(*moved)
   outs = _ruled.bind(
-    *moved, jaxpr=program, rule=rule_of_many, mapped=lambda *_: None
+    *moved, jaxpr=(program,), rule=rule_of_many, mapped=lambda *_: None
   )
   return outs, [0] * len(outs)
 
 
 def _abstract(*_: Any, jaxpr: Any, **__: Any) -> Any:
-  return jaxpr.out_avals, jaxpr.effects
+  return jaxpr[0].out_avals, jaxpr[0].effects
 
 
 _ruled.def_impl(_evaluate)
