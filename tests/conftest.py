@@ -48,6 +48,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import atexit  # noqa: E402
 import contextlib  # noqa: E402
+import dataclasses  # noqa: E402
+import functools  # noqa: E402
 import gc  # noqa: E402
 import inspect  # noqa: E402
 import pathlib  # noqa: E402
@@ -61,6 +63,9 @@ import interpreter  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import v5e  # noqa: E402
+from jax.experimental.compilation_cache.compilation_cache import (  # noqa: E402
+  reset_cache,
+)
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 # The same examples on every run, however slow the machine, and no shrinking: in
@@ -148,6 +153,41 @@ def models_are_not_optimised(request):
     if leaves_out
     else contextlib.nullcontext()
   ):
+    yield
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+  """The folder of compiled programs: all runs of a module have the same."""
+  names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
+  before = [getattr(jax.config, f"jax_{name}") for name in names]
+  cache = str(tmp_path_factory.mktemp("compiled"))
+  for name, value in zip(names, (cache, 0.0), strict=True):
+    jax.config.update(f"jax_{name}", value)
+  reset_cache()  # or it goes on as the first compilation found it
+  yield cache
+  for name, value in zip(names, before, strict=True):
+    jax.config.update(f"jax_{name}", value)
+  reset_cache()
+
+
+@pytest.fixture(scope="module")
+def traced_once():
+  """Runs whose steps are the same program have the same functions."""
+  loop = importlib.import_module("pallas_gemma.gemma._train.loop")
+  make = functools.cache(loop.make_steps)
+  others = dict(data=(), work_dir=None, eval_batches="auto", allow_change=False)
+  others |= dict(
+    cache_dir=None, profile=None, max_skipped=1, mix=(), save_in_background=True
+  )
+  others |= dict.fromkeys(("evaluate_every", "save_every", "keep"), 1)
+
+  def make_steps(config, valid_vocab_size, layout):
+    same = dataclasses.replace(config, **others)
+    return make(same, valid_vocab_size, layout)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "make_steps", make_steps)
     yield
 
 

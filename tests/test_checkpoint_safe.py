@@ -23,7 +23,6 @@ import orbax.checkpoint as ocp
 import pytest
 import rich.console
 from flax import nnx
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from pallas_gemma.gemma import (
   Checkpoints,
   OptimizerConfig,
@@ -452,21 +451,6 @@ def test_a_step_of_unreadable_loss_is_not_removed(tmp_path):
     checkpoints.save(2, loss=2.0, params=state(2))
     checkpoints.save(3, loss=3.0, params=state(3))
   assert complete_steps(tmp_path) == [1, 2, 3]
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-  """The folder of compiled programs: the run is resumed with the same ones."""
-  names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
-  before = [getattr(jax.config, f"jax_{name}") for name in names]
-  cache = str(tmp_path_factory.mktemp("compiled"))
-  for name, value in zip(names, (cache, 0.0), strict=True):
-    jax.config.update(f"jax_{name}", value)
-  reset_cache()
-  yield
-  for name, value in zip(names, before, strict=True):
-    jax.config.update(f"jax_{name}", value)
-  reset_cache()
 
 
 @pytest.fixture(scope="module")

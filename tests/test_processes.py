@@ -26,13 +26,15 @@ from pallas_gemma.gemma import (
 )
 from small_gemma import ONE_LAYER as MODEL
 from small_gemma import printed as run
-from test_train_safe import compiled_once, traced_once  # noqa: F401  (fixtures)
 
 complete_steps = importlib.import_module(
   "pallas_gemma.gemma._checkpoint"
 ).complete_steps
 processes = importlib.import_module("pallas_gemma.gemma._processes")
-pytestmark = pytest.mark.no_interpreter
+pytestmark = [
+  pytest.mark.no_interpreter,
+  pytest.mark.usefixtures("compiled_once", "traced_once"),
+]
 
 STEPS = 8
 SETTINGS: dict[str, Any] = dict(

@@ -26,16 +26,17 @@ from pallas_gemma.gemma import (
   read_record,
 )
 from small_gemma import printed as run
-from test_train_safe import (  # noqa: F401  (two are fixtures)
+from test_train_safe import (
   STEPS,
-  compiled_once,
   config,
   numbers,
   room,
-  traced_once,
 )
 
-pytestmark = pytest.mark.no_interpreter
+pytestmark = [
+  pytest.mark.no_interpreter,
+  pytest.mark.usefixtures("compiled_once", "traced_once"),
+]
 
 
 steps, mirrors = room("_checkpoint.steps"), room("_checkpoint.mirror")

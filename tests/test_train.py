@@ -22,7 +22,6 @@ import optax
 import pytest
 import rich.console
 from flax import nnx
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from pallas_gemma.gemma import (
   KERNELS,
   Gemma,
@@ -46,7 +45,10 @@ from small_gemma import TWO_LAYERS as MODEL
 from small_gemma import printed as run
 
 # The kernels have their own tests: none need be interpreted here.
-pytestmark = pytest.mark.no_interpreter
+pytestmark = [
+  pytest.mark.no_interpreter,
+  pytest.mark.usefixtures("compiled_once"),
+]
 
 STEPS = 40
 
@@ -64,21 +66,6 @@ def config(work_dir: pathlib.Path, **changes) -> TrainConfig:
     model=MODEL,
   )
   return TrainConfig(**fixed | changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """The folder of compiled programs: every run of this module has the same."""
-  names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
-  before = [getattr(jax.config, f"jax_{name}") for name in names]
-  cache = str(tmp_path_factory.mktemp("compiled"))
-  for name, value in zip(names, (cache, 0.0), strict=True):
-    jax.config.update(f"jax_{name}", value)
-  reset_cache()  # or it goes on as the first compilation found it
-  yield cache
-  for name, value in zip(names, before, strict=True):
-    jax.config.update(f"jax_{name}", value)
-  reset_cache()
 
 
 @pytest.fixture(scope="module")

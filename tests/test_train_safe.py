@@ -4,7 +4,6 @@ whoever else wants its directory."""
 import contextlib
 import dataclasses
 import errno
-import functools
 import importlib
 import io
 import json
@@ -25,7 +24,6 @@ import jax
 import numpy as np
 import pytest
 import rich.console
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from pallas_gemma.gemma import (
   OptimizerConfig,
   TrainConfig,
@@ -41,7 +39,10 @@ from pallas_gemma.gemma import (
 from small_gemma import ONE_LAYER as MODEL
 from small_gemma import printed as run
 
-pytestmark = pytest.mark.no_interpreter
+pytestmark = [
+  pytest.mark.no_interpreter,
+  pytest.mark.usefixtures("compiled_once", "traced_once"),
+]
 
 
 def room(name: str) -> Any:
@@ -82,41 +83,6 @@ def numbers(directory: pathlib.Path) -> dict[int, tuple[float | None, ...]]:
   assert len({r["step"] for r in records}) == len(records)
   keys = ("loss", "gradient_norm", "held_out_loss", "unigram_loss")
   return {r["step"]: tuple(r.get(k) for k in keys) for r in records}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """The folder of compiled programs: every run of this module has the same."""
-  names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
-  before = [getattr(jax.config, f"jax_{name}") for name in names]
-  cache = str(tmp_path_factory.mktemp("compiled"))
-  for name, value in zip(names, (cache, 0.0), strict=True):
-    jax.config.update(f"jax_{name}", value)
-  reset_cache()
-  yield cache
-  for name, value in zip(names, before, strict=True):
-    jax.config.update(f"jax_{name}", value)
-  reset_cache()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-  """Runs whose steps are the same program have the same functions."""
-  loop = room("_train.loop")
-  make = functools.cache(loop.make_steps)
-  others = dict(data=(), work_dir=None, eval_batches="auto", allow_change=False)
-  others |= dict(
-    cache_dir=None, profile=None, max_skipped=1, mix=(), save_in_background=True
-  )
-  others |= dict.fromkeys(("evaluate_every", "save_every", "keep"), 1)
-
-  def make_steps(config, valid_vocab_size, layout):
-    same = dataclasses.replace(config, **others)
-    return make(same, valid_vocab_size, layout)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "make_steps", make_steps)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from .lowering import guarded, off_tpu
 from .manual import vary_alike, varying_like, zeros_of
 from .room import Places
-from .rule import is_perturbed, with_rule
+from .rule import examples_first, is_perturbed, with_rule
 
 Leaves = Sequence[Any]
 # Of residuals and tangents, or of residuals and cotangents.
@@ -125,19 +125,13 @@ def _batch(
   types: Any,
   refusal: str | None,
 ) -> Any:
-  size = next(
-    x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None
-  )
-  moved = [
-    x if d is None else jnp.moveaxis(x, d, 0)
-    for x, d in zip(args, dims, strict=True)
-  ]
+  size, moved, axes = examples_first(args, dims)
   # Tangents all have the new axis: so each has a cotangent with it.
   tangents = [
     jnp.broadcast_to(x, (size, *x.shape)) if d is None else x
     for x, d in zip(moved[residuals:], dims[residuals:], strict=True)
   ]
-  axes = [None if d is None else 0 for d in dims[:residuals]]
+  axes = axes[:residuals]
 
   def mapped(one: Linear) -> Linear:
     def many(res: Leaves, other: Leaves) -> Leaves:

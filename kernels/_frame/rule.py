@@ -101,21 +101,27 @@ def _zero_of(x: Any) -> Any:
   return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
+def examples_first(args: Any, dims: Any) -> tuple[int, list[Any], list[Any]]:
+  """What a batching rule is given, as `jax.vmap` takes it.
+
+  Returns:
+    How many examples there are, the arguments with the dimension of examples
+    first, and for each 0, or None if it has none.
+  """
+  pairs = list(zip(args, dims, strict=True))
+  size = next(x.shape[d] for x, d in pairs if d is not None)
+  moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in pairs]
+  return size, moved, [None if d is None else 0 for d in dims]
+
+
 def _batch(
   args: Any, dims: Any, *, jaxpr: Any, rule: Rule, mapped: Mapped
 ) -> Any:
-  size = next(
-    x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None
-  )
-  moved = [
-    x if d is None else jnp.moveaxis(x, d, 0)
-    for x, d in zip(args, dims, strict=True)
-  ]
-  found = mapped(size, [d is not None for d in dims], moved)
+  size, moved, axes = examples_first(args, dims)
+  found = mapped(size, [a is not None for a in axes], moved)
   if found is not None:
     outs, batched = found
     return outs, [0 if b else None for b in batched]
-  axes = [None if d is None else 0 for d in dims]
   one = jax.extend.core.jaxpr_as_fun(*jaxpr)
   many = jax.vmap(one, axes, axis_size=size)
 
