@@ -129,10 +129,8 @@ def _equation(
     closed = eqn.params["jaxpr"]
     _walk(closed.jaxpr, _constants(closed), _first_turn(eqn, inputs), found)
     return unknown
-  inner = next(
-    (eqn.params[key] for key in _SUBPROGRAMS if key in eqn.params), None
-  )
-  if inner is not None and name not in _NOT_INLINED:
+  inner = None if name in _NOT_INLINED else _subprogram(eqn.params)
+  if inner is not None:
     body = getattr(inner, "jaxpr", inner)
     consts = _constants(inner) if hasattr(inner, "consts") else []
     if len(body.invars) != len(inputs):
@@ -148,6 +146,15 @@ def _equation(
     _Lazy(functools.partial(lambda i: results()[i], i))
     for i in range(len(eqn.outvars))
   ]
+
+
+def _subprogram(params: Mapping[str, Any]) -> Any:
+  """The program that an equation calls, if it calls one."""
+  called = (params[key] for key in _SUBPROGRAMS if key in params)
+  inner = next(called, None)
+  if isinstance(inner, tuple):  # as the frame's `with_rule` holds it
+    (inner,) = inner
+  return inner
 
 
 def _first_turn(eqn: Any, inputs: list[_Lazy]) -> list[_Lazy]:
