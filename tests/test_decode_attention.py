@@ -223,6 +223,26 @@ def test_int8_holds_what_was_quantized():
   assert jax.tree.all(jax.tree.map(jnp.array_equal, zeros, empty))
 
 
+@pytest.mark.parametrize("layer, pages", [(2, (0, 7)), (-1, (-3, 1))])
+def test_what_is_out_of_bounds_is_another(layer, pages):
+  """A layer, or page: the kernel's copies have no bounds of their own."""
+  q, caches, _, new = draw(2, 1, 128, 2, 1, 128)
+  caches, _ = in_pages(caches, 128)
+  caches = [jnp.stack((x, -x)) for x in caches]
+  lengths = jnp.array([100, 128])
+
+  @jax.jit
+  def run(layer, table):
+    return KERNEL(q, *caches, lengths, new=new, layer=layer, page_table=table)
+
+  def column(pages):
+    return jnp.array(pages, jnp.int32)[:, None]
+
+  got = run(jnp.int32(layer), column(pages))
+  other = run(jnp.int32(min(max(layer, 0), 1)), column([0, 1]))
+  assert jax.tree.all(jax.tree.map(jnp.array_equal, got, other))
+
+
 # --- mutants ------------------------------------------------------------------
 
 
@@ -402,6 +422,11 @@ def _arguments():
     ({"new": (jnp.ones((2, 2, 2, 16)),) * 2}, r"new\[0\] must be"),
     ({"layer": 0}, r"k_cache must be \[L, B, S, K, H\]"),
     ({"page_table": jnp.zeros((3, 1), jnp.int32)}, "page_table must be"),
+    (
+      {name: jnp.ones((3, 2, 64, 2, 16)) for name in ("k_cache", "v_cache")}
+      | {"layer": 3},
+      "layer must be from 0 to 2, the last of the stack, got 3",
+    ),
     (
       {"k_cache": QuantizedCache.empty((2, 64, 2, 16))},
       "must both be a QuantizedCache, or neither",

@@ -81,6 +81,17 @@ def test_flags_and_parts(sizes):
   np.testing.assert_array_equal(visits.end_part, -(-visits.end // part))
 
 
+@given(st.lists(st.integers(-2 * ROWS, 2 * ROWS), min_size=1, max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_what_a_visit_copies_is_there_whatever_the_sizes(sizes):
+  """They are numbers of the caller's; the kernel's copies have no bounds."""
+  visits = jax.device_get(visits_of(jnp.asarray(sizes), ROWS, TILE))
+  assert set(visits.tile) <= set(range(5))
+  assert set(visits.expert) <= set(range(len(sizes)))
+  for rows in (visits.begin, visits.end):
+    assert rows.min() >= 0 and rows.max() <= TILE
+
+
 # --- the kernels --------------------------------------------------------------
 
 D, F = 24, 256

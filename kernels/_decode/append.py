@@ -42,7 +42,7 @@ def new_types(call: Call, quantized: bool) -> New:
   values = pltpu.VMEM((columns, rows, tpu.LANES), jnp.float32)
   scale = None
   if quantized:
-    lanes = 2 * call.block_rows + tpu.lanes(new_rows) + tpu.LANES
+    lanes = tpu.lanes(new_rows) + 3 * tpu.LANES
     scale = pltpu.VMEM((1, lanes), jnp.float32)
   return New(values, values, scale, scale)
 
@@ -59,13 +59,16 @@ def take(call: Call, new: New, scratch: New) -> None:
   for name in ("k_scale", "v_scale"):
     lanes, to = getattr(new, name), getattr(scratch, name)
     if to is not None:
-      to[:, pl.ds(call.block_rows, lanes.shape[1])] = lanes[...]
+      to[:, pl.ds(tpu.LANES, lanes.shape[1])] = lanes[...]
 
 
 def put(
-  stream: Stream, scratch: New, step: Step, block: Any, slot: Any, goes: Any
+  stream: Stream, scratch: New, step: Step, block: Any, slot: Any
 ) -> None:
   """Into a block that has arrived in a slot.
+
+  A row's last step sees all new keys: from there what has changed goes back to
+  the cache.  Those before it only put them in.
 
   Args:
     stream: of the call.
@@ -73,9 +76,8 @@ def put(
     step: the grid step.
     block: the block.
     slot: where it is.
-    goes: whether what has changed goes back to the cache.
   """
-  call = stream.call
+  call, goes = stream.call, step.is_last
   key0, first = block * call.block_kv, stream.scalars.first(call, step.b)
   has_room = (first < key0 + call.block_kv) & (first + call.t > key0)
 
@@ -91,12 +93,7 @@ def put(
     sent = place.each(call.tile, functools.partial(_put_tile, place, goes))
     stream.at.tiles[slot] = jnp.where(goes, sent, 0)
     if stream.at.lanes is not None:
-      _put_scales(place)
-
-      def send(row: Any) -> None:
-        pl.when(goes)(lambda: stream.send_lanes(step.b, block, slot, row))
-
-      sent = place.each(tpu.LANES, send)
+      sent = place.each(tpu.LANES, functools.partial(_put_lanes, place, goes))
       stream.at.lanes[slot] = jnp.where(goes, sent, 0)
 
 
@@ -156,19 +153,23 @@ def _put_tile(place: _Place, goes: Any, row: Any) -> None:
     stream.send_tile(place.b, place.block, place.slot, row)
 
 
-def _put_scales(place: _Place) -> None:
-  """All lanes of the block: those of the new ones, turned to their places."""
-  stream, call = place.stream, place.stream.call
-  width = call.block_rows
-  start = place.first_held + (width - place.row0)
+def _put_lanes(place: _Place, goes: Any, row: Any) -> None:
+  """A register of scales: the new ones are turned to their lanes."""
+  stream = place.stream
+  start = place.first_held + (row - place.row0) + tpu.LANES
   whole = jax.lax.div(start, tpu.LANES) * tpu.LANES
-  lanes = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+  is_new = place.is_new(
+    row + jax.lax.broadcasted_iota(jnp.int32, (1, tpu.LANES), 1)
+  )
   for slots, new in (
     (stream.slots.k_scale, place.scratch.k_scale),
     (stream.slots.v_scale, place.scratch.v_scale),
   ):
-    size = width + tpu.LANES
-    wide = new[:, pl.ds(pl.multiple_of(whole, tpu.LANES), size)]
-    turned = pltpu.roll(wide, size - (start - whole), 1)[:, :width]
-    old = slots[place.slot]
-    slots[place.slot] = jnp.where(place.is_new(lanes), turned, old)
+    wide = new[:, pl.ds(pl.multiple_of(whole, tpu.LANES), 2 * tpu.LANES)]
+    turned = pltpu.roll(wide, 2 * tpu.LANES - (start - whole), 1)
+    lanes = place.slot, slice(None), pl.ds(row, tpu.LANES)
+    slots[lanes] = jnp.where(is_new, turned[:, : tpu.LANES], slots[lanes])
+
+  @pl.when(goes)
+  def _():
+    stream.send_lanes(place.b, place.block, place.slot, row)

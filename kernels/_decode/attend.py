@@ -45,12 +45,23 @@ def rows_types(call: Call) -> Rows:
   )
 
 
+class After(NamedTuple):
+  """What the product of rows and keys that comes next is of."""
+
+  q: Any  # ref of the queries: the first group of them
+  slot: Any
+
+
 def begin(call: Call, q: Any, keys: Keys, slot: Any, s: Rows) -> None:
-  """No key seen, and the first block of them in a slot."""
+  """The product with the first block of keys, in a slot."""
+  s.coming[...] = _product(q, keys, slot, pl.ds(0, call.softmax_rows))
+
+
+def clear(s: Rows) -> None:
+  """No key seen."""
   s.m[...] = jnp.full_like(s.m, MASKED)
   s.total[...] = jnp.zeros_like(s.total)
   s.acc[...] = jnp.zeros_like(s.acc)
-  s.coming[...] = _product(q, keys, slot, pl.ds(0, call.softmax_rows))
 
 
 def _product(q: Any, keys: Keys, slot: Any, rows: Any) -> jax.Array:
@@ -124,7 +135,13 @@ class Tile(NamedTuple):
 
 
 def to_keys(
-  tile: Tile, q: Any, keys: Keys, s: Rows, following: Any, *, masked: bool
+  tile: Tile,
+  q: Any,
+  keys: Keys,
+  s: Rows,
+  following: After | None,
+  *,
+  masked: bool,
 ) -> None:
   """The online softmax over a block of keys.
 
@@ -140,7 +157,7 @@ def to_keys(
     q: ref of the queries.
     keys: refs of the blocks.
     s: the state; its `coming` has the products of the first group.
-    following: slot of the block that comes next, or None.
+    following: what comes next, or None.
     masked: whether some of its keys may be hidden.
   """
   call, p = tile.call, tile.call.problem
@@ -153,7 +170,8 @@ def to_keys(
     if after < call.rows:
       coming = _product(q, keys, tile.slot, pl.ds(after, size))
     elif following is not None:
-      s.coming[...] = _product(q, keys, following, pl.ds(0, size))
+      first = pl.ds(0, size)
+      s.coming[...] = _product(following.q, keys, following.slot, first)
     logits = p.logits(_times(product, k_scale), tile.scale)
     if keys.others is not None:
       logits += keys.others[g, :]

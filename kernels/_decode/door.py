@@ -16,6 +16,7 @@ from .._frame.check import (
   as_array,
   as_floats,
   as_integers,
+  as_layer,
   as_number,
   as_scalar,
   check_positive,
@@ -68,8 +69,7 @@ def checked_arguments(given: Given) -> Given:
     dtype = jnp.promote_types(q.dtype, jnp.promote_types(k.dtype, v.dtype))
     q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
   if is_stack:
-    layer = as_integers(_OP, "layer", layer)
-    check_shape(_OP, "layer", layer, (), "a single index")
+    layer = as_layer(_OP, layer, values.shape[0])
   if in_pages:
     page_table = as_integers(_OP, "page_table", page_table)
     if page_table.ndim != 2 or page_table.shape[0] != q.shape[0]:
@@ -175,7 +175,7 @@ def problem_of(given: Given, **static: Any) -> tuple[Problem, Arrays]:
   a = Arrays(
     *(q, k, v, k_scale, v_scale),
     lengths=lengths.astype(jnp.int32),
-    layer=None if layer is None else jnp.asarray(layer, jnp.int32),
+    layer=layer,
     table=None if page_table is None else page_table.astype(jnp.int32),
   )
   if new is not None:

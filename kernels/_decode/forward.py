@@ -6,10 +6,13 @@ every key that they see:
   1. begin    at the first step, as many blocks of the cache set out as may
   2. take     new keys and values, if there are any: of all rows at the first
               step; if they are many, of a row at its first
-  3. blocks   for each block: one more sets out; this one is awaited; new keys
-              are put into it, and go back; then the online softmax, as in flash
-              attention, masked at the ends
+  3. blocks   for each block: one more sets out; the next one is awaited, new
+              keys are put into it, and go back; then the online softmax, as in
+              flash attention, masked at the ends
   4. finish   out = acc / sum,   lse = m + log2 sum
+
+Products are computed one block ahead, at the last block of a step that of the
+next step's first: so the matrix unit does not wait for a row's end.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class Inputs(NamedTuple):
   """Refs, in the kernel; R = block_q N rows; None where there is none."""
 
   q: Any  # [R, H]
+  q_after: Any  # [G, H]: the first rows of the next step; or None
   new: New | None
   cache: CacheRefs  # in HBM
 
@@ -79,42 +83,47 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: State, *, call: Call):
     is_first = pl.program_id(1) == 0 if call.held == 1 else index == 0
     pl.when(is_first)(functools.partial(append.take, call, i.new, s.new))
 
-  def arrives(block: Any) -> Any:
+  def arrives(step: Step, block: Any) -> Any:
     slot = copies.take(step, block)
     if s.new is not None:
-      # A row's last step sees all new keys; those before it only put them in.
-      goes = pl.program_id(1) == call.blocks_q - 1
-      append.put(copies, s.new, step, block, slot, goes)
+      append.put(copies, s.new, step, block, slot)
     return slot
 
   keys = attend.Keys(s.slots, s.others)
   scale = None if scalars.scale is None else scalars.scale[step.b]
 
+  def begin() -> None:
+    attend.begin(call, i.q, keys, arrives(step, step.first), s.rows)
+
+  def tile(block: Any, slot: Any) -> attend.Tile:
+    return attend.Tile(call, step, block, slot, scale)
+
   def on_block(block: Any, slot: Any) -> Any:
     copies.send_for_next()
-    is_last, after = block + 1 == step.last, copies.slot_after(slot)
-
-    @pl.when(jnp.logical_not(is_last))
-    def _():
-      arrives(block + 1)
-
-    tile = attend.Tile(call, step, block, slot, scale)
-    to_keys = functools.partial(attend.to_keys, tile, i.q, keys, s.rows)
+    after = attend.After(i.q, arrives(step, block + 1))
 
     def with_mask(masked: bool) -> None:
-      jax.lax.cond(
-        is_last,
-        lambda: to_keys(None, masked=masked),
-        lambda: to_keys(after, masked=masked),
-      )
+      attend.to_keys(tile(block, slot), i.q, keys, s.rows, after, masked=masked)
 
     sees_all = step.sees_all(call, block)
     jax.lax.cond(sees_all, lambda: with_mask(False), lambda: with_mask(True))
-    return after
+    return after.slot
 
-  slot = arrives(step.first)
-  attend.begin(call, i.q, keys, slot, s.rows)
-  jax.lax.fori_loop(step.first, step.last, on_block, slot)
+  pl.when(index == 0)(begin) if i.q_after is not None else begin()
+  attend.clear(s.rows)
+  last = step.last - 1
+  slot = jax.lax.fori_loop(step.first, last, on_block, copies.in_work)
+  copies.send_for_next()
+  after = None
+  if i.q_after is not None:
+    after = attend.After(i.q_after, copies.slot_after(slot))
+
+    @pl.when(index < call.steps - 1)
+    def _():
+      following = Step.of(call, scalars, index + 1)
+      arrives(following, following.first)
+
+  attend.to_keys(tile(last, slot), i.q, keys, s.rows, after, masked=True)
   _finish(call, o, s.rows)
   if i.new is not None:
     pl.when(index == call.steps - 1)(copies.finish)
@@ -122,13 +131,15 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: State, *, call: Call):
 
 def _finish(call: Call, o: Outputs, s: attend.Rows) -> None:
   """out = acc / sum and lse = m + log2 sum."""
+  m = s.m[...]
   total = jnp.sum(s.total[...], axis=1, keepdims=True)
-  saw_nothing = s.m[:, :1] <= MASKED / 2
-  inverse = reciprocal(total, o.out.dtype)
-  inverse = jnp.where(saw_nothing, 0.0, inverse)
+  total = jnp.broadcast_to(total, m.shape)
+  saw_nothing = m <= MASKED / 2
+  inverse = jnp.where(saw_nothing, 0.0, reciprocal(total, o.out.dtype))
+  inverse = tpu.across(inverse, o.out.shape[1])
   o.out[...] = (s.acc[...] * inverse).astype(o.out.dtype)
   if o.lse is not None:
-    lse = lse_of(s.m[...], total, call.problem)
+    lse = lse_of(m, total, call.problem)
     o.lse[...] = jnp.where(saw_nothing & (lse == lse), -jnp.inf, lse)
 
 
@@ -206,6 +217,11 @@ def _run(call: Call, a: Arrays) -> Outs:
   of_lse = pl.BlockSpec(
     (None, call.rows, tpu.LANES), lambda b, i, *_: (b, i, 0)
   )
+  of_after, goes_on = None, call.goes_on or not appends
+  if goes_on:
+    of_after = pl.BlockSpec(
+      (None, call.softmax_rows, h), functools.partial(_after, call)
+    )
   new, of_new = _new(call, a) if appends else (None, None)
   scalars = Scalars(
     lengths=a.lengths,
@@ -215,7 +231,8 @@ def _run(call: Call, a: Arrays) -> Outs:
     left=a.left,
     scale=a.scale,
   )
-  inputs = Inputs(a.q.reshape(b, t * n, h), new, cache)
+  q = a.q.reshape(b, t * n, h)
+  inputs = Inputs(q, q if goes_on else None, new, cache)
   out_types = Outputs(
     varying_like(a.q, (b, t * n, h), a.q.dtype),
     varying_like(a.q, (b, t * n, tpu.LANES), jnp.float32)
@@ -233,7 +250,7 @@ def _run(call: Call, a: Arrays) -> Outs:
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(b, call.blocks_q),
-      in_specs=[Inputs(of_rows, of_new, in_hbm)],
+      in_specs=[Inputs(of_rows, of_after, of_new, in_hbm)],
       out_specs=[
         Outputs(
           of_rows,
@@ -265,6 +282,13 @@ def _aliases(scalars: Scalars, i: Inputs, o: Outputs) -> dict[int, int]:
   return {operands - n: results - n for n in range(1, count + 1)}
 
 
+def _after(call: Call, b: Any, i: Any, *_: Any) -> tuple[Any, Any, Any]:
+  """The first rows of the queries of the step that comes next."""
+  step = jnp.minimum(b * call.blocks_q + i + 1, call.steps - 1)
+  b, i = (f(step, call.blocks_q) for f in (jax.lax.div, jax.lax.rem))
+  return b, i * (call.rows // call.softmax_rows), 0
+
+
 def _flat(cache: Cache) -> CacheRefs:
   """[X, S K, H] and [X, 1, S K] of a cache: the same memory."""
   values = (
@@ -278,21 +302,27 @@ def _flat(cache: Cache) -> CacheRefs:
 
 def _new(call: Call, a: Arrays) -> tuple[New, New]:
   """The new keys and values, in the cache's dtype, and their blocks."""
-  k, v, k_scale, v_scale = a.new_k, a.new_v, None, None
-  shape = call.batch // call.held, call.held * call.new_rows
-  if a.k_scale is not None:
-    (k, k_scale), (v, v_scale) = quantized(k), quantized(v)
-    k_scale, v_scale = (x.reshape(shape[0], 1, -1) for x in (k_scale, v_scale))
-  k, v = (x.astype(a.k.dtype).reshape(*shape, -1) for x in (k, v))
-  new = New(k, v, k_scale, v_scale)
+  count = call.batch // call.held
+  shape = count, call.held * call.new_rows, -1
+  k_scale, v_scale, v_from = None, None, 0
+  if a.k_scale is None:
+    k, v = (x.astype(a.k.dtype).reshape(shape) for x in (a.new_k, a.new_v))
+  else:  # XLA takes half the time for both at once
+    values, scale = quantized(jnp.stack((a.new_k, a.new_v)))
+    k = v = values.reshape(2 * count, *shape[1:])
+    k_scale = v_scale = scale.reshape(2 * count, 1, -1)
+    v_from = count
 
-  def block(x: jax.Array) -> pl.BlockSpec:
+  def block(x: Any, start: int) -> pl.BlockSpec | None:
     def index(b: Any, *_: Any) -> tuple[Any, ...]:
-      return (b if call.held == 1 else 0), 0, 0
+      return start + (b if call.held == 1 else 0), 0, 0
 
-    return pl.BlockSpec((None, *x.shape[1:]), index)
+    return None if x is None else pl.BlockSpec((None, *x.shape[1:]), index)
 
-  return new, jax.tree.map(block, new)
+  of_new = New(
+    block(k, 0), block(v, v_from), block(k_scale, 0), block(v_scale, v_from)
+  )
+  return New(k, v, k_scale, v_scale), of_new
 
 
 def _state(call: Call, a: Arrays, is_quantized: bool) -> State:

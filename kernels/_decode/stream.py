@@ -102,6 +102,7 @@ class Step(NamedTuple):
     first: the first block.
     last: the end of the blocks: there is at least one, if of nothing.
     left: the window of this row, or None.
+    is_last: whether it is the row's last.
   """
 
   b: Any
@@ -111,6 +112,7 @@ class Step(NamedTuple):
   first: Any
   last: Any
   left: Any
+  is_last: Any
 
   @classmethod
   def of(cls, call: Call, scalars: Scalars, step: Any) -> Step:
@@ -127,7 +129,8 @@ class Step(NamedTuple):
     low: Any = 0 if left is None else jnp.maximum(q0 - left, 0)
     first = 0 if left is None else _floored(low, call.block_kv)
     last = jnp.maximum(_ceiled(high, call.block_kv), first + 1)
-    return cls(b, q0, low, high, first, last, left)
+    is_last = jnp.equal(i, call.blocks_q - 1)
+    return cls(b, q0, low, high, first, last, left, is_last)
 
   def sees_all(self, call: Call, block: Any) -> Any:
     """Whether every query sees every key of a block."""
@@ -218,6 +221,12 @@ class Stream(NamedTuple):
     self.at.taken[0] = self.slot_after(slot)
     return slot
 
+  @property
+  def in_work(self) -> Any:
+    """The slot of the block that was taken last."""
+    taken = self.at.taken[0]
+    return jnp.where(taken == 0, self.call.slots, taken) - 1
+
   def slot_after(self, slot: Any) -> Any:
     """In turn."""
     return jnp.where(slot == self.call.slots - 1, 0, slot + 1)
@@ -281,6 +290,7 @@ class Stream(NamedTuple):
     if self.scalars.table is not None:
       page = jnp.minimum(_floored(token, call.page), call.pages - 1)
       row = self.scalars.table[b * call.pages + page]
+      row = jnp.clip(row, 0, call.layer_rows - 1)
       token -= page * call.page
     if self.scalars.layer is not None:
       row += self.scalars.layer[0] * call.layer_rows

@@ -129,6 +129,11 @@ class Call:
     return self.batch if self.batch * self.new_rows <= _HELD_ROWS else 1
 
   @property
+  def goes_on(self) -> bool:
+    """Whether a step may compute with the next one's keys: it has their new."""
+    return self.held == self.batch
+
+  @property
   def is_contiguous(self) -> bool:
     """Whether a whole block lies in one piece."""
     if self.pages == 1:
@@ -217,6 +222,7 @@ def vmem_bytes(call: Call, a: Arrays) -> int:
   slots = 2 * call.slots * call.block_rows * h * a.k.dtype.itemsize
   state = call.rows * (2 * tpu.LANES + h) * 4
   queries = 4 * call.rows * h * a.q.dtype.itemsize
+  queries += 2 * call.softmax_rows * h * a.q.dtype.itemsize
   logits = 4 * call.softmax_rows * call.block_rows * 4
   new = 0 if a.new_k is None else 2 * call.held * call.new_rows * h * 12
   return slots + state + queries + logits + new

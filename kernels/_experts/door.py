@@ -17,6 +17,7 @@ from .._frame.check import (
   Implementation,
   as_array,
   as_floats,
+  as_layer,
   check_config,
   check_implementation,
   check_integers,
@@ -30,7 +31,6 @@ from .._gated.config import FeedForwardConfig
 from .._gated.door import (
   WEIGHTS,
   Given,
-  as_layer,
   own_layer,
   run_in_stack,
   stacks_of,

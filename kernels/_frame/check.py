@@ -249,6 +249,26 @@ def as_whole_number(op: str, name: str, value: Any) -> int:
   return value.__index__()
 
 
+def as_layer(op: str, layer: Any, count: int) -> jax.Array:
+  """[] int32, which of `count` layers; one that is traced is kept in bounds.
+
+  A kernel reads and writes where it says.
+  """
+  if not isinstance(layer, jax.Array | np.ndarray):
+    layer = as_whole_number(op, "layer", layer)
+    if not 0 <= layer < count:
+      raise ValueError(
+        f"{op}: layer must be from 0 to {count - 1}, the last of the stack, "
+        f"got {layer}"
+      )
+  index = as_array(op, "layer", layer)
+  if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
+    raise ValueError(
+      f"{op}: layer must be a single integer, got {index.dtype} {index.shape}"
+    )
+  return jnp.clip(index, 0, count - 1).astype(jnp.int32)
+
+
 def check_positive(op: str, **values: float | None) -> None:
   """Refuses numbers that are not positive; None is none at all."""
   for name, value in values.items():

@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .._frame import tpu
 from .._frame.check import (
   Implementation,
-  as_array,
   as_floats,
-  as_whole_number,
+  as_layer,
   check_config,
   check_implementation,
   check_seen_products,
@@ -286,20 +284,3 @@ def _check_weights(
     shape = (*of_stack, d, f) if t else (*of_stack, f, d)
     check_shape(op, "w_down", down, shape, letters)
   return of_stack
-
-
-def as_layer(op: str, layer: Any, count: int) -> jax.Array:
-  """[] int32, which of `count` layers."""
-  if not isinstance(layer, jax.Array | np.ndarray):
-    layer = as_whole_number(op, "layer", layer)
-    if not 0 <= layer < count:
-      raise ValueError(
-        f"{op}: layer must be from 0 to {count - 1}, the last of the stack, "
-        f"got {layer}"
-      )
-  index = as_array(op, "layer", layer)
-  if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
-    raise ValueError(
-      f"{op}: layer must be a single integer, got {index.dtype} {index.shape}"
-    )
-  return jnp.clip(index, 0, count - 1).astype(jnp.int32)

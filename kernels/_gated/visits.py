@@ -69,7 +69,7 @@ def visits_of(group_sizes: jax.Array, rows: int, tile: int) -> Visits:
   experts, tiles = group_sizes.shape[0], pl.cdiv(rows, tile)
   ends = jnp.minimum(jnp.cumsum(group_sizes), rows)
   starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-  first_tile = jnp.minimum(starts // tile, tiles - 1)
+  first_tile = jnp.clip(starts // tile, 0, tiles - 1)
   of_expert = jnp.where(ends > starts, (ends - 1) // tile - first_tile + 1, 1)
   after = jnp.cumsum(of_expert)  # the number of the visit after its last
   visit = jnp.arange(tiles + experts, dtype=jnp.int32)
@@ -81,7 +81,7 @@ def visits_of(group_sizes: jax.Array, rows: int, tile: int) -> Visits:
   # The rest begins in the tile in which the last expert ends.
   rest_tile = ends[-1] // tile + visit - after[-1]
   at = jnp.where(is_rest, rest_tile, first_tile[expert] + since)
-  at = jnp.minimum(at, tiles - 1)
+  at = jnp.clip(at, 0, tiles - 1)
   begin = jnp.clip(starts[expert] - at * tile, 0, tile)
   end = jnp.clip(ends[expert] - at * tile, 0, tile)
   is_none = is_rest | (begin >= end)
