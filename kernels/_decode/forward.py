@@ -109,7 +109,10 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: State, *, call: Call):
     jax.lax.cond(sees_all, lambda: with_mask(False), lambda: with_mask(True))
     return after.slot
 
-  pl.when(index == 0)(begin) if i.q_after is not None else begin()
+  if i.q_after is None:
+    begin()
+  else:
+    pl.when(index == 0)(begin)
   attend.clear(s.rows)
   last = step.last - 1
   slot = jax.lax.fori_loop(step.first, last, on_block, copies.in_work)
