@@ -117,17 +117,21 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: State, *, call: Call):
   last = step.last - 1
   slot = jax.lax.fori_loop(step.first, last, on_block, copies.in_work)
   copies.send_for_next()
-  after = None
-  if i.q_after is not None:
-    after = attend.After(i.q_after, copies.slot_after(slot))
 
-    @pl.when(index < call.steps - 1)
-    def _():
-      following = Step.of(call, scalars, index + 1)
-      arrives(following, following.first)
+  def finish(after: attend.After | None) -> None:
+    attend.to_keys(tile(last, slot), i.q, keys, s.rows, after, masked=True)
+    _finish(call, o, s.rows)
 
-  attend.to_keys(tile(last, slot), i.q, keys, s.rows, after, masked=True)
-  _finish(call, o, s.rows)
+  def finish_and_go_on() -> None:
+    following = Step.of(call, scalars, index + 1)
+    arrives(following, following.first)
+    finish(attend.After(i.q_after, copies.slot_after(slot)))
+
+  if i.q_after is None:
+    finish(None)
+  else:
+    goes_on = index < call.steps - 1
+    jax.lax.cond(goes_on, finish_and_go_on, lambda: finish(None))
   if i.new is not None:
     pl.when(index == call.steps - 1)(copies.finish)
 
