@@ -42,6 +42,9 @@ def test_the_time_of_a_permute():
   move = Move("collective-permute", int(LINK), pairs)
   assert move.seconds == pytest.approx(2)  # the farthest goes over two links
   assert not move.is_between_slices
+  turned = [*zip(RING, RING[1:] + RING[:1], strict=True)]
+  turn = Move("collective-permute", int(LINK), turned)
+  assert turn.seconds == pytest.approx(1)  # the last is next to the first
   over = Move("collective-permute", int(LINK), [(PODS[0], PODS[1])])
   assert over.is_between_slices and over.seconds == pytest.approx(45 / 3.125)
 

@@ -100,8 +100,14 @@ def _speed(places: Sequence[Place]) -> float:
 
 
 def _hops(a: Place, b: Place) -> int:
-  """Links between two chips of a slice, by the shortest way of a grid."""
-  return abs(a.x - b.x) + abs(a.y - b.y)
+  """Links between two chips of a slice, by the shortest way."""
+
+  def along(distance: int) -> int:
+    # The other way round is shorter in a ring alone: no other dimension is long
+    # enough for that.
+    return min(distance, _CLOSED - distance)
+
+  return along(abs(a.x - b.x)) + along(abs(a.y - b.y))
 
 
 # --- as HLO says it -----------------------------------------------------------
