@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pallas_gemma.kernels import OPS, sharding
 
-pytestmark = pytest.mark.no_interpreter
+pytestmark = [pytest.mark.no_interpreter, pytest.mark.unoptimised]
 
 SIZES = dict(B=4, T=8, S=8, N=8, K=2, H=8, D=16, F=32, V=64, E=2)
 LETTERS = {
