@@ -162,6 +162,24 @@ def test_pages_that_are_no_whole_tiles():
   agrees(q, caches, lengths, new=new, page_table=table)
 
 
+@pytest.mark.parametrize("rules", [{}, {"S": "x"}])
+def test_what_a_cache_is_padded_to_is_not_seen(rules):
+  """By a row with more keys than a cache, or a device's part of it, has."""
+  s = 24 if rules else 20
+  q, caches, lengths, new = draw(2, 2, s, 4, 1, 16, lengths=[s, 13])
+  lengths += jnp.asarray([0 if rules else 3, 0])
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+
+  def run(kernel):
+    return jax.jit(kernel)(q, *caches, lengths, new=new)
+
+  want = run(decode_attention_reference)
+  with sharding(mesh, rules):
+    got = run(KERNEL)
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["dense", "pages", "int8"])
 def test_many_queries_of_several_kv_heads(form):
   """Heads are taken apart; the new keys are in the cache first."""

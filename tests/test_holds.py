@@ -319,6 +319,25 @@ def with_debug_nans(op):
     jax.block_until_ready(jax.jit(function)(*case.sample()))
 
 
+def without_jit(op):
+  """Either mode, and what else evaluates primitives one by one."""
+  arrays = arguments(op)
+  name = next(iter(arrays))
+
+  def loss(x):
+    outs = jax.tree.leaves(op.function(**{**arrays, name: x}))
+    return sum(jnp.sin(out).sum() for out in outs)
+
+  def both_modes(x):
+    _, tangent = jax.jvp(loss, (x,), (jnp.cos(x),))
+    return tangent, jax.grad(loss)(x)
+
+  x = arrays[name] / 8
+  want = jax.jit(both_modes)(x)
+  with jax.disable_jit():
+    assert_same(both_modes(x), want)
+
+
 def of_nothing(op):
   known = "".join(letters_of(op, name) for name in arguments(op))
   for letter in SIZES:
@@ -552,6 +571,7 @@ ROWS = [
   whatever_the_matmul_precision,
   with_strict_promotion,
   with_debug_nans,
+  without_jit,
   of_nothing,
   of_numpy_and_parameters,
   of_integers_of_any_width,

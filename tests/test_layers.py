@@ -76,8 +76,10 @@ def outs_and_gradients(function, x, weights):
 
 def assert_agree(got, want, tolerance=1e-5):
   def one(path, a, b):
-    scale = np.abs(np.asarray(b)).max()
-    assert np.abs(np.asarray(a) - b).max() <= tolerance * scale, path
+    assert a.shape == b.shape, path
+    scale = np.abs(np.asarray(b)).max(initial=0)
+    off = np.abs(np.asarray(a) - b).max(initial=0)
+    assert off <= tolerance * scale, path
 
   jax.tree_util.tree_map_with_path(one, got, want)
 
@@ -299,6 +301,8 @@ def test_over_a_mesh(unset_is_nan):
     (IN_PLACE, {"mix": jnp.zeros((5, 128, 128))}, "of one L"),
     (IN_PLACE, {"mix": jnp.zeros(())}, "of one L"),
     (("gate",), {}, "got 1 of 3"),
+    ("gate", {}, "must be a collection of names, got 'gate'"),
+    (None, {}, "must be a collection of names, got None"),
   ],
 )
 def test_refused(names, change, message):
@@ -306,6 +310,21 @@ def test_refused(names, change, message):
   function = functools.partial(block, implementation=None)
   with pytest.raises(ValueError, match=message):
     kernels.scan_layers(function, x, weights | change, in_place=names)
+
+
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize(
+  ("parts", "message"),
+  [
+    (None, "f must be a function or a sequence of ScanPart, got None"),
+    ([block], "f must be a function or a sequence of ScanPart"),
+    ([kernels.ScanPart(block, 1.0)], "layers must be an integer, got 1.0"),
+  ],
+)
+def test_parts_are_refused(parts, message):
+  x, weights = arrays(**SIZES)
+  with pytest.raises(ValueError, match=f"scan_layers: {message}"):
+    in_place(parts, x, weights)
 
 
 @pytest.mark.no_interpreter

@@ -242,6 +242,19 @@ def with_x64(op):
     same(op, gradient)
 
 
+def of_no_layers(op):
+  x, w = drawn(op)
+  same(op, gradient, args=(x, jax.tree.map(lambda stack: stack[:0], w)))
+
+
+def without_jit(op):
+  args = drawn(op)
+  loss = gradient(loss_of(op, in_place(op)))
+  want = jax.jit(loss)(*args)
+  with jax.disable_jit():
+    assert_agree(loss(*args), want)
+
+
 def exported(op):
   args, loss = drawn(op), gradient(loss_of(op, in_place(op)))
   program = jax.export.export(jax.jit(loss))(*args)
@@ -262,6 +275,8 @@ ROWS = [
   in_a_shard_map,
   with_rules,
   with_x64,
+  of_no_layers,
+  without_jit,
   exported,
 ]
 

@@ -170,7 +170,7 @@ def forward(p: Problem, a: Arrays) -> Outs:
     outs = forward(p, apart.pages_joined(a))
     return cache._replace(out=outs.out, lse=outs.lse)
   (length, kv_heads), whole = a.k.shape[-3:-1], _in_whole_chunks(a)
-  outs = _run(tiles.call_of(p, whole), whole)
+  outs = _run(tiles.call_of(p, whole, length), whole)
   if a.new_k is None or whole.k.shape[-3] == length:
     return outs
   return outs._replace(

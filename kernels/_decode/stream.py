@@ -38,7 +38,7 @@ class Scalars(NamedTuple):
   def end(self, call: Call, b: Any) -> Any:
     """Its valid keys."""
     end = self.first(call, b) + call.t
-    return jnp.clip(end, 0, call.page * call.pages)
+    return jnp.clip(end, 0, call.keys)
 
 
 class CacheRefs(NamedTuple):

@@ -70,6 +70,7 @@ class Call:
     layer_rows: rows, or pages, of a layer of the cache.
     page: tokens of a row of the cache, or of a page.
     pages: of a row.
+    keys: that there is room for in a row; past them, it is padding.
     tile: rows of the cache that are written together.
     block_q: queries per grid step.
     block_kv: tokens of a block.
@@ -86,6 +87,7 @@ class Call:
   layer_rows: int
   page: int
   pages: int
+  keys: int
   tile: int
   block_q: int
   block_kv: int
@@ -158,8 +160,14 @@ def is_in_chunks(a: Arrays) -> bool:
   return a.k.shape[-3] % unit_of(a) == 0
 
 
-def call_of(p: Problem, a: Arrays) -> Call:
-  """The call for arrays whose cache has a length that `unit_of` allows."""
+def call_of(p: Problem, a: Arrays, length: int) -> Call:
+  """The call for arrays whose cache has a length that `unit_of` allows.
+
+  Args:
+    p: the problem.
+    a: the arrays.
+    length: of the cache, or of a page, before it was padded to that.
+  """
   (b, t, n, h), (layer_rows, page, kv_heads, _) = a.q.shape, a.k.shape[-4:]
   pages = 1 if a.table is None else a.table.shape[1]
   itemsize = a.k.dtype.itemsize
@@ -188,6 +196,7 @@ def call_of(p: Problem, a: Arrays) -> Call:
     layer_rows=layer_rows,
     page=page,
     pages=pages,
+    keys=length * pages,
     tile=_tile(t * kv_heads, itemsize, chunk * kv_heads),
     block_q=block_q,
     block_kv=block_kv,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir
 
+from . import switches
 from .lowering import guarded, off_tpu
 from .manual import vary_alike, varying_like, zeros_of
 from .room import Places
@@ -76,7 +77,7 @@ def _evaluate(*args: Any, residuals: int, function: Linear, **_: Any) -> Leaves:
 
 def _as_jitted(*args: Any, **params: Any) -> Leaves:
   """Outside of jit; the platform is known where it is lowered."""
-  return jax.jit(functools.partial(_linear.bind, **params))(*args)
+  return switches.compiled(lambda *args: _linear.bind(*args, **params))(*args)
 
 
 def _lower_for_tpu(ctx: Any, *args: Any, **params: Any) -> Any:

@@ -17,13 +17,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.interpreters import ad, batching, mlir
 
+from . import switches
 from .manual import is_explicit, varying_axes, zeros_of
 
 
 def _identity(name: str, refusal: Any) -> jax.extend.core.Primitive:
   """A primitive that gives its argument, if refusal(ctx, **params) is None."""
   primitive = jax.extend.core.Primitive(name)
-  primitive.def_impl(lambda x, **params: jax.jit(_bind(primitive, params))(x))
+  primitive.def_impl(
+    lambda x, **params: switches.compiled(_bind(primitive, params))(x)
+  )
   primitive.def_abstract_eval(lambda x, **_: x)
 
   def lower(ctx: Any, x: Any, **params: Any) -> Any:
@@ -106,7 +109,9 @@ def off_tpu(message: str, x: jax.Array) -> jax.Array:
 
 _unset = jax.extend.core.Primitive("pallas_gemma_unset")
 _unset.def_abstract_eval(lambda **params: jax.core.ShapedArray(**params))
-_unset.def_impl(lambda **params: jax.jit(lambda: _unset.bind(**params))())
+_unset.def_impl(
+  lambda **params: switches.compiled(lambda: _unset.bind(**params))()
+)
 
 
 def unset(kind: Any) -> jax.Array:

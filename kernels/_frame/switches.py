@@ -45,3 +45,18 @@ def kernel(function: Callable[_P, _T]) -> Callable[_P, _T]:
       return function(*args, **kwargs)
 
   return plain(run)
+
+
+def compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+  """`function` as a program of its own, under `jax_disable_jit` too.
+
+  Of a primitive that is known only where a program is lowered: evaluated by
+  itself, it would come back to itself for ever.
+  """
+
+  @functools.wraps(function)
+  def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+    with jax.disable_jit(False):
+      return jax.jit(function)(*args, **kwargs)
+
+  return run

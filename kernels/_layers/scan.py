@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._frame.check import as_whole_number
 from .._frame.room import room_of
 from .turns import open_stores, turn
 from .weight import LayerOf
@@ -67,8 +68,11 @@ def scan_layers(
   leaves, tree = jax.tree_util.tree_flatten_with_path(xs)
   _check_names(in_place, [path for path, _ in leaves])
   length = _length([x for _, x in leaves])
-  parts = [ScanPart(f, length, checkpoint)] if callable(f) else list(f)
-  _check_parts(parts, length, checkpoint)
+  parts = _parts(f, length, checkpoint)
+  if not length:  # nothing to copy, and no layer to open stores for
+    return jax.lax.scan(
+      parts[0].f, init, xs, length, reverse=reverse, unroll=unroll
+    )
   stays = [_is_named(path, in_place) for path, _ in leaves]
   stacks = [w for (_, w), stay in zip(leaves, stays, strict=True) if stay]
   others = [x for (_, x), stay in zip(leaves, stays, strict=True) if not stay]
@@ -146,8 +150,12 @@ def _is_named(path: Any, names: Collection[str]) -> bool:
   return any(key in names for key in keys)
 
 
-def _check_names(names: Collection[str], paths: Any) -> None:
-  for name in names:
+def _check_names(in_place: Any, paths: Any) -> None:
+  if isinstance(in_place, str) or not isinstance(in_place, Collection):
+    raise ValueError(
+      f"scan_layers: in_place must be a collection of names, got {in_place!r}"
+    )
+  for name in in_place:
     if not any(_is_named(path, (name,)) for path in paths):
       raise ValueError(
         f"scan_layers: in_place must name leaves of xs, got {name!r}, which is "
@@ -155,18 +163,29 @@ def _check_names(names: Collection[str], paths: Any) -> None:
       )
 
 
-def _check_parts(
-  parts: Sequence[ScanPart], length: int, checkpoint: Checkpoint | None
-) -> None:
-  counts = [part.layers for part in parts]
-  if sum(counts) != length or not all(count > 0 for count in counts):
+def _parts(
+  f: Any, length: int, checkpoint: Checkpoint | None
+) -> Sequence[ScanPart]:
+  """What the layers are run by, as many as there are."""
+  if callable(f):
+    return [ScanPart(f, length, checkpoint)]
+  if not isinstance(f, Sequence) or not all(
+    isinstance(part, ScanPart) for part in f
+  ):
+    raise ValueError(
+      f"scan_layers: f must be a function or a sequence of ScanPart, got {f!r}"
+    )
+  counts = [as_whole_number("scan_layers", "layers", p.layers) for p in f]
+  all_some = all(count > 0 for count in counts)
+  if not counts or sum(counts) != length or not all_some:
     raise ValueError(
       f"scan_layers: the parts must be {length} layers, as xs has, got {counts}"
     )
-  if checkpoint is not None and parts[0].checkpoint is not checkpoint:
+  if checkpoint is not None and f[0].checkpoint is not checkpoint:
     raise ValueError(
       "scan_layers: each part has its own checkpoint, got another beside them"
     )
+  return f
 
 
 def _length(arrays: Any) -> int:
