@@ -8,9 +8,9 @@ import re
 
 from ._errors import UserError
 
-# As `pathlib` leaves it, which makes gs://b/x into gs:/b/x.  One letter before
-# the colon is a drive of Windows.
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+# As `pathlib` leaves it, which makes gs://b/x into gs:/b/x, and gs:// into gs:.
+# One letter before the colon is a drive of Windows.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?:/|\Z)")
 
 
 def remote_url(path: str | os.PathLike[str]) -> str | None:

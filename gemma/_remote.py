@@ -17,10 +17,12 @@ from typing import Any
 from ._errors import UserError
 from ._files import remote_url
 
+_OTHERWISE = "copy it to this machine"
+
 
 @contextlib.contextmanager
 def reached(
-  url: str, what: str, otherwise: str = "copy it to this machine"
+  url: str, what: str, otherwise: str = _OTHERWISE
 ) -> Iterator[tuple[Any, str]]:
   """The file system and the path in it; what goes wrong inside is said.
 
@@ -32,8 +34,17 @@ def reached(
   Raises:
     UserError: for every error but those that are one already.
   """
-  try:
+  with failures_said(url, what, otherwise):
     yield importlib.import_module("fsspec").core.url_to_fs(url)
+
+
+@contextlib.contextmanager
+def failures_said(
+  url: str, what: str, otherwise: str = _OTHERWISE
+) -> Iterator[None]:
+  """As `reached`, for what is done with something that was reached before."""
+  try:
+    yield
   except UserError:
     raise
   except ModuleNotFoundError as error:

@@ -58,6 +58,7 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 
 import compile_once  # noqa: E402
+import heard  # noqa: E402
 import hypothesis  # noqa: E402
 import interpreter  # noqa: E402
 import jax  # noqa: E402
@@ -86,6 +87,7 @@ atexit.register(
   shutil.rmtree, os.environ["PALLAS_GEMMA_CACHE"], ignore_errors=True
 )
 
+heard.heard()
 compile_once.compile_faster()
 interpreter.evaluate_op_by_op()
 interpreter.copy_words_too()

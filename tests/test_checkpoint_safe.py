@@ -575,6 +575,7 @@ def test_a_step_may_be_written_in_the_background(tmp_path, monkeypatch):
 # --- paths of another machine ---
 
 REMOTE = ("gs://bucket/run", "s3://bucket/a b", "hf://x/y", "file:///tmp/x")
+REMOTE += ("gs://",)
 
 
 @pytest.mark.parametrize("as_path", [str, pathlib.Path])
@@ -597,7 +598,18 @@ def test_what_is_written_here_alone_refuses_a_remote_path(
   assert not list(tmp_path.iterdir()), "a local folder was made"
 
 
-@pytest.mark.parametrize("name", ["a:b", "C:/x", "gs", "x:y/z", "1://x"])
-def test_a_local_path_may_have_a_colon(name, models, tokenizer, tmp_path):
+NAMES = ["a:b", "C:/x", "gs", "x:y/z", "1://x"]
+# What Orbax and TensorStore would take for something else.
+NAMES += ["exp[1]", "**/x", "a\\b", "gs:/x", os.fsdecode(b"\xff")]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_local_path_may_have_any_name(name, models, tokenizer, tmp_path):
   save_checkpoint(tmp_path / name, models[0], tokenizer)
   assert same(load_checkpoint(tmp_path / name)[0], models[0])
+
+
+def test_so_may_one_of_several_processes(tmp_path):
+  parts = importlib.import_module("pallas_gemma.gemma._checkpoint.parts")
+  parts.write_parts(tmp_path / "exp[1]", {"a": {"b": np.arange(4.0)}})
+  assert [*(tmp_path / "exp[1]" / "a").iterdir()]

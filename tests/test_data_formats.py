@@ -14,6 +14,7 @@ import sys
 import fsspec
 import hypothesis
 import pytest
+from faulty import Faulty
 from hypothesis import strategies as st
 from pallas_gemma.gemma import TrainConfig, UserError, read_corpus
 from pallas_gemma.gemma._data import formats
@@ -341,6 +342,69 @@ def test_text_is_read_where_fsspec_finds_it(tmp_path):
   assert before == file.state() and before[0] > 0 and before[1]
   memory.pipe("/bucket/all/b.txt.gz", gzip.compress(b"other"))
   assert file.state() != before
+
+
+class OutOfReach(Faulty):
+  """A place of which a file, a folder or all cannot be read."""
+
+  protocol = "outofreach"
+  refused: tuple[str, ...] = ()
+  find = fsspec.AbstractFileSystem.find  # a memory's own walks no folders
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return Faulty._strip_protocol(path.replace("outofreach://", "memory://"))
+
+  def _ask(self, path):
+    if any(name in path for name in self.refused):
+      raise PermissionError("no credentials")
+
+  def ls(self, path, detail=True, **kwargs):
+    self._ask(f"list {path}")
+    return super().ls(path, detail, **kwargs)
+
+  def info(self, path, **kwargs):
+    self._ask(f"info {path}")
+    return super().info(path, **kwargs)
+
+  def open(self, path, mode="rb", **kwargs):
+    file = super().open(path, mode, **kwargs)
+    if "break.txt" in path:
+      file = Breaking(file.read())
+    return file
+
+
+class Breaking(io.BytesIO):
+  """Of which the network breaks after a part."""
+
+  def read(self, size=-1, /):
+    if self.tell():
+      raise OSError("connection lost")  # without an error number
+    return super().read(min(size, 4))
+
+
+fsspec.register_implementation("outofreach", OutOfReach, clobber=True)
+
+
+def test_what_fails_on_the_way_is_neither_absence_nor_damage(monkeypatch):
+  """Else its text would be missing in silence, or all of it be none."""
+  Faulty.reset()
+  files = fsspec.filesystem("outofreach")
+  for name in ("a.txt", "inner/b.txt", "broken/break.txt"):
+    files.pipe(f"/place/{name}", b"some text")
+  assert len(read_corpus(["outofreach://place/inner"]).documents) == 1
+  for path, refused, why in (
+    ("place", ("info",), "no credentials"),
+    ("place", ("list",), "no credentials"),
+    ("place", ("list /place/inner",), "no credentials"),
+    ("place/broken", (), "connection lost"),
+    ("place/broken/break.txt", (), "connection lost"),
+  ):
+    monkeypatch.setattr(OutOfReach, "refused", refused)
+    message = f"data outofreach://.*: cannot be reached: {why}"
+    with pytest.raises(UserError, match=message):
+      read_corpus([f"outofreach://{path}"])
+  Faulty.reset()
 
 
 def test_what_reads_another_machine_is_named_where_it_is_missing(

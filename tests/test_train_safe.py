@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import pytest
 import rich.console
+from heard import heard
 from pallas_gemma.gemma import (
   OptimizerConfig,
   TrainConfig,
@@ -255,6 +256,20 @@ def test_a_signal_that_is_ignored_stays_so():
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
   finally:
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGTERM"])
+def test_signals_of_tests_are_heard_where_they_were_ignored(name):
+  """Else `nohup make test` would wait for what it ends by SIGHUP."""
+  number = signal.Signals[name]
+  before = signal.signal(number, signal.SIG_IGN)
+  try:
+    heard()
+    assert signal.getsignal(number) != signal.SIG_IGN
+    code = f"import signal; assert signal.getsignal({int(number)}) != 1"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+  finally:
+    signal.signal(number, before)
 
 
 def test_only_a_late_ctrl_c_does_not_wait_for_the_save():

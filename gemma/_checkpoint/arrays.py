@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +18,26 @@ from .._errors import UserError
 from .._processes import count
 from .identity import CONFIG
 
+# What Orbax takes for a pattern, TensorStore for a slash, and both for another
+# machine; and bytes that are no text.
+_MISTAKEN = re.compile(r"[\[*?\\]|gs:|[\ud800-\udfff]")
+
+
+@contextlib.contextmanager
+def plainly_named(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A path of `folder`, for Orbax, which does not take every path as it is.
+
+  Args:
+    folder: whose parent there is.
+  """
+  if os.name != "posix" or not _MISTAKEN.search(str(folder)):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory() as directory:
+    link = pathlib.Path(directory, "link")
+    link.symlink_to(folder.parent.absolute(), target_is_directory=True)
+    yield link / folder.name
+
 
 def write_arrays(folder: pathlib.Path, tree: Any) -> None:
   """Writes a pytree of arrays, reads it back and compares it bit by bit.
@@ -22,14 +47,14 @@ def write_arrays(folder: pathlib.Path, tree: Any) -> None:
   Raises:
     UserError: if something else came back.
   """
-  with _checkpointer() as checkpointer:
-    checkpointer.save(folder, args=ocp.args.StandardSave(tree))
+  with plainly_named(folder) as named, _checkpointer() as checkpointer:
+    checkpointer.save(named, args=ocp.args.StandardSave(tree))
     # In place of an array, what has its shape and dtype and takes no memory;
     # Orbax restores arrays of NumPy for those of NumPy, on no device.
     like = jax.tree.map(
       lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree
     )
-    back = checkpointer.restore(folder, args=ocp.args.StandardRestore(like))
+    back = checkpointer.restore(named, args=ocp.args.StandardRestore(like))
   pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(back), strict=True)
   if not all(same_bits(wrote, read) for wrote, read in pairs):
     raise UserError(
@@ -61,7 +86,8 @@ def read_arrays(
   # By the handler: the checkpointer would ask for a file that steps of earlier
   # versions do not have, and warn.
   handler: Any = ocp.StandardCheckpointHandler()
-  there = handler.metadata(folder)
+  with plainly_named(folder) as named:
+    there = handler.metadata(named)
   _check_shapes(directory, there.tree, abstract)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   placed = jax.tree.map(
@@ -70,8 +96,8 @@ def read_arrays(
     ),
     abstract,
   )
-  with _checkpointer() as checkpointer:
-    return checkpointer.restore(folder, args=ocp.args.StandardRestore(placed))
+  with plainly_named(folder) as named, _checkpointer() as checkpointer:
+    return checkpointer.restore(named, args=ocp.args.StandardRestore(placed))
 
 
 def _checkpointer() -> Any:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from .._errors import UserError
 from .._processes import is_first
-from .arrays import same_bits
+from .arrays import plainly_named, same_bits
 
 _HOST = "pinned_host"  # a kind of memory that every device has
 
@@ -98,12 +98,13 @@ def write_parts(folder: pathlib.Path, items: Mapping[str, Any]) -> None:
     if not jax.tree.leaves(tree):
       continue
     handler = _handler()
-    handler.save(here, args=ocp.args.PyTreeSave(tree))
-    like = jax.tree.map(_like, tree)
-    wanted = ocp.checkpoint_utils.construct_restore_args(like)
-    back = handler.restore(
-      here, args=ocp.args.PyTreeRestore(item=like, restore_args=wanted)
-    )
+    with plainly_named(here) as named:
+      handler.save(named, args=ocp.args.PyTreeSave(tree))
+      like = jax.tree.map(_like, tree)
+      wanted = ocp.checkpoint_utils.construct_restore_args(like)
+      back = handler.restore(
+        named, args=ocp.args.PyTreeRestore(item=like, restore_args=wanted)
+      )
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(back), strict=True)
     if not all(_same_parts(wrote, read) for wrote, read in pairs):
       raise UserError(

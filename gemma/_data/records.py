@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from .._errors import UserError
 from .not_text import NotText, field_of
 
 _TOGETHER = 1024  # records that are read at once
@@ -64,6 +65,8 @@ def array_record(
         stop = min(start + _TOGETHER, count)
         for number, record in enumerate(reader.read(start, stop), start + 1):
           yield [_text(record, field, f"record {number}")]
+  except UserError:  # the file could not be fetched
+    raise
   except (RuntimeError, ValueError) as error:
     what = str(error).partition("\n")[0]
     raise NotText("not ArrayRecord", f" ({what})", "get it anew") from error
