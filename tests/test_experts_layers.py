@@ -26,6 +26,8 @@ from test_layers import (
   unset_is_nan,
 )
 
+pytestmark = pytest.mark.unoptimised
+
 __all__ = ["unset_is_nan"]  # a fixture
 PREFETCH, FORWARD, BACKWARD = (
   importlib.import_module(f"pallas_gemma.kernels._gated.{name}")

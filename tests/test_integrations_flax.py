@@ -12,6 +12,8 @@ from pallas_gemma.kernels import RopeFrequencies
 from pallas_gemma.kernels.integrations import linen as in_linen
 from pallas_gemma.kernels.integrations import nnx as in_nnx
 
+pytestmark = pytest.mark.unoptimised
+
 B, T, D, F, N, K, H = 2, 9, 16, 32, 4, 2, 8
 X = jnp.asarray(
   np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32

@@ -17,6 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from pallas_gemma import kernels
 
+pytestmark = pytest.mark.unoptimised
+
 Residuals = Literal["gate_up", "none"]
 IN_PLACE = ("gate", "up", "down")
 SIZES = dict(layers=3, rows=32, d=128, f=256)

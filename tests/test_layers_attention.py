@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 from pallas_gemma import kernels
 from test_layers import assert_agree, moved, outs_and_gradients
 
+pytestmark = pytest.mark.unoptimised
+
 TURNS = importlib.import_module("pallas_gemma.kernels._layers.turns")
 unset = TURNS.unset
 IN_PLACE = ("q", "kv", "out")

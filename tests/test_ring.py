@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_gemma import kernels
 from pallas_gemma.kernels import Rope, context_order, flash_attention
 
+pytestmark = pytest.mark.unoptimised
+
 plain = functools.partial(flash_attention, implementation="xla")
 
 
