@@ -574,8 +574,10 @@ def test_a_step_may_be_written_in_the_background(tmp_path, monkeypatch):
 
 # --- paths of another machine ---
 
-REMOTE = ("gs://bucket/run", "s3://bucket/a b", "hf://x/y", "file:///tmp/x")
-REMOTE += ("gs://",)
+REMOTE = (
+  *("gs://bucket/run", "s3://bucket/a b", "hf://x/y", "file:///tmp/x"),
+  "gs://",
+)
 
 
 @pytest.mark.parametrize("as_path", [str, pathlib.Path])

@@ -10,6 +10,7 @@ import lzma
 import os
 import pathlib
 import sys
+from typing import Any
 
 import fsspec
 import hypothesis
@@ -367,8 +368,8 @@ class OutOfReach(Faulty):
     self._ask(f"info {path}")
     return super().info(path, **kwargs)
 
-  def open(self, path, mode="rb", **kwargs):
-    file = super().open(path, mode, **kwargs)
+  def open(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+    file: Any = super().open(path, *args, **kwargs)
     if "break.txt" in path:
       file = Breaking(file.read())
     return file
@@ -377,7 +378,7 @@ class OutOfReach(Faulty):
 class Breaking(io.BytesIO):
   """Of which the network breaks after a part."""
 
-  def read(self, size=-1, /):
+  def read(self, size: Any = -1, /) -> bytes:
     if self.tell():
       raise OSError("connection lost")  # without an error number
     return super().read(min(size, 4))

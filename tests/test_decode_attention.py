@@ -246,12 +246,12 @@ def test_what_is_out_of_bounds_is_another(layer, pages):
   """A layer, or page: the kernel's copies have no bounds of their own."""
   q, caches, _, new = draw(2, 1, 128, 2, 1, 128)
   caches, _ = in_pages(caches, 128)
-  caches = [jnp.stack((x, -x)) for x in caches]
+  k, v = (jnp.stack((x, -x)) for x in caches)
   lengths = jnp.array([100, 128])
 
   @jax.jit
   def run(layer, table):
-    return KERNEL(q, *caches, lengths, new=new, layer=layer, page_table=table)
+    return KERNEL(q, k, v, lengths, new=new, layer=layer, page_table=table)
 
   def column(pages):
     return jnp.array(pages, jnp.int32)[:, None]

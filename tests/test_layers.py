@@ -4,7 +4,7 @@ import functools
 import importlib
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import interpreter
 import jax
@@ -314,13 +314,16 @@ def test_refused(names, change, message):
     kernels.scan_layers(function, x, weights | change, in_place=names)
 
 
+PART: Any = kernels.ScanPart(lambda carry, x: (carry, x), 1)
+
+
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize(
   ("parts", "message"),
   [
     (None, "f must be a function or a sequence of ScanPart, got None"),
     ([block], "f must be a function or a sequence of ScanPart"),
-    ([kernels.ScanPart(block, 1.0)], "layers must be an integer, got 1.0"),
+    ([PART._replace(layers=1.0)], "layers must be an integer, got 1.0"),
   ],
 )
 def test_parts_are_refused(parts, message):

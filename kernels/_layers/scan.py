@@ -168,7 +168,8 @@ def _parts(
 ) -> Sequence[ScanPart]:
   """What the layers are run by, as many as there are."""
   if callable(f):
-    return [ScanPart(f, length, checkpoint)]
+    body: Any = f
+    return [ScanPart(body, length, checkpoint)]
   if not isinstance(f, Sequence) or not all(
     isinstance(part, ScanPart) for part in f
   ):
