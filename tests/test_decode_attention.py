@@ -162,12 +162,16 @@ def test_pages_that_are_no_whole_tiles():
   agrees(q, caches, lengths, new=new, page_table=table)
 
 
-@pytest.mark.parametrize("rules", [{}, {"S": "x"}])
-def test_what_a_cache_is_padded_to_is_not_seen(rules):
+@pytest.mark.parametrize(
+  "rules, quantized", [({}, False), ({"S": "x"}, False), ({"S": "x"}, True)]
+)
+def test_what_a_cache_is_padded_to_is_not_seen(rules, quantized):
   """By a row with more keys than a cache, or a device's part of it, has."""
   s = 24 if rules else 20
   q, caches, lengths, new = draw(2, 2, s, 4, 1, 16, lengths=[s, 13])
   lengths += jnp.asarray([0 if rules else 3, 0])
+  if quantized:
+    caches = tuple(map(QuantizedCache.quantize, caches))
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
 
   def run(kernel):
@@ -176,7 +180,7 @@ def test_what_a_cache_is_padded_to_is_not_seen(rules):
   want = run(decode_attention_reference)
   with sharding(mesh, rules):
     got = run(KERNEL)
-  for g, w in zip(got, want, strict=True):
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(g, w, rtol=0, atol=1e-5)
 
 
@@ -331,25 +335,36 @@ def test_mutants_die(name, monkeypatch):
 
 
 @pytest.mark.no_interpreter
-@pytest.mark.parametrize("rules", [{"S": "x"}, {"B": "x"}, {"N": "x"}])
+@pytest.mark.parametrize("letter", ["S", "B", "N"])
 @pytest.mark.parametrize("k", [1, 4])
-def test_on_a_mesh(rules, k):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_on_a_mesh(letter, k, quantized):
   """A cache split along its length, its rows or its heads."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
-  letter = next(iter(rules))
   q, caches, lengths, new = draw(4, 2, 64, 8, k, 16, lengths=[64, 3, 17, 33])
+  if quantized:
+    caches = tuple(map(QuantizedCache.quantize, caches))
   kwargs = {"return_lse": True, "local_window_size": (30, 0)}
 
   def run(q, caches, lengths, new):
     return decode_attention(q, caches[0], caches[1], lengths, new=new, **kwargs)
 
+  if quantized and letter == "N" and k > 1:
+    with sharding(mesh, {"N": "x"}), pytest.raises(ValueError, match="B, S"):
+      run(q, caches, lengths, new)
+    return
   want = jax.jit(run)(q, caches, lengths, new)
   split = letter if letter != "N" or k % 4 == 0 else ""
-  spec = [
-    "x" if d == split or (d, split) == ("K", "N") else None for d in "BSKH"
-  ]
-  placed = jax.device_put(caches, NamedSharding(mesh, PartitionSpec(*spec)))
-  with sharding(mesh, rules):
+
+  def place(x):
+    letters = "BSKH" if x.ndim == 4 else "B-S"
+    spec = [
+      "x" if d == split or (d, split) == ("K", "N") else None for d in letters
+    ]
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+  placed = jax.tree.map(place, caches)
+  with sharding(mesh, {letter: "x"}):
     got = jax.jit(run)(q, placed, lengths, new)
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)

@@ -41,7 +41,8 @@ def _split(p: Problem, a: Arrays) -> Split:
   in_pages, is_quantized = a.table is not None, a.k_scale is not None
   stack = "" if a.layer is None else "-"
   cache = stack + ("--KH" if in_pages else "BSKH")
-  scale = (stack + ("---" if in_pages else "B--")) if is_quantized else None
+  # S K in one dimension: the heads of a token side by side.
+  scale = (stack + ("---" if in_pages else "B-S")) if is_quantized else None
   letters = Arrays(
     q="BTNH",
     k=cache,
@@ -67,10 +68,10 @@ def _split(p: Problem, a: Arrays) -> Split:
     }
   )
   appends = a.new_k is not None
-  # Rows that share pages, and the scales of a token's heads, stay together.
+  # Rows that share pages, and scales of a token's heads, stay together.
   over = "" if in_pages and appends else "B"
   over += "N" if not is_quantized or a.k.shape[-2] == 1 else ""
-  over += "S" if not in_pages and not is_quantized else ""
+  over += "" if in_pages else "S"
   outs = Outs("BTNH", "BNT" if p.return_lse else None)
   if appends:
     outs = outs._replace(k=cache, v=cache, k_scale=scale, v_scale=scale)

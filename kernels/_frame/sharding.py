@@ -256,11 +256,11 @@ class _Where:
         t.sharding.mesh.axis_names, t.sharding.mesh.axis_types, strict=True
       )
     }
-    lengths = {
-      letter: size
-      for t, letters in zip(types, dims, strict=True)
-      for letter, size in zip(letters, t.shape, strict=True)
-    }
+    lengths: dict[str, int] = {}
+    for t, letters in zip(types, dims, strict=True):
+      for letter, size in zip(letters, t.shape, strict=True):
+        # Another dimension of the letter may have several numbers for each.
+        lengths[letter] = min(size, lengths.get(letter, size))
     free = tuple(n for n, (kind, _) in kinds.items() if kind != AxisType.Manual)
     explicit = {
       n for n, (kind, _) in kinds.items() if kind == AxisType.Explicit
