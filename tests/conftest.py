@@ -1,7 +1,19 @@
 """Where the tests run, and a guard on what they import."""
 
+import atexit
+import contextlib
+import dataclasses
+import functools
+import gc
 import importlib.metadata
+import inspect
 import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+import heard
 
 # Before jax is imported: the tests want a CPU even where libtpu is installed,
 # eight of it for the meshes, and libtpu as a compiler without a TPU to query.
@@ -46,19 +58,8 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 
-import atexit  # noqa: E402
-import contextlib  # noqa: E402
-import dataclasses  # noqa: E402
-import functools  # noqa: E402
-import gc  # noqa: E402
-import inspect  # noqa: E402
-import pathlib  # noqa: E402
-import shutil  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
 
 import compile_once  # noqa: E402
-import heard  # noqa: E402
 import hypothesis  # noqa: E402
 import interpreter  # noqa: E402
 import jax  # noqa: E402

@@ -224,7 +224,8 @@ def _run(call: Call, a: Arrays) -> Outs:
   of_lse = pl.BlockSpec(
     (None, call.rows, tpu.LANES), lambda b, i, *_: (b, i, 0)
   )
-  of_after, goes_on = None, call.goes_on or not appends
+  # A step computes with the next one's keys, if it has the new ones of them.
+  of_after, goes_on = None, not appends or call.held == call.batch
   if goes_on:
     of_after = pl.BlockSpec(
       (None, call.softmax_rows, h), functools.partial(_after, call)

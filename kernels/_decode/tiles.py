@@ -131,11 +131,6 @@ class Call:
     return self.batch if self.batch * self.new_rows <= _HELD_ROWS else 1
 
   @property
-  def goes_on(self) -> bool:
-    """Whether a step may compute with the next one's keys: it has their new."""
-    return self.held == self.batch
-
-  @property
   def is_contiguous(self) -> bool:
     """Whether a whole block lies in one piece."""
     if self.pages == 1:
