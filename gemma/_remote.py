@@ -202,9 +202,18 @@ class Place:
 
 
 def place_of(path: str | os.PathLike[str], what: str) -> Place | None:
-  """The place that a path with a scheme means; None for one of this machine."""
+  """The place that a path with a scheme means; None for one of this machine.
+
+  Raises:
+    UserError: if nothing follows the scheme; without its slashes it would be a
+      folder of this machine.
+  """
   url = remote_url(path)
-  return None if url is None else Place(url.rstrip("/"), what)
+  if url is None:
+    return None
+  if not url.partition("://")[2].strip("/"):
+    raise UserError(f"{what} {url}: wanted a bucket or folder after {url}")
+  return Place(url.rstrip("/"), what)
 
 
 class _MissingError(UserError):

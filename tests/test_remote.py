@@ -502,3 +502,10 @@ def test_what_is_missing_is_said_at_the_door(
   monkeypatch.setitem(sys.modules, "fsspec", None)
   assert "pip install 'pallas-gemma[remote]'" in refused("memory://x")
   assert {path.name for path in tmp_path.iterdir()} <= {"cache", "runs"}
+
+
+@pytest.mark.parametrize("url", ["gs://", "gs:", "file://", "memory:///"])
+def test_a_scheme_alone_is_no_place(url):
+  """Without its slashes it would be a folder of this machine."""
+  with pytest.raises(UserError, match="wanted a bucket or folder after"):
+    place_of(url, "work directory")
