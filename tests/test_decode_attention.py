@@ -227,10 +227,50 @@ def test_the_tail_of_a_cache_stays_as_it_is():
   )
 
 
+@pytest.mark.parametrize("form", ["dense", "stack", "pages"])
+def test_scales_in_groups_of_heads(form):
+  q, caches, lengths, new = draw(2, 2, 64, 8, 4, 16, lengths=[64, 21])
+  kwargs = {"new": new}
+  if form == "stack":
+    caches, kwargs["layer"] = [jnp.stack([x, x]) for x in caches], 1
+  elif form == "pages":
+    caches, kwargs["page_table"] = in_pages(caches, 32)
+  alone, grouped = (
+    [QuantizedCache.quantize(x, head_groups=g) for x in caches] for g in (1, 2)
+  )
+  np.testing.assert_array_equal(grouped[0].dequantize(), alone[0].dequantize())
+  want = KERNEL(q, *alone, lengths, **kwargs)
+  for function in (KERNEL, decode_attention_reference):
+    got = function(q, *grouped, lengths, **kwargs)
+    assert got[1].scale.shape == grouped[0].scale.shape
+    for g, w in zip(got, want, strict=True):
+      if isinstance(g, QuantizedCache):
+        g, w = g.dequantize(), w.dequantize()
+      np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("groups", [1, 2])
+def test_heads_in_too_few_groups_are_not_split(groups):
+  """Each device would have the whole cache."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
+  q, caches, lengths, _ = draw(1, 1, 64, 8, 4, 16)
+  caches = [QuantizedCache.quantize(x, head_groups=groups) for x in caches]
+  with sharding(mesh, {"N": "x"}), pytest.raises(ValueError, match="groups"):
+    decode_attention(q, *caches, lengths)
+
+
+def test_heads_that_do_not_fall_into_groups():
+  with pytest.raises(ValueError, match="head_groups must divide .* K = 3"):
+    QuantizedCache.empty((2, 8, 3, 16), head_groups=2)
+  with pytest.raises(ValueError, match="head_groups must divide"):
+    QuantizedCache.quantize(jnp.ones((2, 8, 3, 16)), head_groups=0)
+
+
 def test_int8_holds_what_was_quantized():
   x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 3, 16)))
   cache = QuantizedCache.quantize(x)
-  assert cache.values.dtype == jnp.int8 and cache.scale.shape == (2, 1, 21)
+  assert cache.values.dtype == jnp.int8 and cache.scale.shape == (2, 3, 1, 7)
   top = jnp.abs(x).max(-1, keepdims=True)
   assert (jnp.abs(cache.dequantize() - x) <= top / 253).all()
   zeros = QuantizedCache.quantize(jnp.zeros((1, 2, 1, 4)))
@@ -329,28 +369,27 @@ def test_mutants_die(name, monkeypatch):
 
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("letter", ["S", "B", "N"])
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_on_a_mesh(letter, k, quantized):
   """A cache split along its length, its rows or its heads."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
   q, caches, lengths, new = draw(4, 2, 64, 8, k, 16, lengths=[64, 3, 17, 33])
   if quantized:
-    caches = tuple(map(QuantizedCache.quantize, caches))
+    groups = k if letter == "N" else 1
+    caches = tuple(
+      QuantizedCache.quantize(x, head_groups=groups) for x in caches
+    )
   kwargs = {"return_lse": True, "local_window_size": (30, 0)}
 
   def run(q, caches, lengths, new):
     return decode_attention(q, caches[0], caches[1], lengths, new=new, **kwargs)
 
-  if quantized and letter == "N" and k > 1:
-    with sharding(mesh, {"N": "x"}), pytest.raises(ValueError, match="B, S"):
-      run(q, caches, lengths, new)
-    return
   want = jax.jit(run)(q, caches, lengths, new)
   split = letter if letter != "N" or k % 4 == 0 else ""
 
   def place(x):
-    letters = "BSKH" if x.ndim == 4 else "B-S"
+    letters = "BK-S" if x.shape[2] == 1 else "BSKH"
     spec = [
       "x" if d == split or (d, split) == ("K", "N") else None for d in letters
     ]

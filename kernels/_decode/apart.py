@@ -1,21 +1,29 @@
-"""Page 8: what XLA takes apart first: many queries of several kv heads, pages.
+"""Page 8: heads of a token beside each other, or apart, as the kernel gets them.
 
-Where rows are few, the queries of all heads meet the keys of all kv heads,
-which costs K times the work of the matrix unit and no time, as HBM takes longer
-than both.  Of many rows it would be the time.  Then XLA takes the heads of the
-rows' keys and values apart, and each kv head is a row of the batch of its own.
-The copy is of what one layer has room for: a fraction of the time of so many
-queries.
+XLA lays a cache out by its shape (`lie_beside_each_other`), and what is asked
+for in another order it copies, all of it, at every call.  So the kernel takes
+heads as they lie:
+
+  * beside each other: a row of the cache is read as K keys a token.  The
+    queries of all heads meet the keys of all kv heads, which costs K times the
+    work of the matrix unit and no time, as HBM takes longer than both.
+  * apart: each kv head is a row of the batch of its own, with its query heads.
+
+Of many rows of queries the work of the matrix unit would be the time.  Then
+heads that lie beside each other are taken apart by XLA.  The copy is of what
+one layer has room for: a fraction of the time of so many queries.
 
 Pages of so few tokens that they are no whole tiles become rows likewise.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from .cache import Cache
+from .cache import Cache, by_token, in_groups, lie_beside_each_other
 from .spec import Arrays, Outs, in_rows
 
 # Rows of queries and heads from which on the matrix unit would take longer than
@@ -23,60 +31,117 @@ from .spec import Arrays, Outs, in_rows
 _MANY_ROWS = 256
 
 
+def lie_apart(a: Arrays) -> bool:
+  """Whether the heads of a cache do, in HBM."""
+  return not lie_beside_each_other(a.k.shape[-2], a.k.dtype)
+
+
 def is_better(a: Arrays) -> bool:
-  """Whether heads are to be taken apart."""
+  """Whether heads are to be taken apart that are not."""
   _, t, n, _ = a.q.shape
   return a.k.shape[-2] > 1 and t * n > _MANY_ROWS
 
 
-def pages_joined(a: Arrays) -> Arrays:
-  """Of pages that cannot be copied in chunks: a cache of rows, which XLA makes.
-
-  That of scales is flat again, as the kernel reads it.
-  """
-  k, v, *scales = in_rows(a)
-  k_scale, v_scale = (
-    None if x is None else x.reshape(x.shape[0], 1, -1) for x in scales
-  )
+def in_own_rows(a: Arrays) -> Arrays:
+  """The layer's cache as [B, S, K, H], which XLA copies, without a table."""
+  k, v, k_scale, v_scale = in_rows(a)
+  if k_scale is not None:
+    k_scale, v_scale = (in_groups(x, x.shape[-1]) for x in (k_scale, v_scale))
   cache = Cache(k, v, k_scale, v_scale)
   return a._replace(**cache._asdict(), layer=None, table=None)
 
 
+# --- as the kernel takes them -------------------------------------------------
+
+
+def beside(a: Arrays) -> Arrays:
+  """Heads beside each other: scales [..., 1, S K]."""
+  return _with_scales(a, 1, a.k.shape[:-3])
+
+
 def by_head(a: Arrays) -> Arrays:
-  """Each kv head as a row of the batch: one kv head, and no table."""
-  (b, t, n, h), kv_heads = a.q.shape, a.k.shape[-2]
-  k, v, k_scale, v_scale = (
-    None if x is None else x.swapaxes(1, 2) for x in in_rows(a)
-  )
+  """Heads apart: one kv head, K rows of the batch for each."""
+  (b, t, n, h), (*lead, rows, s, kv_heads, _) = a.q.shape, a.k.shape
+  lead = (*lead, rows * kv_heads)
 
-  def cache(x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else x.reshape(b * kv_heads, -1, 1, h)
+  def values(x: jax.Array) -> jax.Array:
+    return x.swapaxes(-3, -2).reshape(*lead, s, 1, h)
 
-  def scale(x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else x.reshape(b * kv_heads, 1, -1)
+  def new(x: jax.Array | None) -> jax.Array | None:
+    if x is None:
+      return None
+    return x.swapaxes(1, 2).reshape(b * kv_heads, t, 1, h)
 
   def each(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else jnp.repeat(x, kv_heads, axis=0)
 
+  table = a.table
+  if table is not None:
+    page = jnp.clip(table, 0, rows - 1)[:, None] * kv_heads
+    page += jnp.arange(kv_heads, dtype=page.dtype)[:, None]
+    table = page.reshape(b * kv_heads, -1)
   q = a.q.reshape(b, t, kv_heads, n // kv_heads, h).swapaxes(1, 2)
-  return a._replace(
+  return _with_scales(a, kv_heads, lead)._replace(
     q=q.reshape(b * kv_heads, t, n // kv_heads, h),
-    k=cache(k),
-    v=cache(v),
-    k_scale=scale(k_scale),
-    v_scale=scale(v_scale),
+    k=values(a.k),
+    v=values(a.v),
     lengths=each(a.lengths),
     shift=each(a.shift),
-    layer=None,
-    table=None,
+    new_k=new(a.new_k),
+    new_v=new(a.new_v),
+    table=table,
     scale=each(a.scale),
     left=each(a.left),
   )
 
 
-def together(outs: Outs, a: Arrays) -> Outs:
-  """The results of `by_head` as those of all heads."""
-  b, t, n, h = a.q.shape
-  out = outs.out.reshape(b, -1, t, n // a.k.shape[-2], h).swapaxes(1, 2)
+def _with_scales(a: Arrays, groups: int, lead: tuple[int, ...]) -> Arrays:
+  """The arrays with scales in so many groups, each a row of the cache."""
+  if a.k_scale is None:
+    return a
+
+  def one(x: jax.Array) -> jax.Array:
+    if x.shape[-3] != groups:
+      x = in_groups(by_token(x, *a.k.shape[-3:-1]), groups)
+    return x.reshape(*lead, 1, x.shape[-1])
+
+  return a._replace(k_scale=one(a.k_scale), v_scale=one(a.v_scale))
+
+
+# --- and back -----------------------------------------------------------------
+
+
+def from_beside(outs: Outs, a: Arrays) -> Outs:
+  """The results of the arrays' `beside`, as they have them."""
+  return _with_given_scales(outs, a, 1)
+
+
+def from_heads(outs: Outs, a: Arrays) -> Outs:
+  """The results of the arrays' `by_head`, likewise."""
+  (b, t, n, _), (*lead, s, kv_heads, h) = a.q.shape, a.k.shape
+  out = outs.out.reshape(b, kv_heads, t, n // kv_heads, h).swapaxes(1, 2)
   lse = None if outs.lse is None else outs.lse.reshape(b, n, t)
-  return Outs(out.reshape(a.q.shape), lse)
+
+  def values(x: Any) -> Any:
+    if x is None:
+      return None
+    return x.reshape(*lead, kv_heads, s, h).swapaxes(-3, -2)
+
+  outs = outs._replace(out=out.reshape(a.q.shape), lse=lse)
+  outs = outs._replace(k=values(outs.k), v=values(outs.v))
+  return _with_given_scales(outs, a, kv_heads)
+
+
+def _with_given_scales(outs: Outs, a: Arrays, groups: int) -> Outs:
+  """Results whose scales are in groups, each a row; as the arrays have them."""
+  if outs.k_scale is None:
+    return outs
+  *lead, s, kv_heads, _ = a.k.shape
+
+  def one(x: Any) -> jax.Array:
+    x = x.reshape(*lead, groups, 1, s * kv_heads // groups)
+    if a.k_scale.shape[-3] != groups:
+      x = in_groups(by_token(x, s, kv_heads), a.k_scale.shape[-3])
+    return x
+
+  return outs._replace(k_scale=one(outs.k_scale), v_scale=one(outs.v_scale))

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._frame import switches
+from .._frame import switches, tpu
+from .._frame.check import as_whole_number
 from .._quantized import to_int8
 
 
@@ -19,31 +20,97 @@ class QuantizedCache(NamedTuple):
   Attributes:
     values: [B, S, K, H] int8; with more leading dimensions where the cache is
       a stack of layers, [P, page, K, H] where it is in pages.
-    scale: [B, 1, S K] float32, of the heads of a token side by side, as the
-      kernel reads them.
+    scale: [B, G, 1, S K / G] float32: the kv heads in G groups of neighbours,
+      in each the heads of a token side by side.  Split K of values over a mesh
+      as G of scale.
   """
 
   values: jax.Array
   scale: jax.Array
 
   @classmethod
-  def empty(cls, shape: tuple[int, ...]) -> QuantizedCache:
-    """Zeros of shape [..., S, K, H]."""
+  def empty(
+    cls, shape: tuple[int, ...], *, head_groups: int | None = None
+  ) -> QuantizedCache:
+    """Zeros.
+
+    Args:
+      shape: [..., S, K, H], of the values.
+      head_groups: G, a divisor of K.  None is how the kernel reads scales of K
+        heads on one device: 1 if K is 1, 4 or a multiple of 8, else K.  Where
+        the heads are split over D devices it reads D groups, or K if K / D is
+        another number than those; others are copied at every call.
+
+    Raises:
+      ValueError: if G does not divide K.
+    """
     *lead, s, k, _ = shape
-    scale = jnp.zeros((*lead, 1, s * k), jnp.float32)
+    groups = _as_groups(head_groups, k)
+    scale = jnp.zeros((*lead, groups, 1, s * k // groups), jnp.float32)
     return cls(jnp.zeros(shape, jnp.int8), scale)
 
   @classmethod
-  def quantize(cls, x: jax.Array) -> QuantizedCache:
-    """Of keys or values [..., S, K, H], rounded to the nearest."""
+  def quantize(
+    cls, x: jax.Array, *, head_groups: int | None = None
+  ) -> QuantizedCache:
+    """Of keys or values [..., S, K, H], rounded to the nearest.
+
+    Args:
+      x: the keys or values.
+      head_groups: as for `empty`.
+
+    Raises:
+      ValueError: if G does not divide K.
+    """
+    groups = _as_groups(head_groups, x.shape[-2])
     values, scale = quantized(x)
-    *lead, s, k, _ = x.shape
-    return cls(values, scale.reshape(*lead, 1, s * k))
+    return cls(values, in_groups(scale[..., 0], groups))
 
   def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
     """[..., S, K, H] of a dtype."""
-    scale = self.scale.reshape(*self.values.shape[:-1], 1)
+    scale = by_token(self.scale, *self.values.shape[-3:-1])[..., None]
     return (self.values.astype(scale.dtype) * scale).astype(dtype)
+
+
+def _as_groups(groups: Any, kv_heads: int) -> int:
+  if groups is None:
+    beside = lie_beside_each_other(kv_heads, jnp.dtype(jnp.int8))
+    return 1 if beside else kv_heads
+  known = as_whole_number("QuantizedCache", "head_groups", groups)
+  if known < 1 or kv_heads % known:
+    raise ValueError(
+      f"QuantizedCache: head_groups must divide the kv heads K = {kv_heads}, "
+      f"got {known}"
+    )
+  return known
+
+
+def lie_beside_each_other(kv_heads: int, dtype: Any) -> bool:
+  """Whether the heads of a token do, in a cache [..., S, K, H] in HBM.
+
+  If K fills a tile of memory, or is as many rows as one can be cut to.  Else
+  XLA would have to fill it up, and has all tokens of a head beside each other.
+  """
+  few = kv_heads in (2, 4) and kv_heads * dtype.itemsize >= 4
+  return kv_heads <= 1 or kv_heads % tpu.SUBLANES == 0 or few
+
+
+def in_groups(scale: jax.Array, groups: int) -> jax.Array:
+  """[..., G, 1, S K / G] of scales [..., S, K]."""
+  *lead, s, k = scale.shape
+  if groups > 1:
+    scale = scale.reshape(*lead, s, groups, k // groups)
+    scale = jnp.moveaxis(scale, -2, -3)
+  return scale.reshape(*lead, groups, 1, s * k // groups)
+
+
+def by_token(scale: jax.Array, s: int, kv_heads: int) -> jax.Array:
+  """[..., S, K] of scales [..., G, 1, S K / G]."""
+  *lead, groups, _, _ = scale.shape
+  if groups > 1:
+    scale = scale.reshape(*lead, groups, s, kv_heads // groups)
+    scale = jnp.moveaxis(scale, -3, -2)
+  return scale.reshape(*lead, s, kv_heads)
 
 
 CacheArray = jax.Array | QuantizedCache
@@ -60,7 +127,7 @@ class Cache(NamedTuple):
   Attributes:
     k: [X, S, K, H], flat: X is B; L B of a stack; P or L P of pages of size S.
     v: likewise.
-    k_scale: [X, 1, S K] float32 of an int8 cache, else None.
+    k_scale: [X, S, K] float32 of an int8 cache, else None.
     v_scale: likewise.
   """
 
@@ -75,21 +142,13 @@ class Cache(NamedTuple):
     return cls(*(getattr(record, name) for name in cls._fields))
 
 
-def tokens_of(
-  x: jax.Array, table: jax.Array | None, kv_heads: int
-) -> jax.Array:
-  """What each row has, in one piece.
+def tokens_of(x: jax.Array, table: jax.Array | None) -> jax.Array:
+  """What each row has, in one piece, [B, S, ...].
 
   Args:
-    x: [B, S, ...], [P, page, ...]; or [.., 1, S K] of scales.
+    x: [B, S, ...], or [P, page, ...].
     table: [B, pages of a row] of a cache in pages, else None.
-    kv_heads: K.
-
-  Returns:
-    [B, S, ...], or [B, S, K] of scales.
   """
-  if x.ndim == 3:
-    x = x.reshape(x.shape[0], x.shape[2] // max(kv_heads, 1), kv_heads)
   if table is None:
     return x
   taken = jnp.take(x, table, axis=0, mode="clip")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from .._attention.heads import own_kv_heads
 from .._frame.sharding import Axes
+from .cache import by_token, in_groups
 from .spec import Arrays, Outs
 
 
@@ -43,9 +44,37 @@ def with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
   if heads is None:
     return a
 
-  def own(x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else jnp.take(x, heads, axis=-2, mode="clip")
+  def own(x: jax.Array | None, axis: int = -2) -> jax.Array | None:
+    return None if x is None else jnp.take(x, heads, axis=axis, mode="clip")
+
+  def own_scale(x: jax.Array | None) -> jax.Array | None:
+    if x is None:
+      return None
+    return in_groups(own(by_token(x, *a.k.shape[-3:-1]), -1), heads.size)
 
   return a._replace(
-    k=own(a.k), v=own(a.v), new_k=own(a.new_k), new_v=own(a.new_v)
+    k=own(a.k),
+    v=own(a.v),
+    k_scale=own_scale(a.k_scale),
+    v_scale=own_scale(a.v_scale),
+    new_k=own(a.new_k),
+    new_v=own(a.new_v),
   )
+
+
+def check_groups(a: Arrays, axes: Mapping[str, Axes]) -> None:
+  """Refuses scales that cannot be split as the heads are.
+
+  Raises:
+    ValueError: if they would keep an int8 cache whole on every device.
+  """
+  if a.k_scale is None or axes.get("N", ()) == axes.get("K", ()):
+    return
+  groups, kv_heads = a.k_scale.shape[-3], a.k.shape[-2]
+  if groups < kv_heads:
+    raise ValueError(
+      f"decode_attention: N is split over {axes.get('N', ())}: an int8 cache "
+      f"must be in groups of heads that these devices can share, got "
+      f"{kv_heads} heads in {groups} group(s) on each device; use "
+      f"QuantizedCache.quantize(..., head_groups=)"
+    )

@@ -112,8 +112,11 @@ def _as_cache(
       raise ValueError(f"{_OP}: {name}.values must be int8, got {values.dtype}")
     _check_cache(f"{name}.values", values, q, letters, ndim)
     *lead, s, kv_heads, _ = values.shape
-    wanted = (*lead, 1, s * kv_heads)
-    check_shape(_OP, f"{name}.scale", scale, wanted, "[..., 1, S K]")
+    groups = scale.shape[-3] if scale.ndim > 2 else 1
+    if groups < 1 or kv_heads % groups:
+      groups = 1
+    wanted = (*lead, groups, 1, s * kv_heads // groups)
+    check_shape(_OP, f"{name}.scale", scale, wanted, "[..., G, 1, S K / G]")
     return QuantizedCache(values, scale.astype(jnp.float32))
   (values,) = as_floats(_OP, **{name: cache})
   _check_cache(name, values, q, letters, ndim)

@@ -161,14 +161,20 @@ def forward(p: Problem, a: Arrays) -> Outs:
     a: the arrays.
   """
   a = rotated(p, a)
-  if apart.is_better(a):
+  lie_apart = apart.lie_apart(a)
+  rows = apart.by_head(a) if lie_apart else apart.beside(a)
+  in_pieces = a.table is not None and not tiles.is_in_chunks(rows)
+  if in_pieces or (apart.is_better(a) and not lie_apart):
     a, cache = with_new_keys(a)
-    outs = apart.together(forward(p, apart.by_head(a)), a)
+    a = apart.in_own_rows(a)
+    outs = apart.from_heads(_of_rows(p, apart.by_head(a)), a)
     return cache._replace(out=outs.out, lse=outs.lse)
-  if a.table is not None and not tiles.is_in_chunks(a):
-    a, cache = with_new_keys(a)
-    outs = forward(p, apart.pages_joined(a))
-    return cache._replace(out=outs.out, lse=outs.lse)
+  outs = _of_rows(p, rows)
+  return (apart.from_heads if lie_apart else apart.from_beside)(outs, a)
+
+
+def _of_rows(p: Problem, a: Arrays) -> Outs:
+  """The same of arrays whose heads are as the kernel takes them."""
   (length, kv_heads), whole = a.k.shape[-3:-1], _in_whole_chunks(a)
   outs = _run(tiles.call_of(p, whole, length), whole)
   if a.new_k is None or whole.k.shape[-3] == length:

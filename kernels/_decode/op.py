@@ -20,7 +20,7 @@ from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split
 from .._rope import Rope
 from .cache import Cache, CacheArray, QuantizedCache
-from .devices import merged_over, shifted, with_own_kv_heads
+from .devices import check_groups, merged_over, shifted, with_own_kv_heads
 from .door import Given, checked_arguments, problem_of, results_of
 from .forward import forward
 from .spec import (
@@ -41,8 +41,8 @@ def _split(p: Problem, a: Arrays) -> Split:
   in_pages, is_quantized = a.table is not None, a.k_scale is not None
   stack = "" if a.layer is None else "-"
   cache = stack + ("--KH" if in_pages else "BSKH")
-  # S K in one dimension: the heads of a token side by side.
-  scale = (stack + ("---" if in_pages else "B-S")) if is_quantized else None
+  # S K in one dimension: the heads of a token side by side, in G groups.
+  scale = (stack + ("-K--" if in_pages else "BK-S")) if is_quantized else None
   letters = Arrays(
     q="BTNH",
     k=cache,
@@ -68,9 +68,8 @@ def _split(p: Problem, a: Arrays) -> Split:
     }
   )
   appends = a.new_k is not None
-  # Rows that share pages, and scales of a token's heads, stay together.
-  over = "" if in_pages and appends else "B"
-  over += "N" if not is_quantized or a.k.shape[-2] == 1 else ""
+  # Rows that share pages stay together.
+  over = "N" if in_pages and appends else "BN"
   over += "" if in_pages else "S"
   outs = Outs("BTNH", "BNT" if p.return_lse else None)
   if appends:
@@ -82,6 +81,7 @@ def _on_device(
   op: Any, p: Problem, a: Arrays, axes: Mapping[str, Axes]
 ) -> Outs:
   """One device's rows, heads and keys."""
+  check_groups(a, axes)
   given, cache = a, {}
   if axes.get("S"):
     a = shifted(a, axes["S"])
@@ -319,9 +319,7 @@ def _case(name, b, t, s, n, k, h, dtype=jnp.bfloat16, **kwargs) -> Case:
     kwargs["layer"] = Integers((), lambda rng: rng.integers(0, layers))
   cache: Any = jax.ShapeDtypeStruct(shape, dtype)
   if kwargs.pop("quantized", False):
-    *lead, size, heads, _ = shape
-    scale = jax.ShapeDtypeStruct((*lead, 1, size * heads), jnp.float32)
-    cache = QuantizedCache(jax.ShapeDtypeStruct(shape, jnp.int8), scale)  # type: ignore[arg-type]
+    cache = jax.eval_shape(functools.partial(QuantizedCache.empty, shape))
   if kwargs.pop("appends", False):
     new = jax.ShapeDtypeStruct((b, t, k, h), dtype)
     kwargs["new"] = (new, new)

@@ -13,7 +13,7 @@ from .._attention.reference import masked_attention
 from .._attention.spec import Logits
 from .._frame.check import Implementation
 from .._rope import apply_rope_reference
-from .cache import Cache, quantized, tokens_of, written
+from .cache import Cache, by_token, in_groups, quantized, tokens_of, written
 
 if TYPE_CHECKING:
   from .tiles import DecodeAttentionConfig
@@ -30,7 +30,7 @@ class Arrays(NamedTuple):
   q: Any  # [B, T, N, H]
   k: Any  # as above
   v: Any  # likewise
-  k_scale: Any  # [..., 1, S K] float32, of an int8 cache
+  k_scale: Any  # [..., G, 1, S K / G] float32, of an int8 cache
   v_scale: Any  # likewise
   lengths: Any  # [B] int32: valid keys of each row, the new ones included
   shift: Any = None  # [B] int32: position of the cache's first key, if not 0
@@ -89,20 +89,26 @@ def with_new_keys(a: Arrays) -> tuple[Arrays, Outs]:
   if a.new_k is None:
     return a, Outs(None)
   cache = appended(flattened(a))
+  k_scale, v_scale = (
+    None if x is None else in_groups(x, a.k_scale.shape[-3])
+    for x in (cache.k_scale, cache.v_scale)
+  )
+  cache = cache._replace(k_scale=k_scale, v_scale=v_scale)
   outs = unflattened(Outs(None, **cache._asdict()), a)
   a = a._replace(**Cache.of(outs)._asdict(), new_k=None, new_v=None)
   return a, outs
 
 
 def in_rows(a: Arrays) -> Cache:
-  """The layer's keys and values as each row has them, [B, S, K, ...]."""
+  """The layer's keys and values as each row has them; scales [B, S, K]."""
 
   def of_rows(x: jax.Array) -> jax.Array:
     if a.layer is not None:
       x = jax.lax.dynamic_index_in_dim(x, a.layer, keepdims=False)
-    return tokens_of(x, a.table, a.k.shape[-2])
+    return tokens_of(x, a.table)
 
-  return Cache(*(None if x is None else of_rows(x) for x in Cache.of(a)))
+  cache = Cache.of(by_tokens(a))
+  return Cache(*(None if x is None else of_rows(x) for x in cache))
 
 
 def _attention(p: Problem, a: Arrays) -> Outs:
@@ -143,8 +149,7 @@ def appended(a: Arrays) -> Cache:
     return written(x, new, rows, first, end)
 
   def put_scale(x: jax.Array, new: jax.Array) -> jax.Array:
-    by_token = x.reshape(*k.shape[:2], -1)
-    return put(by_token, new[..., 0].astype(x.dtype)).reshape(x.shape)
+    return put(x, new[..., 0].astype(x.dtype))
 
   if k_scale is None:
     return Cache(put(k, new_k.astype(k.dtype)), put(v, new_v.astype(v.dtype)))
@@ -169,6 +174,7 @@ def first_and_end(a: Arrays, size: int) -> tuple[jax.Array, jax.Array]:
 
 def flattened(a: Arrays) -> Arrays:
   """The arrays with a cache [X, S, K, H]; a table if its rows are not B."""
+  a = by_tokens(a)
   if a.layer is None:
     return a
   batch, size = a.q.shape[0], a.k.shape[1]
@@ -178,6 +184,16 @@ def flattened(a: Arrays) -> Arrays:
   flat = Cache(*(_merged(x) for x in Cache.of(a)))
   table = table + a.layer * size
   return a._replace(**flat._asdict(), layer=None, table=table)
+
+
+def by_tokens(a: Arrays) -> Arrays:
+  """The arrays with scales [..., S, K]."""
+  if a.k_scale is None:
+    return a
+  k_scale, v_scale = (
+    by_token(x, *a.k.shape[-3:-1]) for x in (a.k_scale, a.v_scale)
+  )
+  return a._replace(k_scale=k_scale, v_scale=v_scale)
 
 
 def unflattened(outs: Outs, a: Arrays) -> Outs:
