@@ -1,13 +1,12 @@
-"""Page 8: heads of a token beside each other, or apart, as the kernel gets them.
+"""Page 8: heads beside each other, or apart, as the kernel takes them.
 
-XLA lays a cache out by its shape (`lie_beside_each_other`), and what is asked
-for in another order it copies, all of it, at every call.  So the kernel takes
-heads as they lie:
+That is as they lie (`layout_of`):
 
   * beside each other: a row of the cache is read as K keys a token.  The
     queries of all heads meet the keys of all kv heads, which costs K times the
     work of the matrix unit and no time, as HBM takes longer than both.
   * apart: each kv head is a row of the batch of its own, with its query heads.
+    Heads that are no whole registers [S, H] come turned, [H, S].
 
 Of many rows of queries the work of the matrix unit would be the time.  Then
 heads that lie beside each other are taken apart by XLA.  The copy is of what
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .cache import Cache, by_token, in_groups, lie_beside_each_other
+from .cache import Cache, Layout, by_token, in_groups, layout_of
 from .spec import Arrays, Outs, in_rows
 
 # Rows of queries and heads from which on the matrix unit would take longer than
@@ -31,13 +30,13 @@ from .spec import Arrays, Outs, in_rows
 _MANY_ROWS = 256
 
 
-def lie_apart(a: Arrays) -> bool:
-  """Whether the heads of a cache do, in HBM."""
-  return not lie_beside_each_other(a.k.shape[-2], a.k.dtype)
+def layout(a: Arrays) -> Layout:
+  """Of the cache, in HBM."""
+  return layout_of(a.k.shape, a.k.dtype)
 
 
 def is_better(a: Arrays) -> bool:
-  """Whether heads are to be taken apart that are not."""
+  """Whether heads that lie beside each other are to be taken apart."""
   _, t, n, _ = a.q.shape
   return a.k.shape[-2] > 1 and t * n > _MANY_ROWS
 
@@ -59,13 +58,19 @@ def beside(a: Arrays) -> Arrays:
   return _with_scales(a, 1, a.k.shape[:-3])
 
 
-def by_head(a: Arrays) -> Arrays:
-  """Heads apart: one kv head, K rows of the batch for each."""
+def by_head(a: Arrays, is_turned: bool) -> Arrays:
+  """Heads apart: K rows of the batch for each, of one kv head.
+
+  The cache becomes [..., X K, S, 1, H], or turned [..., X K, 1, H, S].
+  """
   (b, t, n, h), (*lead, rows, s, kv_heads, _) = a.q.shape, a.k.shape
   lead = (*lead, rows * kv_heads)
 
   def values(x: jax.Array) -> jax.Array:
-    return x.swapaxes(-3, -2).reshape(*lead, s, 1, h)
+    x = x.swapaxes(-3, -2)
+    if is_turned:
+      return x.swapaxes(-2, -1).reshape(*lead, 1, h, s)
+    return x.reshape(*lead, s, 1, h)
 
   def new(x: jax.Array | None) -> jax.Array | None:
     if x is None:
@@ -116,7 +121,7 @@ def from_beside(outs: Outs, a: Arrays) -> Outs:
   return _with_given_scales(outs, a, 1)
 
 
-def from_heads(outs: Outs, a: Arrays) -> Outs:
+def from_heads(outs: Outs, a: Arrays, is_turned: bool) -> Outs:
   """The results of the arrays' `by_head`, likewise."""
   (b, t, n, _), (*lead, s, kv_heads, h) = a.q.shape, a.k.shape
   out = outs.out.reshape(b, kv_heads, t, n // kv_heads, h).swapaxes(1, 2)
@@ -125,6 +130,8 @@ def from_heads(outs: Outs, a: Arrays) -> Outs:
   def values(x: Any) -> Any:
     if x is None:
       return None
+    if is_turned:
+      x = x.reshape(*lead, kv_heads, h, s).swapaxes(-2, -1)
     return x.reshape(*lead, kv_heads, s, h).swapaxes(-3, -2)
 
   outs = outs._replace(out=out.reshape(a.q.shape), lse=lse)

@@ -17,53 +17,43 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
-from .stream import Step, Stream
+from .stream import CacheRefs, Step, Stream
 from .tiles import Call
 
 
-class New(NamedTuple):
-  """What is put in, of as many rows of the batch as are held together.
+def new_types(call: Call, quantized: bool) -> CacheRefs:
+  """Scratch, with room before and after, for what is put in.
 
-  As refs of the kernel's operands [held T K, H] and [1, held T K]; in scratch
-  as `take` leaves it.
+  It is of as many rows of the batch as are held together: as operands of the
+  kernel [held T K, H] and [1, held T K]; turned, [H, held T].
   """
-
-  k: Any
-  v: Any
-  k_scale: Any
-  v_scale: Any
-
-
-def new_types(call: Call, quantized: bool) -> New:
-  """Scratch, with room before and after."""
   new_rows = call.held * call.new_rows
   columns = tpu.lanes(call.head_size) // tpu.LANES
   rows = tpu.round_up(new_rows + 2 * call.tile, tpu.SUBLANES)
   values = pltpu.VMEM((columns, rows, tpu.LANES), jnp.float32)
-  scale = None
-  if quantized:
-    lanes = tpu.lanes(new_rows) + 3 * tpu.LANES
-    scale = pltpu.VMEM((1, lanes), jnp.float32)
-  return New(values, values, scale, scale)
+  lanes = tpu.lanes(new_rows) + 3 * tpu.LANES
+  if call.turned:
+    values = pltpu.VMEM((call.head_size, lanes), jnp.float32)
+  scale = pltpu.VMEM((1, lanes), jnp.float32) if quantized else None
+  return CacheRefs(values, values, scale, scale)
 
 
-def take(call: Call, new: New, scratch: New) -> None:
+def take(call: Call, new: CacheRefs, scratch: CacheRefs) -> None:
   """New keys and values, as `put` wants them."""
-  for name in ("k", "v"):
-    rows, to = getattr(new, name), getattr(scratch, name)
+  for name, rows in new.in_rows(call).items():
+    to = getattr(scratch, name)
     for column in range(to.shape[0]):
       first = column * tpu.LANES
       width = min(call.head_size - first, tpu.LANES)
       part = rows[:, pl.ds(first, width)].astype(jnp.float32)
       to[column, pl.ds(call.tile, rows.shape[0]), pl.ds(0, width)] = part
-  for name in ("k_scale", "v_scale"):
-    lanes, to = getattr(new, name), getattr(scratch, name)
-    if to is not None:
-      to[:, pl.ds(tpu.LANES, lanes.shape[1])] = lanes[...]
+  for name, lanes in new.in_lanes(call).items():
+    to = getattr(scratch, name)
+    to[:, pl.ds(tpu.LANES, lanes.shape[1])] = lanes[...].astype(jnp.float32)
 
 
 def put(
-  stream: Stream, scratch: New, step: Step, block: Any, slot: Any
+  stream: Stream, scratch: CacheRefs, step: Step, block: Any, slot: Any
 ) -> None:
   """Into a block that has arrived in a slot.
 
@@ -90,8 +80,9 @@ def put(
     end = jnp.minimum(end, call.block_kv) * k
     end = jnp.minimum(end, row0 + call.new_rows)
     place = _Place(stream, scratch, step.b, block, slot, row0, end)
-    sent = place.each(call.tile, functools.partial(_put_tile, place, goes))
-    stream.at.tiles[slot] = jnp.where(goes, sent, 0)
+    if stream.at.tiles is not None:
+      sent = place.each(call.tile, functools.partial(_put_tile, place, goes))
+      stream.at.tiles[slot] = jnp.where(goes, sent, 0)
     if stream.at.lanes is not None:
       sent = place.each(tpu.LANES, functools.partial(_put_lanes, place, goes))
       stream.at.lanes[slot] = jnp.where(goes, sent, 0)
@@ -101,7 +92,7 @@ class _Place(NamedTuple):
   """Where new rows go in a block: from row0, which may be negative, to end."""
 
   stream: Stream
-  scratch: New
+  scratch: CacheRefs
   b: Any
   block: Any
   slot: Any
@@ -135,10 +126,8 @@ def _put_tile(place: _Place, goes: Any, row: Any) -> None:
   start = place.first_held + (row - place.row0) + call.tile
   shape = call.tile, call.head_size
   is_new = place.is_new(row + jax.lax.broadcasted_iota(jnp.int32, shape, 0))
-  for slots, new in (
-    (stream.slots.k, place.scratch.k),
-    (stream.slots.v, place.scratch.v),
-  ):
+  for name, slots in stream.slots.in_rows(call).items():
+    new = getattr(place.scratch, name)
     columns = [
       new[column, pl.ds(start, call.tile), :] for column in range(new.shape[0])
     ]
@@ -154,21 +143,21 @@ def _put_tile(place: _Place, goes: Any, row: Any) -> None:
 
 
 def _put_lanes(place: _Place, goes: Any, row: Any) -> None:
-  """A register of scales: the new ones are turned to their lanes."""
+  """A register of lanes: the new ones are rotated to their places."""
   stream = place.stream
   start = place.first_held + (row - place.row0) + tpu.LANES
   whole = jax.lax.div(start, tpu.LANES) * tpu.LANES
   is_new = place.is_new(
     row + jax.lax.broadcasted_iota(jnp.int32, (1, tpu.LANES), 1)
   )
-  for slots, new in (
-    (stream.slots.k_scale, place.scratch.k_scale),
-    (stream.slots.v_scale, place.scratch.v_scale),
-  ):
+  for name, slots in stream.slots.in_lanes(stream.call).items():
+    new = getattr(place.scratch, name)
     wide = new[:, pl.ds(pl.multiple_of(whole, tpu.LANES), 2 * tpu.LANES)]
-    turned = pltpu.roll(wide, 2 * tpu.LANES - (start - whole), 1)
+    rotated = pltpu.roll(wide, 2 * tpu.LANES - (start - whole), 1)
     lanes = place.slot, slice(None), pl.ds(row, tpu.LANES)
-    slots[lanes] = jnp.where(is_new, turned[:, : tpu.LANES], slots[lanes])
+    old = slots[lanes]
+    both = jnp.where(is_new, rotated[:, : tpu.LANES], old.astype(jnp.float32))
+    slots[lanes] = both.astype(old.dtype)
 
   @pl.when(goes)
   def _():

@@ -32,6 +32,7 @@ class Keys(NamedTuple):
 
   slots: CacheRefs
   others: Any  # [R, block] MASKED where a key is of another head; or None
+  turned: bool  # whether a block of keys is [H, block], not [block, H]
 
 
 def rows_types(call: Call) -> Rows:
@@ -67,7 +68,7 @@ def clear(s: Rows) -> None:
 def _product(q: Any, keys: Keys, slot: Any, rows: Any) -> jax.Array:
   """Of some rows and the keys of a slot."""
   k = _converted(keys.slots.k[slot], q.dtype)
-  return tpu.dot(q[rows, :], k, tpu.NT)
+  return tpu.dot(q[rows, :], k, tpu.NN if keys.turned else tpu.NT)
 
 
 def _converted(x: jax.Array, dtype: Any) -> jax.Array:
@@ -181,7 +182,8 @@ def to_keys(
     m = jnp.maximum(before, row_maximum(logits))
     weights = jnp.exp2((logits - tpu.across(m, width)) * p.to_base_2)
     decay = jnp.exp2((before - m) * p.to_base_2)
-    acc = tpu.dot(_times(weights, v_scale).astype(v.dtype), v, tpu.NN)
+    weights_v = _times(weights, v_scale).astype(v.dtype)
+    acc = tpu.dot(weights_v, v, tpu.NT if keys.turned else tpu.NN)
     s.m[g, :] = m
     s.total[g, :] = decay * s.total[g, :] + sum_by_lane(weights)
     s.acc[g, :] = tpu.across(decay, acc.shape[1]) * s.acc[g, :] + acc
@@ -208,5 +210,6 @@ def _values(
   if masked and v_scale is not None:
     v_scale = jnp.where(tile.is_valid(v_scale.shape, 1), v_scale, 0.0)
   elif masked:
-    v = jnp.where(tile.is_valid(v.shape, 0), v.astype(jnp.float32), 0.0)
+    axis = 1 if keys.turned else 0
+    v = jnp.where(tile.is_valid(v.shape, axis), v.astype(jnp.float32), 0.0)
   return v.astype(dtype), k_scale, v_scale

@@ -37,15 +37,16 @@ class QuantizedCache(NamedTuple):
     Args:
       shape: [..., S, K, H], of the values.
       head_groups: G, a divisor of K.  None is how the kernel reads scales of K
-        heads on one device: 1 if K is 1, 4 or a multiple of 8, else K.  Where
-        the heads are split over D devices it reads D groups, or K if K / D is
-        another number than those; others are copied at every call.
+        heads on one device: 1 if K is 1, 4 or a multiple of 8 and H one of 128,
+        else K.  Where the heads are split over D devices it reads D groups, or
+        K if K / D is another number than those; others are copied at every
+        call.
 
     Raises:
       ValueError: if G does not divide K.
     """
-    *lead, s, k, _ = shape
-    groups = _as_groups(head_groups, k)
+    *lead, s, k, h = shape
+    groups = _as_groups(head_groups, k, h)
     scale = jnp.zeros((*lead, groups, 1, s * k // groups), jnp.float32)
     return cls(jnp.zeros(shape, jnp.int8), scale)
 
@@ -62,7 +63,7 @@ class QuantizedCache(NamedTuple):
     Raises:
       ValueError: if G does not divide K.
     """
-    groups = _as_groups(head_groups, x.shape[-2])
+    groups = _as_groups(head_groups, *x.shape[-2:])
     values, scale = quantized(x)
     return cls(values, in_groups(scale[..., 0], groups))
 
@@ -72,10 +73,10 @@ class QuantizedCache(NamedTuple):
     return (self.values.astype(scale.dtype) * scale).astype(dtype)
 
 
-def _as_groups(groups: Any, kv_heads: int) -> int:
+def _as_groups(groups: Any, kv_heads: int, head_size: int) -> int:
   if groups is None:
-    beside = lie_beside_each_other(kv_heads, jnp.dtype(jnp.int8))
-    return 1 if beside else kv_heads
+    layout = layout_of((1, kv_heads, head_size), jnp.dtype(jnp.int8))
+    return kv_heads if layout.is_by_head else 1
   known = as_whole_number("QuantizedCache", "head_groups", groups)
   if known < 1 or kv_heads % known:
     raise ValueError(
@@ -85,14 +86,34 @@ def _as_groups(groups: Any, kv_heads: int) -> int:
   return known
 
 
-def lie_beside_each_other(kv_heads: int, dtype: Any) -> bool:
-  """Whether the heads of a token do, in a cache [..., S, K, H] in HBM.
+class Layout(NamedTuple):
+  """How XLA lays a cache [..., S, K, H] in HBM, and so the kernel takes it.
 
-  If K fills a tile of memory, or is as many rows as one can be cut to.  Else
-  XLA would have to fill it up, and has all tokens of a head beside each other.
+  What is asked for in another order XLA copies, all of it, at every call.
+
+  Attributes:
+    is_by_head: all tokens of a head lie beside each other, not all heads of a
+      token.
+    is_turned: the tokens of each element of a head do, in lanes.
   """
+
+  is_by_head: bool = False
+  is_turned: bool = False
+
+
+def layout_of(shape: tuple[int, ...], dtype: Any) -> Layout:
+  """That of a cache's values, by the last two dimensions of their shape.
+
+  Heads that are no whole registers would be filled up to some, so XLA has
+  tokens in lanes.  Else a token's heads lie beside each other, if K fills a
+  tile of memory, or is as many rows as one can be cut to.
+  """
+  kv_heads, h = shape[-2:]
+  if h % tpu.LANES and h % tpu.SUBLANES == 0:
+    return Layout(is_by_head=True, is_turned=True)
   few = kv_heads in (2, 4) and kv_heads * dtype.itemsize >= 4
-  return kv_heads <= 1 or kv_heads % tpu.SUBLANES == 0 or few
+  fills = kv_heads <= 1 or kv_heads % tpu.SUBLANES == 0 or few
+  return Layout(is_by_head=not fills)
 
 
 def in_groups(scale: jax.Array, groups: int) -> jax.Array:

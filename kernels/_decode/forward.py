@@ -29,7 +29,6 @@ from .._attention.softmax import MASKED, lse_of, reciprocal
 from .._frame import tpu
 from .._frame.manual import varying_like
 from . import apart, append, attend, stream, tiles
-from .append import New
 from .cache import Cache, quantized
 from .spec import Arrays, Outs, Problem, rotated, unflattened, with_new_keys
 from .stream import CacheRefs, Scalars, Step, Stream
@@ -41,7 +40,7 @@ class Inputs(NamedTuple):
 
   q: Any  # [R, H]
   q_after: Any  # [G, H]: the first rows of the next step; or None
-  new: New | None
+  new: CacheRefs | None
   cache: CacheRefs  # in HBM
 
 
@@ -58,7 +57,7 @@ class State(NamedTuple):
 
   rows: attend.Rows
   others: Any  # [R, block] MASKED where a key is of another head; or None
-  new: New | None
+  new: CacheRefs | None
   slots: CacheRefs
   at: stream.Cursor
   semaphores: stream.Semaphores
@@ -89,7 +88,7 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: State, *, call: Call):
       append.put(copies, s.new, step, block, slot)
     return slot
 
-  keys = attend.Keys(s.slots, s.others)
+  keys = attend.Keys(s.slots, s.others, call.turned)
   scale = None if scalars.scale is None else scalars.scale[step.b]
 
   def begin() -> None:
@@ -161,51 +160,57 @@ def forward(p: Problem, a: Arrays) -> Outs:
     a: the arrays.
   """
   a = rotated(p, a)
-  lie_apart = apart.lie_apart(a)
-  rows = apart.by_head(a) if lie_apart else apart.beside(a)
-  in_pieces = a.table is not None and not tiles.is_in_chunks(rows)
-  if in_pieces or (apart.is_better(a) and not lie_apart):
+  is_by_head, turned = apart.layout(a)
+  rows = apart.by_head(a, turned) if is_by_head else apart.beside(a)
+  in_pieces = a.table is not None and not tiles.Sizes.of(rows, turned).in_chunks
+  if in_pieces or (apart.is_better(a) and not is_by_head):
     a, cache = with_new_keys(a)
     a = apart.in_own_rows(a)
-    outs = apart.from_heads(_of_rows(p, apart.by_head(a)), a)
+    outs = _of_rows(p, apart.by_head(a, turned), turned)
+    outs = apart.from_heads(outs, a, turned)
     return cache._replace(out=outs.out, lse=outs.lse)
-  outs = _of_rows(p, rows)
-  return (apart.from_heads if lie_apart else apart.from_beside)(outs, a)
+  outs = _of_rows(p, rows, turned)
+  if is_by_head:
+    return apart.from_heads(outs, a, turned)
+  return apart.from_beside(outs, a)
 
 
-def _of_rows(p: Problem, a: Arrays) -> Outs:
+def _of_rows(p: Problem, a: Arrays, turned: bool) -> Outs:
   """The same of arrays whose heads are as the kernel takes them."""
-  (length, kv_heads), whole = a.k.shape[-3:-1], _in_whole_chunks(a)
-  outs = _run(tiles.call_of(p, whole, length), whole)
-  if a.new_k is None or whole.k.shape[-3] == length:
+  sizes = tiles.Sizes.of(a, turned)
+  if sizes.in_chunks:
+    return _run(tiles.call_of(p, a, sizes, sizes.tokens), a)
+  whole = _in_whole_chunks(a, sizes)
+  call = tiles.call_of(p, whole, tiles.Sizes.of(whole, turned), sizes.tokens)
+  outs = _run(call, whole)
+  if a.new_k is None:
     return outs
+
+  def cut(x: Any, to: Any, axis: int) -> Any:
+    if x is None:
+      return None
+    return jax.lax.slice_in_dim(x, 0, to.shape[axis], axis=axis % x.ndim)
+
   return outs._replace(
-    k=outs.k[..., :length, :, :],
-    v=outs.v[..., :length, :, :],
-    k_scale=_cut(outs.k_scale, length * kv_heads),
-    v_scale=_cut(outs.v_scale, length * kv_heads),
+    k=cut(outs.k, a.k, sizes.axis),
+    v=cut(outs.v, a.v, sizes.axis),
+    k_scale=cut(outs.k_scale, a.k_scale, -1),
+    v_scale=cut(outs.v_scale, a.v_scale, -1),
   )
 
 
-def _cut(scale: jax.Array | None, lanes: int) -> jax.Array | None:
-  return None if scale is None else scale[..., :lanes]
-
-
-def _in_whole_chunks(a: Arrays) -> Arrays:
+def _in_whole_chunks(a: Arrays, sizes: tiles.Sizes) -> Arrays:
   """The arrays, with a cache of a length that can be copied in chunks.
 
   This copies the cache, where its length is odd: `decode_attention` says so.
   """
-  length, kv_heads = a.k.shape[-3:-1]
-  if tiles.is_in_chunks(a):
-    return a
-  more = -length % tiles.unit_of(a)
+  more = -sizes.tokens % sizes.unit
 
   def longer(x: Any) -> Any:
-    return _padded(x, -3, more)
+    return _padded(x, sizes.axis, more)
 
   def wider(x: Any) -> Any:
-    return None if x is None else _padded(x, -1, more * kv_heads)
+    return None if x is None else _padded(x, -1, more * sizes.kv_heads)
 
   return a._replace(
     k=longer(a.k),
@@ -304,7 +309,7 @@ def _after(call: Call, b: Any, i: Any, *_: Any) -> tuple[Any, Any, Any]:
 
 
 def _flat(cache: Cache) -> CacheRefs:
-  """[X, S K, H] and [X, 1, S K] of a cache: the same memory."""
+  """[X, S K, H], or [X, H, S], and [X, 1, S K] of a cache: the same memory."""
   values = (
     x.reshape(-1, x.shape[-3] * x.shape[-2], x.shape[-1]) for x in cache[:2]
   )
@@ -314,10 +319,10 @@ def _flat(cache: Cache) -> CacheRefs:
   return CacheRefs(*values, *scales)
 
 
-def _new(call: Call, a: Arrays) -> tuple[New, New]:
+def _new(call: Call, a: Arrays) -> tuple[CacheRefs, CacheRefs]:
   """The new keys and values, in the cache's dtype, and their blocks."""
   count = call.batch // call.held
-  shape = count, call.held * call.new_rows, -1
+  shape = count, call.held * call.new_rows, call.head_size
   k_scale, v_scale, v_from = None, None, 0
   if a.k_scale is None:
     k, v = (x.astype(a.k.dtype).reshape(shape) for x in (a.new_k, a.new_v))
@@ -326,6 +331,8 @@ def _new(call: Call, a: Arrays) -> tuple[New, New]:
     k = v = values.reshape(2 * count, *shape[1:])
     k_scale = v_scale = scale.reshape(2 * count, 1, -1)
     v_from = count
+  if call.turned:
+    k, v = (x.swapaxes(1, 2) for x in (k, v))
 
   def block(x: Any, start: int) -> pl.BlockSpec | None:
     def index(b: Any, *_: Any) -> tuple[Any, ...]:
@@ -333,16 +340,17 @@ def _new(call: Call, a: Arrays) -> tuple[New, New]:
 
     return None if x is None else pl.BlockSpec((None, *x.shape[1:]), index)
 
-  of_new = New(
+  of_new = CacheRefs(
     block(k, 0), block(v, v_from), block(k_scale, 0), block(v_scale, v_from)
   )
-  return New(k, v, k_scale, v_scale), of_new
+  return CacheRefs(k, v, k_scale, v_scale), of_new
 
 
 def _state(call: Call, a: Arrays, is_quantized: bool) -> State:
   """Types of the scratch."""
   h, rows = call.head_size, call.rows
-  slots = pltpu.VMEM((call.slots, call.block_rows, h), a.k.dtype)
+  block = (h, call.block_rows) if call.turned else (call.block_rows, h)
+  slots = pltpu.VMEM((call.slots, *block), a.k.dtype)
   scales = None
   if is_quantized:
     scales = pltpu.VMEM((call.slots, 1, call.block_rows), jnp.float32)

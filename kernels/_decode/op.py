@@ -191,10 +191,10 @@ def decode_attention(
       hundreds for a prompt that is read in chunks.
     k_cache: [B, S, K, H] of q's dtype, or a `QuantizedCache` in int8; entries
       at or beyond a row's length are not read and may hold anything.  The
-      kernel reads it where it lies if S is a multiple of 16 (bfloat16), 8
-      (float32) or 128 (int8), over K; else XLA copies it to such a length.  So
-      it does with a layer's keys and values where K > 1 and T N > 256, and with
-      pages of another length.
+      kernel reads it where it lies if S is a multiple of 16, or of 128 where it
+      is int8 or H is no multiple of 128; else XLA copies it to such a length.
+      So it does with a layer's keys and values where T N > 256, H is a multiple
+      of 128, and K is 2, 4 or one of 8; and with pages of another length.
     v_cache: likewise, of the same shape.
     lengths: [B] integers: valid keys of each row, the T newest included.  At
       most S, else `checkify` finds an error, and only S keys are seen.  Where a
@@ -329,6 +329,7 @@ def _case(name, b, t, s, n, k, h, dtype=jnp.bfloat16, **kwargs) -> Case:
   return Case(name, (q, cache, cache, Integers((b,), draw)), kwargs, donated)
 
 
+_bench = functools.partial(_case, appends=True)
 _mixed = functools.partial(np.linspace, dtype=np.int32)
 _FULL, _MIXED = np.full(32, 8192), _mixed(256, 8192, 32)
 _GEMMA_2B = (32, 1, 8192, 8, 1, 256)
@@ -347,47 +348,25 @@ DECODE_ATTENTION = Op(
     _case("pages", 2, 3, 96, 2, 1, 128, page=32, appends=True),
   ),
   benches=(
-    _case("gemma_2b_32x8k", *_GEMMA_2B, appends=True, lengths=_FULL),
-    _case("gemma_2b_32x8k_mixed", *_GEMMA_2B, appends=True, lengths=_MIXED),
-    _case("gemma_2b_1x8k", 1, *_GEMMA_2B[1:], appends=True, lengths=[8192]),
-    _case(
-      "llama_gqa_32x8k_mixed",
-      *(32, 1, 8192, 32, 8, 128),
-      appends=True,
-      lengths=_MIXED,
-    ),
-    _case(
-      "gemma_7b_8x2k",
-      *(8, 1, 2048, 16, 16, 256),
-      appends=True,
-      lengths=np.full(8, 2048),
-    ),
-    _case(
-      "gemma_2b_32x8k_mixed_int8",
-      *_GEMMA_2B,
-      appends=True,
-      quantized=True,
-      lengths=_MIXED,
-    ),
-    _case(
-      "gemma_2b_32x8k_mixed_pages",
-      *_GEMMA_2B,
-      appends=True,
-      page=128,
-      lengths=_MIXED,
-    ),
-    _case(
-      "gemma_2b_32x8k_t4", 32, 4, *_GEMMA_2B[2:], appends=True, lengths=_MIXED
-    ),
+    _bench("gemma_2b_32x8k", *_GEMMA_2B, lengths=_FULL),
+    _bench("gemma_2b_32x8k_mixed", *_GEMMA_2B, lengths=_MIXED),
+    _bench("gemma_2b_1x8k", 1, *_GEMMA_2B[1:], lengths=[8192]),
     *(
-      _case(
-        f"gemma_2b_1x8k_t{t}",
-        1,
-        t,
-        *_GEMMA_2B[2:],
-        appends=True,
-        lengths=[8192],
+      _bench(f"{model}_32x8k_mixed", 32, 1, 8192, *sizes, lengths=_MIXED)
+      for model, *sizes in (
+        ("llama_gqa", 32, 8, 128),
+        ("llama_1b", 32, 8, 64),
+        ("phi4", 40, 10, 128),
       )
+    ),
+    _bench("gemma_7b_8x2k", 8, 1, 2048, 16, 16, 256, lengths=np.full(8, 2048)),
+    _bench(
+      "gemma_2b_32x8k_mixed_int8", *_GEMMA_2B, quantized=True, lengths=_MIXED
+    ),
+    _bench("gemma_2b_32x8k_mixed_pages", *_GEMMA_2B, page=128, lengths=_MIXED),
+    _bench("gemma_2b_32x8k_t4", 32, 4, *_GEMMA_2B[2:], lengths=_MIXED),
+    *(
+      _bench(f"gemma_2b_1x8k_t{t}", 1, t, *_GEMMA_2B[2:], lengths=[8192])
       for t in (256, 512)
     ),
   ),

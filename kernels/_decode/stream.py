@@ -8,6 +8,7 @@ which may be on its way back to the cache with new keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -42,12 +43,26 @@ class Scalars(NamedTuple):
 
 
 class CacheRefs(NamedTuple):
-  """Keys and values, in HBM [X, S K, H] or in the slots [slots, block, H]."""
+  """Keys and values, in HBM [X, S K, H] or in the slots [slots, block, H].
+
+  Where they are turned, [X, H, S] and [slots, H, block].
+  """
 
   k: Any
   v: Any
-  k_scale: Any  # [.., 1, the same], or None
+  k_scale: Any  # [.., 1, S K or block], or None
   v_scale: Any
+
+  def in_lanes(self, call: Call) -> dict[str, Any]:
+    """Those of which a token is a lane, by name."""
+    turned = {"k": self.k, "v": self.v} if call.turned else {}
+    if self.k_scale is None:
+      return turned
+    return {**turned, "k_scale": self.k_scale, "v_scale": self.v_scale}
+
+  def in_rows(self, call: Call) -> dict[str, Any]:
+    """Those of which a token is a row."""
+    return {} if call.turned else {"k": self.k, "v": self.v}
 
 
 class Ahead(NamedTuple):
@@ -67,8 +82,8 @@ class Cursor(NamedTuple):
   ahead: Ahead
   taken: Any  # [1]: the slot of the block that is taken next
   free: Any  # [1]: the slot that the next one goes to
-  tiles: Any  # [slots]: how many tiles of a slot are on their way back
-  lanes: Any  # [slots]: the same of registers of scales; or None
+  tiles: Any  # [slots]: how many tiles of a slot are on their way back; or None
+  lanes: Any  # [slots]: the same of registers of lanes; or None
 
 
 class Semaphores(NamedTuple):
@@ -82,7 +97,9 @@ def cursor_types(call: Call, quantized: bool) -> Cursor:
   """What to ask the compiler for."""
   one, each = (pltpu.SMEM((n,), jnp.int32) for n in (1, call.slots))
   ahead = Ahead(*(one for _ in Ahead._fields))
-  return Cursor(ahead, one, one, each, each if quantized else None)
+  in_lanes = quantized or call.turned
+  tiles, lanes = None if call.turned else each, each if in_lanes else None
+  return Cursor(ahead, one, one, tiles, lanes)
 
 
 def semaphore_types(call: Call) -> Semaphores:
@@ -276,13 +293,13 @@ class Stream(NamedTuple):
     page, token = self._place(b, key0 + chunk * call.chunk)
     there = self._span(token, size, call.chunk)
     here = self._span(chunk * call.chunk, size, call.chunk)
-    for name, hbm in self.hbm._asdict().items():
-      if hbm is not None:
-        yield pltpu.make_async_copy(
-          _part(name, hbm, page, there),
-          _part(name, getattr(self.slots, name), slot, here),
-          self.semaphores.arrived.at[slot],
-        )
+    arrived = self.semaphores.arrived.at[slot]
+    for name, hbm in self.hbm.in_rows(call).items():
+      to = getattr(self.slots, name).at[slot, here]
+      yield pltpu.make_async_copy(hbm.at[page, there], to, arrived)
+    for name, hbm in self.hbm.in_lanes(call).items():
+      to = getattr(self.slots, name).at[slot, :, here]
+      yield pltpu.make_async_copy(hbm.at[page, :, there], to, arrived)
 
   def _place(self, b: Any, token: Any) -> tuple[Any, Any]:
     """The row of the cache, or page, of a row's token, and its place there."""
@@ -307,29 +324,33 @@ class Stream(NamedTuple):
 
   def send_tile(self, b: Any, block: Any, slot: Any, row: Any) -> None:
     """A tile of a block's rows, of keys and of values, back to the cache."""
-    for copy in self._back(b, block, slot, row, self.call.tile, scales=False):
+    for copy in self._tile_back(b, block, slot, row):
       copy.start()
 
   def send_lanes(self, b: Any, block: Any, slot: Any, row: Any) -> None:
-    """A register of its scales, likewise."""
-    for copy in self._back(b, block, slot, row, tpu.LANES, scales=True):
+    """A register of what has tokens in lanes, likewise."""
+    for copy in self._lanes_back(b, block, slot, row):
       copy.start()
 
   def wait_until_sent(self, slot: Any) -> None:
     """Until all of a slot that went back has arrived."""
-    at, tile = self.at, self.call.tile
+    at = self.at
 
-    def wait(size: int, scales: bool) -> None:
-      for copy in self._back(0, 0, slot, 0, size, scales):
+    def wait(back: Callable[..., Iterator[Any]]) -> None:
+      for copy in back(0, 0, slot, 0):
         copy.wait()
 
-    @pl.when(at.tiles[slot] > 0)
+    any_sent = at.lanes if at.tiles is None else at.tiles
+
+    @pl.when(any_sent[slot] > 0)
     def _():
-      jax.lax.fori_loop(0, at.tiles[slot], lambda *_: wait(tile, False), None)
-      if at.lanes is not None:
-        jax.lax.fori_loop(
-          0, at.lanes[slot], lambda *_: wait(tpu.LANES, True), None
-        )
+      for sent, back in (
+        (at.tiles, self._tile_back),
+        (at.lanes, self._lanes_back),
+      ):
+        if sent is not None:
+          one = functools.partial(lambda back, *_: wait(back), back)
+          jax.lax.fori_loop(0, sent[slot], one, None)
       self._nothing_sent(slot)
 
   def finish(self) -> None:
@@ -338,14 +359,32 @@ class Stream(NamedTuple):
       self.wait_until_sent(slot)
 
   def _nothing_sent(self, slot: Any) -> None:
-    self.at.tiles[slot] = 0
-    if self.at.lanes is not None:
-      self.at.lanes[slot] = 0
+    for sent in (self.at.tiles, self.at.lanes):
+      if sent is not None:
+        sent[slot] = 0
 
-  def _back(
-    self, b: Any, block: Any, slot: Any, row: Any, size: int, scales: bool
+  def _tile_back(
+    self, b: Any, block: Any, slot: Any, row: Any
   ) -> Iterator[Any]:
-    """Of `size` rows of a block, from a multiple of it on."""
+    page, here, there = self._places_back(b, block, row, self.call.tile)
+    for name, slots in self.slots.in_rows(self.call).items():
+      to = getattr(self.hbm, name).at[page, there]
+      sent = self.semaphores.sent.at[slot]
+      yield pltpu.make_async_copy(slots.at[slot, here], to, sent)
+
+  def _lanes_back(
+    self, b: Any, block: Any, slot: Any, row: Any
+  ) -> Iterator[Any]:
+    page, here, there = self._places_back(b, block, row, tpu.LANES)
+    for name, slots in self.slots.in_lanes(self.call).items():
+      to = getattr(self.hbm, name).at[page, :, there]
+      sent = self.semaphores.sent.at[slot]
+      yield pltpu.make_async_copy(slots.at[slot, :, here], to, sent)
+
+  def _places_back(
+    self, b: Any, block: Any, row: Any, size: int
+  ) -> tuple[Any, Any, Any]:
+    """Page, here and there of `size` rows of a block, a multiple of it on."""
     call = self.call
     # Tiles do not cross pages, whose rows are a multiple of theirs.
     token = block * call.block_kv + _floored(row, call.kv_heads)
@@ -353,17 +392,4 @@ class Stream(NamedTuple):
     head = row - _floored(row, call.kv_heads) * call.kv_heads
     there = token * call.kv_heads + head
     here, there = (pl.ds(pl.multiple_of(x, size), size) for x in (row, there))
-    names = ("k_scale", "v_scale") if scales else ("k", "v")
-    for name in names:
-      yield pltpu.make_async_copy(
-        _part(name, getattr(self.slots, name), slot, here),
-        _part(name, getattr(self.hbm, name), page, there),
-        self.semaphores.sent.at[slot],
-      )
-
-
-def _part(name: str, ref: Any, index: Any, rows: Any) -> Any:
-  """Rows of values [.., rows, H], or of scales [.., 1, rows]."""
-  if name.endswith("scale"):
-    return ref.at[index, :, rows]
-  return ref.at[index, rows]
+    return page, here, there

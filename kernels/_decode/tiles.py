@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from .._frame import tpu
 from .._frame.tuned import power_of_two
@@ -76,6 +77,7 @@ class Call:
     block_kv: tokens of a block.
     chunk: tokens of the shortest copy.
     slots: blocks that VMEM holds.
+    turned: whether keys lie in lanes, [H, S], and not [S K, H].
   """
 
   problem: Problem
@@ -93,6 +95,7 @@ class Call:
   block_kv: int
   chunk: int
   slots: int
+  turned: bool
 
   @property
   def rows(self) -> int:
@@ -138,36 +141,55 @@ class Call:
     return self.page % self.block_kv == 0
 
 
-def unit_of(a: Arrays) -> int:
-  """Tokens of which a row of the cache must have a multiple to be copied.
+class Sizes(NamedTuple):
+  """Of a cache as the kernel takes it.
 
-  Whole tiles of its rows; where there are scales, which lie in lanes, whole
-  registers of them.
+  Attributes:
+    rows: or pages, of a layer.
+    tokens: of a row, or a page.
+    kv_heads: K; 1 where heads are apart.
+    unit: tokens of which there must be a multiple to be copied: whole tiles of
+      memory, or, where they lie in lanes as scales do, whole registers.
+    axis: that of tokens.
   """
-  rows = 4 // a.k.dtype.itemsize * tpu.SUBLANES
-  if a.k_scale is not None:
-    rows = max(rows, tpu.LANES)
-  return rows // math.gcd(rows, a.k.shape[-2])
+
+  rows: int
+  tokens: int
+  kv_heads: int
+  unit: int
+  axis: int
+
+  @classmethod
+  def of(cls, a: Arrays, turned: bool) -> Sizes:
+    """From [..., X, S, K, H], or [..., X, 1, H, S] if it is turned."""
+    rows, tokens, kv_heads, _ = a.k.shape[-4:]
+    unit = 4 // a.k.dtype.itemsize * tpu.SUBLANES
+    if turned or a.k_scale is not None:
+      unit = max(unit, tpu.LANES)
+    if turned:
+      return cls(rows, a.k.shape[-1], 1, unit, -1)
+    return cls(rows, tokens, kv_heads, unit // math.gcd(unit, kv_heads), -3)
+
+  @property
+  def in_chunks(self) -> bool:
+    """Whether there is."""
+    return self.tokens % self.unit == 0
 
 
-def is_in_chunks(a: Arrays) -> bool:
-  """Whether it has."""
-  return a.k.shape[-3] % unit_of(a) == 0
-
-
-def call_of(p: Problem, a: Arrays, length: int) -> Call:
-  """The call for arrays whose cache has a length that `unit_of` allows.
+def call_of(p: Problem, a: Arrays, sizes: Sizes, length: int) -> Call:
+  """The call for arrays whose cache has a length that can be copied.
 
   Args:
     p: the problem.
     a: the arrays.
+    sizes: of their cache.
     length: of the cache, or of a page, before it was padded to that.
   """
-  (b, t, n, h), (layer_rows, page, kv_heads, _) = a.q.shape, a.k.shape[-4:]
+  b, t, n, h = a.q.shape
+  layer_rows, page, kv_heads, chunk, axis = sizes
   pages = 1 if a.table is None else a.table.shape[1]
   itemsize = a.k.dtype.itemsize
   config = p.config or DecodeAttentionConfig()
-  chunk = unit_of(a)
   while chunk < _CHUNK and page % (2 * chunk) == 0:
     chunk *= 2
   most = power_of_two(page * pages)
@@ -197,6 +219,7 @@ def call_of(p: Problem, a: Arrays, length: int) -> Call:
     block_kv=block_kv,
     chunk=chunk,
     slots=config.slots,
+    turned=axis == -1,
   )
 
 
@@ -223,7 +246,8 @@ def _block_q(heads: int) -> int:
 def vmem_bytes(call: Call, a: Arrays) -> int:
   """What the kernel takes of VMEM; an estimate."""
   h = tpu.lanes(call.head_size)
-  slots = 2 * call.slots * call.block_rows * h * a.k.dtype.itemsize
+  slot = call.block_rows * (call.head_size if call.turned else h)
+  slots = 2 * call.slots * slot * a.k.dtype.itemsize
   state = call.rows * (2 * tpu.LANES + h) * 4
   queries = 4 * call.rows * h * a.q.dtype.itemsize
   queries += 2 * call.softmax_rows * h * a.q.dtype.itemsize
