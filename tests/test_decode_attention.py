@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import re
 
 import hypothesis
@@ -24,9 +25,9 @@ from pallas_gemma.kernels import (
   sharding,
 )
 
-append, attend, stream = (
+append, attend, rotate, stream = (
   importlib.import_module(f"pallas_gemma.kernels._decode.{name}")
-  for name in ("append", "attend", "stream")
+  for name in ("append", "attend", "rotate", "stream")
 )
 
 SMALL = DecodeAttentionConfig(block_kv=128, slots=3)
@@ -104,7 +105,7 @@ def problems(draw_from):
   return (b, t, s, k * group, k, h, dtype, lengths), form, flags
 
 
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(problem=problems())
 def test_any_problem(problem):
   (b, t, s, *sizes), form, flags = problem
@@ -191,6 +192,43 @@ def test_many_queries_of_several_kv_heads(form):
     caches, kwargs["page_table"] = in_pages(caches, 80)
   caches = jax.tree.map(lambda x: jnp.stack([x * 0, x]), caches)
   agrees(q, caches, lengths, new=new, layer=jnp.int32(1), **kwargs)
+
+
+ROTATED = {
+  "of one token": (2, 1, 4, 1, 128),
+  "heads that fill registers": (2, 3, 8, 1, 256),
+  "heads that do not": (2, 3, 4, 1, 128),
+  "heads apart, a table for each": (2, 2, 24, 3, 128),
+  "turned": (2, 3, 8, 1, 64),
+  "in several blocks": (1, 40, 16, 1, 128),
+  "by a kernel of its own": (1, 66, 4, 1, 64),
+}
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_rope(name):
+  """In the kernel, or not: what is rotated where depends on the sizes."""
+  b, t, n, k, h = ROTATED[name]
+  q, caches, lengths, new = draw(b, t, 256, n, k, h, lengths=[200, 131][:b])
+  config = DecodeAttentionConfig(block_kv=128, block_q=16, slots=3)
+  kernel = functools.partial(KERNEL, config=config)
+  positions = lengths[:, None] - t + jnp.arange(t) * 2
+  caches = poisoned(caches, lengths)
+  agrees(q, caches, lengths, kernel, new=new, rope=Rope(positions, 50.0))
+
+
+def test_a_base_that_is_traced():
+  q, caches, lengths, new = draw(2, 1, 128, 8, 2, 128)
+
+  def of(function):
+    return jax.jit(
+      lambda base: function(
+        q, *caches, lengths, new=new, rope=Rope(lengths[:, None], base)
+      )
+    )(jnp.float32(50.0))
+
+  for got, want in zip(of(KERNEL), of(decode_attention_reference), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_numbers_that_are_traced():
@@ -327,6 +365,12 @@ MUTANTS = {
     "others",
     lambda call: jnp.zeros((call.rows, call.block_rows)),
   ),
+  "the same queries again": (
+    rotate,
+    "_after",
+    lambda call, rows, b, i, *_: (b, i, 0),
+  ),
+  "not rotated": (rotate, "by_table", lambda x, sin, cos: x),
   "no window": (
     attend.Tile,
     "is_visible",
@@ -337,8 +381,8 @@ MUTANTS = {
 
 
 def solves(h=128, page=64):
-  """A problem that has all of it: pages, a window, new keys, two kv heads."""
-  q, caches, lengths, new = draw(3, 2, 256, 4, 2, h, lengths=[256, 70, 130])
+  """Pages, a window, RoPE, new keys, two kv heads."""
+  q, caches, lengths, new = draw(3, 2, 256, 8, 2, h, lengths=[256, 70, 130])
   caches, table = in_pages(poisoned(caches, lengths), page)
   agrees(
     q,
@@ -347,6 +391,7 @@ def solves(h=128, page=64):
     new=new,
     page_table=table,
     local_window_size=(50, 0),
+    rope=Rope(lengths[:, None] + jnp.arange(2), 50.0),
   )
 
 
@@ -371,8 +416,9 @@ def test_mutants_of_turned_keys_die(name, monkeypatch):
 
 
 @pytest.mark.no_interpreter
-@pytest.mark.parametrize("letter", ["S", "B", "N"])
-@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize(
+  "letter, k", [*itertools.product("SBN", (1, 4)), ("N", 2)]
+)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_on_a_mesh(letter, k, quantized):
   """A cache split along its length, its rows or its heads."""

@@ -26,11 +26,12 @@ as K keys a token, block by block, into slots of VMEM that are used in turn.
 What comes next does not stop at the end of a row: HBM never waits.  The queries
 of all N heads meet all K keys of a token at once, and those of other kv heads
 are hidden, which costs the matrix unit K times the work and the clock nothing,
-while HBM takes longer than both.  Where queries are many, heads are apart.
+while HBM takes longer than both.  Where queries are many, or where the heads of
+a cache lie apart in HBM, each kv head is a row of its own.
 
 Read: spec (the problem), cache (how a cache lies in memory), tiles, stream (the
-copies), append (the new keys), attend (a block of keys), apart (many queries),
-forward (the kernel), devices, door, op.
+copies), rotate (RoPE), append (the new keys), attend (a block of keys), forward
+(the kernel), apart (heads, as it takes them), devices, door, op.
 """
 
 from .cache import QuantizedCache as QuantizedCache

@@ -1,4 +1,4 @@
-"""Page 8: heads beside each other, or apart, as the kernel takes them.
+"""Page 9: heads beside each other, or apart, as the kernel takes them.
 
 That is as they lie (`layout_of`):
 
@@ -58,7 +58,7 @@ def beside(a: Arrays) -> Arrays:
   return _with_scales(a, 1, a.k.shape[:-3])
 
 
-def by_head(a: Arrays, is_turned: bool) -> Arrays:
+def by_head(a: Arrays, layout: Layout) -> Arrays:
   """Heads apart: K rows of the batch for each, of one kv head.
 
   The cache becomes [..., X K, S, 1, H], or turned [..., X K, 1, H, S].
@@ -68,7 +68,7 @@ def by_head(a: Arrays, is_turned: bool) -> Arrays:
 
   def values(x: jax.Array) -> jax.Array:
     x = x.swapaxes(-3, -2)
-    if is_turned:
+    if layout.is_turned:
       return x.swapaxes(-2, -1).reshape(*lead, 1, h, s)
     return x.reshape(*lead, s, 1, h)
 
@@ -121,7 +121,7 @@ def from_beside(outs: Outs, a: Arrays) -> Outs:
   return _with_given_scales(outs, a, 1)
 
 
-def from_heads(outs: Outs, a: Arrays, is_turned: bool) -> Outs:
+def from_heads(outs: Outs, a: Arrays, layout: Layout) -> Outs:
   """The results of the arrays' `by_head`, likewise."""
   (b, t, n, _), (*lead, s, kv_heads, h) = a.q.shape, a.k.shape
   out = outs.out.reshape(b, kv_heads, t, n // kv_heads, h).swapaxes(1, 2)
@@ -130,7 +130,7 @@ def from_heads(outs: Outs, a: Arrays, is_turned: bool) -> Outs:
   def values(x: Any) -> Any:
     if x is None:
       return None
-    if is_turned:
+    if layout.is_turned:
       x = x.reshape(*lead, kv_heads, h, s).swapaxes(-2, -1)
     return x.reshape(*lead, kv_heads, s, h).swapaxes(-3, -2)
 

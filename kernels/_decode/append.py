@@ -1,4 +1,4 @@
-"""Page 5: new keys and values, put into the blocks on their way through VMEM.
+"""Page 6: new keys and values, put into the blocks on their way through VMEM.
 
 A block that has a place for some of them gets them before it is computed with;
 the tiles that changed go back to the cache, and nothing else.  New keys lie at
@@ -17,6 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
+from .cache import quantized
+from .rotate import Table, by_table, new_keys
+from .spec import Arrays
 from .stream import CacheRefs, Step, Stream
 from .tiles import Call
 
@@ -38,16 +41,60 @@ def new_types(call: Call, quantized: bool) -> CacheRefs:
   return CacheRefs(values, values, scale, scale)
 
 
-def take(call: Call, new: CacheRefs, scratch: CacheRefs) -> None:
+class New(NamedTuple):
+  """New keys and values; refs in the kernel."""
+
+  rows: CacheRefs
+  table: Table | None  # [held T, W]: the keys are to be rotated
+
+
+def operands(call: Call, a: Arrays, table: Table | None) -> tuple[New, New]:
+  """The new keys and values, in the cache's dtype, and their blocks."""
+  if table is not None and not call.rotates_new:
+    a = a._replace(new_k=new_keys(a.new_k, table))
+  count = call.batch // call.held
+  shape = count, call.held * call.new_rows, call.head_size
+  k_scale, v_scale, v_from = None, None, 0
+  if a.k_scale is None:
+    k, v = (x.astype(a.k.dtype).reshape(shape) for x in (a.new_k, a.new_v))
+  else:  # XLA takes half the time for both at once
+    values, scale = quantized(jnp.stack((a.new_k, a.new_v)))
+    k = v = values.reshape(2 * count, *shape[1:])
+    k_scale = v_scale = scale.reshape(2 * count, 1, -1)
+    v_from = count
+  if call.turned:
+    k, v = (x.swapaxes(1, 2) for x in (k, v))
+
+  def block(x: Any, start: int) -> pl.BlockSpec | None:
+    def index(b: Any, *_: Any) -> tuple[Any, ...]:
+      return start + (b if call.held == 1 else 0), 0, 0
+
+    return None if x is None else pl.BlockSpec((None, *x.shape[1:]), index)
+
+  of_rows = CacheRefs(
+    block(k, 0), block(v, v_from), block(k_scale, 0), block(v_scale, v_from)
+  )
+  rows, of_table = CacheRefs(k, v, k_scale, v_scale), None
+  if not call.rotates_new or table is None:
+    return New(rows, None), New(of_rows, None)
+  table = Table(*(x.reshape(*shape[:2], -1) for x in table))
+  of_table = Table(*(block(x, 0) for x in table))
+  return New(rows, table), New(of_rows, of_table)
+
+
+def take(call: Call, new: New, scratch: CacheRefs) -> None:
   """New keys and values, as `put` wants them."""
-  for name, rows in new.in_rows(call).items():
-    to = getattr(scratch, name)
+  for name, ref in new.rows.in_rows(call).items():
+    to, rows = getattr(scratch, name), ref[...].astype(jnp.float32)
+    if new.table is not None and name == "k":
+      rows = by_table(rows, new.table.sin[...], new.table.cos[...])
+      rows = rows.astype(ref.dtype).astype(jnp.float32)
     for column in range(to.shape[0]):
       first = column * tpu.LANES
       width = min(call.head_size - first, tpu.LANES)
-      part = rows[:, pl.ds(first, width)].astype(jnp.float32)
+      part = rows[:, first : first + width]
       to[column, pl.ds(call.tile, rows.shape[0]), pl.ds(0, width)] = part
-  for name, lanes in new.in_lanes(call).items():
+  for name, lanes in new.rows.in_lanes(call).items():
     to = getattr(scratch, name)
     to[:, pl.ds(tpu.LANES, lanes.shape[1])] = lanes[...].astype(jnp.float32)
 

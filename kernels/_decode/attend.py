@@ -1,4 +1,4 @@
-"""Page 6: a block of queries meets a block of keys.
+"""Page 7: a block of queries meets a block of keys.
 
 An int8 cache is converted: exactly, as bfloat16 has eight bits.
 """

@@ -1,4 +1,4 @@
-"""Page 8: one device's part of a cache that is split over a mesh.
+"""Page 9: one device's part of a cache that is split over a mesh.
 
 Rows of the batch and heads need nothing of each other.  Of a cache that is
 split along its length each device has some keys of every row: it attends to
@@ -44,13 +44,14 @@ def with_own_kv_heads(a: Arrays, axes: Mapping[str, Axes]) -> Arrays:
   if heads is None:
     return a
 
-  def own(x: jax.Array | None, axis: int = -2) -> jax.Array | None:
-    return None if x is None else jnp.take(x, heads, axis=axis, mode="clip")
+  def own(x: jax.Array | None) -> jax.Array | None:
+    return None if x is None else jnp.take(x, heads, axis=-2, mode="clip")
 
   def own_scale(x: jax.Array | None) -> jax.Array | None:
     if x is None:
       return None
-    return in_groups(own(by_token(x, *a.k.shape[-3:-1]), -1), heads.size)
+    x = by_token(x, *a.k.shape[-3:-1])
+    return in_groups(jnp.take(x, heads, axis=-1, mode="clip"), heads.size)
 
   return a._replace(
     k=own(a.k),

@@ -1,4 +1,4 @@
-"""Page 7: the kernel.
+"""Page 8: the kernel.
 
 One grid step is a block of queries of one row, with all their heads, against
 every key that they see:
@@ -28,19 +28,18 @@ from jax.experimental.pallas import tpu as pltpu
 from .._attention.softmax import MASKED, lse_of, reciprocal
 from .._frame import tpu
 from .._frame.manual import varying_like
-from . import apart, append, attend, stream, tiles
-from .cache import Cache, quantized
-from .spec import Arrays, Outs, Problem, rotated, unflattened, with_new_keys
+from . import apart, append, attend, rotate, stream, tiles
+from .cache import Cache
+from .spec import Arrays, Outs, Problem, unflattened, with_new_keys
 from .stream import CacheRefs, Scalars, Step, Stream
 from .tiles import Call
 
 
 class Inputs(NamedTuple):
-  """Refs, in the kernel; R = block_q N rows; None where there is none."""
+  """Refs, in the kernel; None where there is none."""
 
-  q: Any  # [R, H]
-  q_after: Any  # [G, H]: the first rows of the next step; or None
-  new: CacheRefs | None
+  queries: rotate.Queries
+  new: append.New | None
   cache: CacheRefs  # in HBM
 
 
@@ -56,6 +55,7 @@ class State(NamedTuple):
   """Scratch: the online softmax of every row, and what is on its way."""
 
   rows: attend.Rows
+  q: Any  # [2, R, H]: rotated, of this step and the next one; or None
   others: Any  # [R, block] MASKED where a key is of another head; or None
   new: CacheRefs | None
   slots: CacheRefs
@@ -89,48 +89,52 @@ def _kernel(scalars: Scalars, i: Inputs, o: Outputs, s: State, *, call: Call):
     return slot
 
   keys = attend.Keys(s.slots, s.others, call.turned)
+  given, goes_on = i.queries, i.queries.after is not None
+  q, q_after = rotate.queries(given, s.q, index)
   scale = None if scalars.scale is None else scalars.scale[step.b]
 
   def begin() -> None:
-    attend.begin(call, i.q, keys, arrives(step, step.first), s.rows)
+    rotate.rotate(call, given.q, given.table, q)
+    attend.begin(call, q, keys, arrives(step, step.first), s.rows)
 
   def tile(block: Any, slot: Any) -> attend.Tile:
     return attend.Tile(call, step, block, slot, scale)
 
   def on_block(block: Any, slot: Any) -> Any:
     copies.send_for_next()
-    after = attend.After(i.q, arrives(step, block + 1))
+    after = attend.After(q, arrives(step, block + 1))
 
     def with_mask(masked: bool) -> None:
-      attend.to_keys(tile(block, slot), i.q, keys, s.rows, after, masked=masked)
+      attend.to_keys(tile(block, slot), q, keys, s.rows, after, masked=masked)
 
     sees_all = step.sees_all(call, block)
     jax.lax.cond(sees_all, lambda: with_mask(False), lambda: with_mask(True))
     return after.slot
 
-  if i.q_after is None:
-    begin()
-  else:
+  if goes_on:
     pl.when(index == 0)(begin)
+  else:
+    begin()
   attend.clear(s.rows)
   last = step.last - 1
   slot = jax.lax.fori_loop(step.first, last, on_block, copies.in_work)
   copies.send_for_next()
 
   def finish(after: attend.After | None) -> None:
-    attend.to_keys(tile(last, slot), i.q, keys, s.rows, after, masked=True)
+    attend.to_keys(tile(last, slot), q, keys, s.rows, after, masked=True)
     _finish(call, o, s.rows)
 
   def finish_and_go_on() -> None:
     following = Step.of(call, scalars, index + 1)
+    rotate.rotate(call, given.after, given.table_after, q_after)
     arrives(following, following.first)
-    finish(attend.After(i.q_after, copies.slot_after(slot)))
+    finish(attend.After(q_after, copies.slot_after(slot)))
 
-  if i.q_after is None:
-    finish(None)
+  if goes_on:
+    is_last = index == call.steps - 1
+    jax.lax.cond(is_last, lambda: finish(None), finish_and_go_on)
   else:
-    goes_on = index < call.steps - 1
-    jax.lax.cond(goes_on, finish_and_go_on, lambda: finish(None))
+    finish(None)
   if i.new is not None:
     pl.when(index == call.steps - 1)(copies.finish)
 
@@ -159,30 +163,34 @@ def forward(p: Problem, a: Arrays) -> Outs:
     p: the problem, with a positive scale.
     a: the arrays.
   """
-  a = rotated(p, a)
-  is_by_head, turned = apart.layout(a)
-  rows = apart.by_head(a, turned) if is_by_head else apart.beside(a)
-  in_pieces = a.table is not None and not tiles.Sizes.of(rows, turned).in_chunks
-  if in_pieces or (apart.is_better(a) and not is_by_head):
-    a, cache = with_new_keys(a)
+  layout, kv_heads = apart.layout(a), max(a.k.shape[-2], 1)
+  sizes = tiles.Sizes.of(a, layout)
+  in_pieces = a.table is not None and not sizes.in_chunks
+  copies = in_pieces or (apart.is_better(a) and not layout.is_by_head)
+  layout = layout._replace(is_by_head=copies or layout.is_by_head)
+  heads = a.q.shape[2] // (kv_heads if layout.is_by_head else 1)
+  a = rotate.before(p, a, heads)
+  cache = None
+  if copies:
+    a, cache = with_new_keys(rotate.with_new_keys_rotated(p, a))
     a = apart.in_own_rows(a)
-    outs = _of_rows(p, apart.by_head(a, turned), turned)
-    outs = apart.from_heads(outs, a, turned)
-    return cache._replace(out=outs.out, lse=outs.lse)
-  outs = _of_rows(p, rows, turned)
-  if is_by_head:
-    return apart.from_heads(outs, a, turned)
-  return apart.from_beside(outs, a)
+    sizes = tiles.Sizes.of(a, layout)
+  if layout.is_by_head:
+    outs = _of_rows(p, apart.by_head(a, layout), sizes)
+    outs = apart.from_heads(outs, a, layout)
+  else:
+    outs = apart.from_beside(_of_rows(p, apart.beside(a), sizes), a)
+  return outs if cache is None else cache._replace(out=outs.out, lse=outs.lse)
 
 
-def _of_rows(p: Problem, a: Arrays, turned: bool) -> Outs:
+def _of_rows(p: Problem, a: Arrays, sizes: tiles.Sizes) -> Outs:
   """The same of arrays whose heads are as the kernel takes them."""
-  sizes = tiles.Sizes.of(a, turned)
   if sizes.in_chunks:
     return _run(tiles.call_of(p, a, sizes, sizes.tokens), a)
-  whole = _in_whole_chunks(a, sizes)
-  call = tiles.call_of(p, whole, tiles.Sizes.of(whole, turned), sizes.tokens)
-  outs = _run(call, whole)
+  more = -sizes.tokens % sizes.unit
+  whole = sizes._replace(tokens=sizes.tokens + more)
+  longer = _longer(a, sizes, more)
+  outs = _run(tiles.call_of(p, longer, whole, sizes.tokens), longer)
   if a.new_k is None:
     return outs
 
@@ -199,12 +207,11 @@ def _of_rows(p: Problem, a: Arrays, turned: bool) -> Outs:
   )
 
 
-def _in_whole_chunks(a: Arrays, sizes: tiles.Sizes) -> Arrays:
-  """The arrays, with a cache of a length that can be copied in chunks.
+def _longer(a: Arrays, sizes: tiles.Sizes, more: int) -> Arrays:
+  """The arrays, with a cache of so many more tokens that it can be copied.
 
   This copies the cache, where its length is odd: `decode_attention` says so.
   """
-  more = -sizes.tokens % sizes.unit
 
   def longer(x: Any) -> Any:
     return _padded(x, sizes.axis, more)
@@ -228,7 +235,7 @@ def _padded(x: jax.Array, axis: int, more: int) -> jax.Array:
 
 def _run(call: Call, a: Arrays) -> Outs:
   p, (b, t, n, h) = call.problem, a.q.shape
-  is_quantized, appends = a.k_scale is not None, a.new_k is not None
+  appends = a.new_k is not None
   cache = _flat(Cache.of(a))
   in_hbm = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), cache)
   of_rows = pl.BlockSpec((None, call.rows, h), lambda b, i, *_: (b, i, 0))
@@ -236,12 +243,10 @@ def _run(call: Call, a: Arrays) -> Outs:
     (None, call.rows, tpu.LANES), lambda b, i, *_: (b, i, 0)
   )
   # A step computes with the next one's keys, if it has the new ones of them.
-  of_after, goes_on = None, not appends or call.held == call.batch
-  if goes_on:
-    of_after = pl.BlockSpec(
-      (None, call.softmax_rows, h), functools.partial(_after, call)
-    )
-  new, of_new = _new(call, a) if appends else (None, None)
+  goes_on = not appends or call.held == call.batch
+  table = rotate.table_of(p, a) if call.rotates else None
+  queries, of_queries = rotate.operands(call, a.q, table, goes_on)
+  new, of_new = append.operands(call, a, table) if appends else (None, None)
   scalars = Scalars(
     lengths=a.lengths,
     shift=a.shift,
@@ -250,8 +255,7 @@ def _run(call: Call, a: Arrays) -> Outs:
     left=a.left,
     scale=a.scale,
   )
-  q = a.q.reshape(b, t * n, h)
-  inputs = Inputs(q, q if goes_on else None, new, cache)
+  inputs = Inputs(queries, new, cache)
   out_types = Outputs(
     varying_like(a.q, (b, t * n, h), a.q.dtype),
     varying_like(a.q, (b, t * n, tpu.LANES), jnp.float32)
@@ -269,7 +273,7 @@ def _run(call: Call, a: Arrays) -> Outs:
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(b, call.blocks_q),
-      in_specs=[Inputs(of_rows, of_after, of_new, in_hbm)],
+      in_specs=[Inputs(of_queries, of_new, in_hbm)],
       out_specs=[
         Outputs(
           of_rows,
@@ -277,7 +281,7 @@ def _run(call: Call, a: Arrays) -> Outs:
           in_hbm if appends else None,
         )
       ],
-      scratch_shapes=[_state(call, a, is_quantized)],
+      scratch_shapes=[_state(call, a)],
     ),
     out_shape=[out_types],
     input_output_aliases=_aliases(scalars, inputs, out_types),
@@ -301,13 +305,6 @@ def _aliases(scalars: Scalars, i: Inputs, o: Outputs) -> dict[int, int]:
   return {operands - n: results - n for n in range(1, count + 1)}
 
 
-def _after(call: Call, b: Any, i: Any, *_: Any) -> tuple[Any, Any, Any]:
-  """The first rows of the queries of the step that comes next."""
-  step = jnp.minimum(b * call.blocks_q + i + 1, call.steps - 1)
-  b, i = (f(step, call.blocks_q) for f in (jax.lax.div, jax.lax.rem))
-  return b, i * (call.rows // call.softmax_rows), 0
-
-
 def _flat(cache: Cache) -> CacheRefs:
   """[X, S K, H], or [X, H, S], and [X, 1, S K] of a cache: the same memory."""
   values = (
@@ -319,35 +316,9 @@ def _flat(cache: Cache) -> CacheRefs:
   return CacheRefs(*values, *scales)
 
 
-def _new(call: Call, a: Arrays) -> tuple[CacheRefs, CacheRefs]:
-  """The new keys and values, in the cache's dtype, and their blocks."""
-  count = call.batch // call.held
-  shape = count, call.held * call.new_rows, call.head_size
-  k_scale, v_scale, v_from = None, None, 0
-  if a.k_scale is None:
-    k, v = (x.astype(a.k.dtype).reshape(shape) for x in (a.new_k, a.new_v))
-  else:  # XLA takes half the time for both at once
-    values, scale = quantized(jnp.stack((a.new_k, a.new_v)))
-    k = v = values.reshape(2 * count, *shape[1:])
-    k_scale = v_scale = scale.reshape(2 * count, 1, -1)
-    v_from = count
-  if call.turned:
-    k, v = (x.swapaxes(1, 2) for x in (k, v))
-
-  def block(x: Any, start: int) -> pl.BlockSpec | None:
-    def index(b: Any, *_: Any) -> tuple[Any, ...]:
-      return start + (b if call.held == 1 else 0), 0, 0
-
-    return None if x is None else pl.BlockSpec((None, *x.shape[1:]), index)
-
-  of_new = CacheRefs(
-    block(k, 0), block(v, v_from), block(k_scale, 0), block(v_scale, v_from)
-  )
-  return CacheRefs(k, v, k_scale, v_scale), of_new
-
-
-def _state(call: Call, a: Arrays, is_quantized: bool) -> State:
+def _state(call: Call, a: Arrays) -> State:
   """Types of the scratch."""
+  is_quantized = a.k_scale is not None
   h, rows = call.head_size, call.rows
   block = (h, call.block_rows) if call.turned else (call.block_rows, h)
   slots = pltpu.VMEM((call.slots, *block), a.k.dtype)
@@ -357,6 +328,7 @@ def _state(call: Call, a: Arrays, is_quantized: bool) -> State:
   others = pltpu.VMEM((rows, call.block_rows), jnp.float32)
   return State(
     rows=attend.rows_types(call),
+    q=pltpu.VMEM((2, rows, h), a.q.dtype) if call.rotates else None,
     others=others if call.kv_heads > 1 else None,
     new=append.new_types(call, is_quantized) if a.new_k is not None else None,
     slots=CacheRefs(slots, slots, scales, scales),

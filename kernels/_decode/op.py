@@ -1,4 +1,4 @@
-"""Page 9: the op, its public function, its problems."""
+"""Page 10: the op, its public function, its problems."""
 
 from __future__ import annotations
 
@@ -212,8 +212,10 @@ def decode_attention(
       value will do; of the others one that is no page is an error that
       `checkify` finds, and another page else.  Pages of 128 tokens or more are
       copied at the speed of HBM.
-    rope: rotates q, and the new keys, by their positions first; what is not
-      half against half by a base (frequencies, phases, neighbours) by XLA.
+    rope: rotates q, and the new keys, by their positions first.  The kernel
+      rotates q if T is 1 or the heads that it takes together, N or N / K, are a
+      multiple of 8; else that is done before, as are rotations that are not
+      half against half by a base.
     scale: multiplies the logits; None is 1 / sqrt(H).
     local_window_size: (left, right): a query also sees no key more than left
       before it; right does not matter here.
@@ -296,7 +298,7 @@ def _cost(q, k_cache, v_cache, lengths, **kwargs) -> tuple[Cost, None]:
 
 
 def _case(name, b, t, s, n, k, h, dtype=jnp.bfloat16, **kwargs) -> Case:
-  """With random lengths, or those given; `quantized`, `appends`, `paged`."""
+  """With random lengths, or those given; `page`, `layers`, and flags."""
   lengths = kwargs.pop("lengths", None)
 
   def draw(rng: np.random.Generator) -> Any:
@@ -323,6 +325,12 @@ def _case(name, b, t, s, n, k, h, dtype=jnp.bfloat16, **kwargs) -> Case:
   if kwargs.pop("appends", False):
     new = jax.ShapeDtypeStruct((b, t, k, h), dtype)
     kwargs["new"] = (new, new)
+  if kwargs.pop("rotated", False):
+
+    def positions(rng: np.random.Generator) -> Any:
+      return draw(rng)[:, None] - t + np.arange(t, dtype=np.int32)
+
+    kwargs["rope"] = Rope(Integers((b, t), positions))
   q = jax.ShapeDtypeStruct((b, t, n, h), dtype)
   caches = range(1, 1 + 2 * len(jax.tree.leaves(cache)))
   donated = tuple(caches) if "new" in kwargs else ()
@@ -340,7 +348,7 @@ DECODE_ATTENTION = Op(
   reference=decode_attention_reference,
   cost=_cost,
   tests=(
-    _case("mqa", 2, 1, 64, 8, 1, 128, jnp.float32),
+    _case("mqa", 2, 1, 64, 8, 1, 128, jnp.float32, rotated=True),
     _case("several", 3, 4, 50, 4, 2, 64, jnp.float32, local_window_size=(8, 0)),
     _case("bf16", 2, 1, 64, 4, 4, 128, logits_soft_cap=30.0),
     _case("appended", 3, 2, 64, 4, 2, 64, jnp.float32, appends=True, layers=2),
@@ -368,6 +376,15 @@ DECODE_ATTENTION = Op(
     *(
       _bench(f"gemma_2b_1x8k_t{t}", 1, t, *_GEMMA_2B[2:], lengths=[8192])
       for t in (256, 512)
+    ),
+    _bench(
+      "gemma_2b_32x8k_mixed_rope", *_GEMMA_2B, rotated=True, lengths=_MIXED
+    ),
+    _bench(
+      "gemma_2b_1x8k_t512_rope",
+      *(1, 512, *_GEMMA_2B[2:]),
+      rotated=True,
+      lengths=[8192],
     ),
   ),
   through_softmax=True,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .._frame import tpu
 from .._frame.tuned import power_of_two
+from .cache import Layout
 from .spec import Arrays, Problem
 
 # Of one block of keys.  Smaller ones do not hide the loop around them, larger
@@ -78,6 +79,8 @@ class Call:
     chunk: tokens of the shortest copy.
     slots: blocks that VMEM holds.
     turned: whether keys lie in lanes, [H, S], and not [S K, H].
+    rotates: whether the kernel rotates the queries.
+    rotates_new: whether it rotates the new keys.
   """
 
   problem: Problem
@@ -96,6 +99,8 @@ class Call:
   chunk: int
   slots: int
   turned: bool
+  rotates: bool
+  rotates_new: bool
 
   @property
   def rows(self) -> int:
@@ -134,6 +139,16 @@ class Call:
     return self.batch if self.batch * self.new_rows <= _HELD_ROWS else 1
 
   @property
+  def tokens_rotated(self) -> int:
+    """Queries that are rotated together, with all their heads."""
+    for tokens in (32, 16, 8):
+      if (
+        self.block_q % tokens == 0 and tokens * self.heads <= 2 * _SOFTMAX_ROWS
+      ):
+        return tokens
+    return self.block_q
+
+  @property
   def is_contiguous(self) -> bool:
     """Whether a whole block lies in one piece."""
     if self.pages == 1:
@@ -142,7 +157,7 @@ class Call:
 
 
 class Sizes(NamedTuple):
-  """Of a cache as the kernel takes it.
+  """Of a cache as the kernel takes it: [X, S, K, H], or turned [X, 1, H, S].
 
   Attributes:
     rows: or pages, of a layer.
@@ -160,15 +175,16 @@ class Sizes(NamedTuple):
   axis: int
 
   @classmethod
-  def of(cls, a: Arrays, turned: bool) -> Sizes:
-    """From [..., X, S, K, H], or [..., X, 1, H, S] if it is turned."""
+  def of(cls, a: Arrays, layout: Layout) -> Sizes:
+    """From the arrays as they are given, and how their cache is laid out."""
     rows, tokens, kv_heads, _ = a.k.shape[-4:]
+    if layout.is_by_head:
+      rows, kv_heads = rows * kv_heads, 1
     unit = 4 // a.k.dtype.itemsize * tpu.SUBLANES
-    if turned or a.k_scale is not None:
+    if layout.is_turned or a.k_scale is not None:
       unit = max(unit, tpu.LANES)
-    if turned:
-      return cls(rows, a.k.shape[-1], 1, unit, -1)
-    return cls(rows, tokens, kv_heads, unit // math.gcd(unit, kv_heads), -3)
+    axis = -1 if layout.is_turned else -3
+    return cls(rows, tokens, kv_heads, unit // math.gcd(unit, kv_heads), axis)
 
   @property
   def in_chunks(self) -> bool:
@@ -181,7 +197,7 @@ def call_of(p: Problem, a: Arrays, sizes: Sizes, length: int) -> Call:
 
   Args:
     p: the problem.
-    a: the arrays.
+    a: the arrays, as the kernel takes them.
     sizes: of their cache.
     length: of the cache, or of a page, before it was padded to that.
   """
@@ -220,7 +236,17 @@ def call_of(p: Problem, a: Arrays, sizes: Sizes, length: int) -> Call:
     chunk=chunk,
     slots=config.slots,
     turned=axis == -1,
+    rotates=a.positions is not None,
+    rotates_new=_rotates_new(a, sizes),
   )
+
+
+def _rotates_new(a: Arrays, sizes: Sizes) -> bool:
+  """Whether new keys come as they are put in, each with its own position."""
+  if a.positions is None or a.new_k is None or a.k_scale is not None:
+    return False
+  is_turned = sizes.axis == -1
+  return not is_turned and a.new_k.shape[::2] == (a.positions.shape[0], 1)
 
 
 def _tile(new_rows: int, itemsize: int, chunk_rows: int) -> int:
@@ -252,5 +278,8 @@ def vmem_bytes(call: Call, a: Arrays) -> int:
   queries = 4 * call.rows * h * a.q.dtype.itemsize
   queries += 2 * call.softmax_rows * h * a.q.dtype.itemsize
   logits = 4 * call.softmax_rows * call.block_rows * 4
+  if call.rotates:
+    queries += 8 * call.block_q * h * 4
+    queries += 4 * call.rows * h * a.q.dtype.itemsize
   new = 0 if a.new_k is None else 2 * call.held * call.new_rows * h * 12
   return slots + state + queries + logits + new
