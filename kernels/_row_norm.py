@@ -16,6 +16,7 @@ from ._frame import tpu
 from ._frame.check import (
   Implementation,
   as_array,
+  as_float_dtype,
   as_floats,
   as_scalar,
   check_config,
@@ -274,17 +275,7 @@ def problem_of(
 
 def as_out_dtype(op: str, out_dtype: Any) -> Any:
   """What the kernels write, in float32 what a TPU does not compute with."""
-  if out_dtype is None:
-    return None
-  try:
-    dtype = jnp.dtype(out_dtype)
-  except TypeError:
-    dtype = None
-  if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-    raise ValueError(
-      f"{op}: out_dtype must be float32, bfloat16, float16 or None, got "
-      f"{out_dtype!r}"
-    )
+  dtype = as_float_dtype(op, "out_dtype", out_dtype)
   return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 

@@ -49,6 +49,10 @@ LETTERS_OF = {
 }
 TOPS = {"positions": 1000, "lengths": SIZES["S"], "labels": SIZES["V"]}
 TOPS |= {"group_sizes": SIZES["B"] // SIZES["E"] + 1}
+SWITCHES = {"is_causal", "deterministic", "transposed", "residual"}
+SWITCHES |= {"interleaved", "return_predictions"}
+WHOLE = {"local_window_size", "chunk_size", "valid_vocab_size"}
+NAMES = {"implementation", "layout", "out_dtype", "activation"}
 RULES = {"B": "data", "N": "model", "F": "model", "V": "model"}
 
 
@@ -388,11 +392,41 @@ def of_float16(op):
 def what_is_no_array_is_refused(op):
   arrays = arguments(op)
   for name, array in arrays.items():
-    for bad in (object(), array.astype(jnp.complex64)):
+    for bad in (object(), 2**70, array.astype(jnp.complex64)):
       with pytest.raises(ValueError, match=f"{op.name}: .*must be"):
         op.function(**{**arrays, name: bad})
   with pytest.raises(ValueError, match=f"{op.name}: config must be"):
     op.function(**arrays, config=object())
+
+
+def what_is_not_true_or_false_is_refused(op):
+  """To Python "no" is true."""
+  arrays = arguments(op)
+  for name in SWITCHES & inspect.signature(op.function).parameters.keys():
+    if name in arrays:  # add_rms_norm's residual
+      continue
+    for bad in ("no", None, 2, 1.0, arrays, jnp.ones(3), jax.random.key(0)):
+      with pytest.raises(
+        ValueError, match=f"{op.name}: {name} must be True or"
+      ):
+        op.function(**arrays, **{name: bad})
+    with pytest.raises(ValueError, match=f"{op.name}: {name} must be known"):
+      jax.jit(lambda x, name=name: op.function(**arrays, **{name: x}))(True)
+    for good in (0, np.False_, jnp.array(False)):
+      jax.eval_shape(functools.partial(op.function, **{name: good}), **arrays)
+
+
+def what_is_no_whole_number_or_name_is_refused(op):
+  arrays = arguments(op)
+  known = inspect.signature(op.function).parameters.keys()
+  for name in WHOLE & known:
+    for bad in (1.5, True, "4", int, jnp.float32(4), np.arange(3), jnp.ones(2)):
+      with pytest.raises(ValueError, match=f"{op.name}: {name} must be"):
+        op.function(**arrays, **{name: bad})
+  for name in NAMES & known:
+    for bad in ("none", 3, [], {}, np.ones(3), jnp.ones(3)):
+      with pytest.raises(ValueError, match=f"{op.name}: {name} must be"):
+        op.function(**arrays, **{name: bad})
 
 
 def numbers_that_must_be_static_are_named(op):
@@ -577,6 +611,8 @@ ROWS = [
   of_integers_of_any_width,
   of_float16,
   what_is_no_array_is_refused,
+  what_is_not_true_or_false_is_refused,
+  what_is_no_whole_number_or_name_is_refused,
   numbers_that_must_be_static_are_named,
   exported_without_effects,
   exported_with_a_symbolic_batch,
