@@ -329,11 +329,12 @@ def as_slopes(op: str, slopes: Any, q: Any) -> jax.Array | None:
 
 def of_one_head_size(
   q: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The same with zeros where queries and keys, or values, have fewer."""
   size = max(q.shape[3], v.shape[3])
-  widened = []
-  for x in (q, k, v):
+
+  def widened(x: jax.Array) -> jax.Array:
     more = size - x.shape[3]
-    widened.append(jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x)
-  return tuple(widened)
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x
+
+  return widened(q), widened(k), widened(v)

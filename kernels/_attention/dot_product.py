@@ -183,7 +183,7 @@ def _drop(rate: Any, rng: Any, deterministic: Any, is_shared: Any) -> Drop:
   return as_drop(_OP, rate, seed, is_shared)
 
 
-def _with_batch(dtype: Any, *arrays: Any) -> list[jax.Array]:
+def _with_batch(dtype: Any, *arrays: Any) -> tuple[Any, Any, Any]:
   """q, k and v with all of their four dimensions."""
   dtype = as_float_dtype(_OP, "dtype", dtype)
   found = []
@@ -196,7 +196,8 @@ def _with_batch(dtype: Any, *arrays: Any) -> list[jax.Array]:
       )
     x = x if dtype is None else x.astype(dtype)
     found.append(x if x.ndim == 4 else x[None])
-  return found
+  q, k, v = found
+  return q, k, v
 
 
 def _with_heads(name: str, scores: Any, are_numbers: bool = False) -> Any:

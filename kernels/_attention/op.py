@@ -334,10 +334,9 @@ def flash_attention(
   drops_none = as_switch(op, "deterministic", deterministic)
   drop = as_drop(op, 0.0 if drops_none else dropout_rate, dropout_seed)
   weights = as_weights(op, q, k, weights._replace(drop=drop))
-  value_size = v.shape[3]
-  q, k, v = of_one_head_size(q, k, v)
   problem, arrays = problem_of(
-    *(q, k, v, seen, weights),
+    *of_one_head_size(q, k, v),
+    *(seen, weights),
     return_lse=as_switch(op, "return_lse", return_lse),
     layout=layout,
     context_parts=parts,
@@ -345,7 +344,7 @@ def flash_attention(
     config=config,
   )
   outs = attend(op, problem, arrays)
-  out = from_btnh(outs.out[..., :value_size].astype(dtype), layout)
+  out = from_btnh(outs.out[..., : v.shape[3]].astype(dtype), layout)
   here = room.current()
   if here is not None and out.size == outs.out.size and dtype == q.dtype:
     here.renamed(out, outs.out, functools.partial(from_btnh, layout=layout))
