@@ -23,6 +23,7 @@ from ._frame.check import (
   check_float,
   check_implementation,
   check_shape,
+  is_size,
   register_with_numbers,
 )
 from ._frame.op import Case
@@ -163,10 +164,10 @@ class RMSNormConfig:
   rows: int = 256
 
   def __post_init__(self):
-    if self.rows <= 0 or self.rows % tpu.BFLOAT16_SUBLANES:
+    if not is_size(self.rows, tpu.BFLOAT16_SUBLANES):
       raise ValueError(
         f"RMSNormConfig: rows must be a positive multiple of 16, "
-        f"got {self.rows}"
+        f"got {self.rows!r}"
       )
 
   @classmethod

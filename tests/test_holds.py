@@ -5,6 +5,7 @@ Each row of the table is a kind of use, tried on every op of the registry; with
 attention's masks, is in that op's own tests.
 """
 
+import dataclasses
 import functools
 import inspect
 
@@ -17,6 +18,7 @@ import v5e
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pallas_gemma import kernels
 from pallas_gemma.kernels import OPS, sharding
 
 pytestmark = [pytest.mark.no_interpreter, pytest.mark.unoptimised]
@@ -647,6 +649,23 @@ def test_holds(row, op, table):
 
 
 # --- at the door --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    kernels.RMSNormConfig,
+    kernels.RopeConfig,
+    kernels.FlashAttentionConfig,
+    kernels.LinearCrossEntropyConfig,
+  ],
+)
+def test_sizes_of_tiles_are_whole_numbers(config):
+  for field in dataclasses.fields(config):
+    for bad in ("128", 1024.0, True, 0, -128, [128], jnp.int32(1024)):
+      message = f"{config.__name__}: {field.name} must"
+      with pytest.raises(ValueError, match=message):
+        config(**{field.name: bad})
 
 
 def test_rules_have_known_letters_and_axes():

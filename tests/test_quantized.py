@@ -175,8 +175,8 @@ def test_refuses_what_it_cannot_compute(changes, message):
 def test_refuses_what_it_cannot_quantize():
   with pytest.raises(ValueError, match="must be floats, got int32"):
     QuantizedWeight.quantize(jnp.ones((3, 4), jnp.int32))
-  for contracted in (2, (), (0, -3)):
-    with pytest.raises(ValueError, match="must be dimensions of the weight"):
+  for contracted in (2, (), (0, -3), (0, -2), 1.0, "D"):
+    with pytest.raises(ValueError, match="QuantizedWeight: contracted must be"):
       QuantizedWeight.quantize(jnp.ones((3, 4)), contracted)
   weight = QuantizedWeight.quantize(jnp.ones((3, 4)), -1)
   with pytest.raises(ValueError, match="1 where the product sums"):
