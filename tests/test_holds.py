@@ -176,6 +176,18 @@ def on_a_mesh_of_explicit_axes(op):
     assert_same(map(np.asarray, got), want)
 
 
+def on_a_mesh_of_either_kind_of_axes(op):
+  """Rules say it of Auto axes, and of Explicit ones what types leave open."""
+  arrays = arguments(op)
+  want = [np.asarray(x) for x in jax.tree.leaves(op.function(**arrays))]
+  kinds = (AxisType.Auto, AxisType.Explicit)
+  mesh = jax.sharding.Mesh(mesh_of().devices, ("data", "model"), kinds)
+  with jax.set_mesh(mesh), sharding(mesh, RULES):
+    split = placed(op, arrays, mesh, RULES)
+    got = jax.tree.leaves(jax.jit(op.function)(**split))
+  assert_same(map(np.asarray, got), want)
+
+
 def with_a_width_that_is_split(op):
   rules = {"B": "data", "D": "model"}
   rules |= {"H": "model"} if op.name == "apply_rope" else {}
@@ -598,6 +610,7 @@ ROWS = [
   the_context_is_part_of_jits_key,
   on_a_mesh_with_rules,
   on_a_mesh_of_explicit_axes,
+  on_a_mesh_of_either_kind_of_axes,
   with_a_width_that_is_split,
   in_a_partly_manual_mesh,
   sizes_that_do_not_divide_are_refused,
