@@ -690,6 +690,10 @@ def test_rules_have_known_letters_and_axes():
     with pytest.raises(ValueError, match=f"sharding: .*{message}"):
       with sharding(mesh_of(), rules):
         pass
+  for bad in (None, "B", {"B": 5}):
+    with pytest.raises(ValueError, match="sharding: rules must be mesh axes"):
+      with sharding(mesh_of(), bad):  # type: ignore[arg-type]
+        pass
   with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh"):
     with sharding("data", {}):  # type: ignore[arg-type]
       pass

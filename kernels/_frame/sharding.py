@@ -69,7 +69,11 @@ def sharding(
     raise ValueError(
       f"sharding: mesh must be a jax.sharding.Mesh, got {mesh!r}"
     )
-  clean = {letter: _as_axes(axes) for letter, axes in dict(rules).items()}
+  try:
+    clean = {letter: _as_axes(axes) for letter, axes in dict(rules).items()}
+  except (TypeError, ValueError) as error:
+    wanted = "rules must be mesh axes by letter, such as {'B': 'data'}"
+    raise ValueError(f"sharding: {wanted}, got {rules!r}") from error
   for letter, axes in clean.items():
     if letter not in tuple(_LETTERS):
       raise ValueError(
