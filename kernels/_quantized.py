@@ -21,6 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from ._frame import switches
+from ._frame.check import as_array, as_whole_number
+
+_OP = "QuantizedWeight"
 
 _MOST = 127.0  # of an int8, either way
 _TILE = 32  # rows of an int8 array in a tile of memory
@@ -66,13 +69,17 @@ class QuantizedWeight:
     Raises:
       ValueError: if the weight is no array of floats, or has no such dimension.
     """
-    weight = jnp.asarray(weight)
+    weight = as_array(_OP, "weight", weight)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
       raise ValueError(
         f"QuantizedWeight: weight must be floats, got {weight.dtype}"
       )
-    axes = (contracted,) if isinstance(contracted, int) else tuple(contracted)
-    if not axes or not all(-weight.ndim <= a < weight.ndim for a in axes):
+    given = contracted if isinstance(contracted, tuple | list) else [contracted]
+    axes = tuple(as_whole_number(_OP, "contracted", axis) for axis in given)
+    known = all(-weight.ndim <= axis < weight.ndim for axis in axes)
+    if (
+      not axes or not known or len({a % weight.ndim for a in axes}) < len(axes)
+    ):
       raise ValueError(
         f"QuantizedWeight: contracted must be dimensions of the weight, which "
         f"has {weight.ndim}, got {contracted}"
@@ -101,7 +108,8 @@ class QuantizedWeight:
 
   def of_arrays(self) -> QuantizedWeight:
     """Of arrays, where `scan_layers` gave something in their place."""
-    return QuantizedWeight(jnp.asarray(self.values), jnp.asarray(self.scale))
+    parts = dict(values=self.values, scale=self.scale)
+    return QuantizedWeight(*(as_array(_OP, n, x) for n, x in parts.items()))
 
 
 def to_int8(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -16,12 +16,14 @@ from ._frame import tpu
 from ._frame.check import (
   Implementation,
   as_array,
+  as_float_dtype,
   as_floats,
   as_scalar,
   check_config,
   check_float,
   check_implementation,
   check_shape,
+  is_size,
   register_with_numbers,
 )
 from ._frame.op import Case
@@ -162,10 +164,10 @@ class RMSNormConfig:
   rows: int = 256
 
   def __post_init__(self):
-    if self.rows <= 0 or self.rows % tpu.BFLOAT16_SUBLANES:
+    if not is_size(self.rows, tpu.BFLOAT16_SUBLANES):
       raise ValueError(
         f"RMSNormConfig: rows must be a positive multiple of 16, "
-        f"got {self.rows}"
+        f"got {self.rows!r}"
       )
 
   @classmethod
@@ -274,17 +276,7 @@ def problem_of(
 
 def as_out_dtype(op: str, out_dtype: Any) -> Any:
   """What the kernels write, in float32 what a TPU does not compute with."""
-  if out_dtype is None:
-    return None
-  try:
-    dtype = jnp.dtype(out_dtype)
-  except TypeError:
-    dtype = None
-  if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-    raise ValueError(
-      f"{op}: out_dtype must be float32, bfloat16, float16 or None, got "
-      f"{out_dtype!r}"
-    )
+  dtype = as_float_dtype(op, "out_dtype", out_dtype)
   return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 

@@ -111,3 +111,22 @@ def test_tokens_in_the_order_of_a_context():
   got = with_bias(flash_attention, **kwargs)(*arrays)
   want = with_bias(flash_attention_reference, **kwargs)(*arrays)
   assert_same(got, want)
+
+
+def test_what_is_no_number_is_kept():
+  """In the values' gradient and, with sinks, in lse: of a ragged length."""
+  q, k, v, bias = draw(1, 8, 8, 2, 1, 64, (1, 2, 8, 8))
+  q = q.at[0, 3, 1, 5].set(jnp.nan)
+  function = functools.partial(
+    flash_attention, bias=bias, sinks=jnp.ones(2), return_lse=True
+  )
+
+  def loss(v, implementation):
+    out, lse = function(q, k, v, implementation=implementation)
+    return out.sum(), lse
+
+  for implementation in ("pallas", "xla"):
+    gradient = jax.grad(loss, has_aux=True)
+    d_v, lse = gradient(v, implementation)
+    assert jnp.isnan(d_v).all()
+    assert (jnp.isnan(lse) == jnp.isnan(q).any(axis=3).swapaxes(1, 2)).all()

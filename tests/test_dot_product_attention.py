@@ -142,6 +142,11 @@ def test_forms_of_its_arguments():
     ),
     ({"implementation": "cudnn"}, "implementation must be"),
     ({"dropout_rate": 0.1, "deterministic": False}, "dropout_rng must be a"),
+    ({"is_causal": "no"}, "is_causal must be True or False, got 'no'"),
+    ({"return_residual": 2}, "return_residual must be True or False"),
+    ({"deterministic": "no"}, "deterministic must be True or False"),
+    ({"bias": "none"}, "bias must be an array, got str"),
+    ({"dtype": jnp.int8}, "dtype must be float32, bfloat16, float16 or None"),
     ({"module": object()}, "module must be None"),
   ],
 )

@@ -39,6 +39,11 @@ SEGMENTS = jnp.asarray([[1] * 5 + [2] * 7, [3] * 4 + [0] * 8])
     ({"local_window_size": (None, 0)}, {"is_causal": True}),
     ({"local_window_size": (None, None)}, {}),
     ({"local_window_size": (2**31 - 1, 2**63)}, {}),
+    (
+      {"query_offset": np.asarray(2**40), "is_causal": True},
+      {"query_offset": jnp.asarray(T), "is_causal": True},
+    ),
+    ({"chunk_size": 2**40}, {"chunk_size": T}),
     ({"rope": POSITIONS}, {"rope": Rope(POSITIONS)}),
     ({"rope": np.asarray(POSITIONS)}, {"rope": Rope(POSITIONS)}),
     (
@@ -67,6 +72,10 @@ def test_forms_that_mean_the_same(form, same):
     ({"rope": "positions"}, "rope must be an array, got str"),
     ({"rope": Rope(POSITIONS * 1.0)}, "positions must be integers"),
     ({"rope": Rope(POSITIONS, -1.0)}, "base_frequency must be positive"),
+    ({"query_offset": 2**31 - 1}, "query_offset must be from -2.30 to 2.30"),
+    ({"return_lse": "no"}, "return_lse must be True or False, got 'no'"),
+    ({"segment_ids": np.asarray(SEGMENTS, object)}, "segment_ids must be an"),
+    ({"segment_ids": np.asarray(SEGMENTS, float)}, "segment_ids must be int"),
     ({"scale": "one"}, "scale must be a number, got 'one'"),
     ({"scale": float("nan")}, "scale must be a number"),
   ],

@@ -5,6 +5,7 @@ Each row of the table is a kind of use, tried on every op of the registry; with
 attention's masks, is in that op's own tests.
 """
 
+import dataclasses
 import functools
 import inspect
 
@@ -17,6 +18,7 @@ import v5e
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pallas_gemma import kernels
 from pallas_gemma.kernels import OPS, sharding
 
 pytestmark = [pytest.mark.no_interpreter, pytest.mark.unoptimised]
@@ -49,6 +51,10 @@ LETTERS_OF = {
 }
 TOPS = {"positions": 1000, "lengths": SIZES["S"], "labels": SIZES["V"]}
 TOPS |= {"group_sizes": SIZES["B"] // SIZES["E"] + 1}
+SWITCHES = {"is_causal", "deterministic", "transposed", "residual"}
+SWITCHES |= {"interleaved", "return_predictions"}
+WHOLE = {"local_window_size", "chunk_size", "valid_vocab_size"}
+NAMES = {"implementation", "layout", "out_dtype", "activation"}
 RULES = {"B": "data", "N": "model", "F": "model", "V": "model"}
 
 
@@ -168,6 +174,18 @@ def on_a_mesh_of_explicit_axes(op):
       split = placed(op, arrays, mesh, RULES)
       got = jax.tree.leaves(jax.jit(op.function)(**split))
     assert_same(map(np.asarray, got), want)
+
+
+def on_a_mesh_of_either_kind_of_axes(op):
+  """Rules say it of Auto axes, and of Explicit ones what types leave open."""
+  arrays = arguments(op)
+  want = [np.asarray(x) for x in jax.tree.leaves(op.function(**arrays))]
+  kinds = (AxisType.Auto, AxisType.Explicit)
+  mesh = jax.sharding.Mesh(mesh_of().devices, ("data", "model"), kinds)
+  with jax.set_mesh(mesh), sharding(mesh, RULES):
+    split = placed(op, arrays, mesh, RULES)
+    got = jax.tree.leaves(jax.jit(op.function)(**split))
+  assert_same(map(np.asarray, got), want)
 
 
 def with_a_width_that_is_split(op):
@@ -388,11 +406,41 @@ def of_float16(op):
 def what_is_no_array_is_refused(op):
   arrays = arguments(op)
   for name, array in arrays.items():
-    for bad in (object(), array.astype(jnp.complex64)):
+    for bad in (object(), 2**70, array.astype(jnp.complex64)):
       with pytest.raises(ValueError, match=f"{op.name}: .*must be"):
         op.function(**{**arrays, name: bad})
   with pytest.raises(ValueError, match=f"{op.name}: config must be"):
     op.function(**arrays, config=object())
+
+
+def what_is_not_true_or_false_is_refused(op):
+  """To Python "no" is true."""
+  arrays = arguments(op)
+  for name in SWITCHES & inspect.signature(op.function).parameters.keys():
+    if name in arrays:  # add_rms_norm's residual
+      continue
+    for bad in ("no", None, 2, 1.0, arrays, jnp.ones(3), jax.random.key(0)):
+      with pytest.raises(
+        ValueError, match=f"{op.name}: {name} must be True or"
+      ):
+        op.function(**arrays, **{name: bad})
+    with pytest.raises(ValueError, match=f"{op.name}: {name} must be known"):
+      jax.jit(lambda x, name=name: op.function(**arrays, **{name: x}))(True)
+    for good in (0, np.False_, jnp.array(False)):
+      jax.eval_shape(functools.partial(op.function, **{name: good}), **arrays)
+
+
+def what_is_no_whole_number_or_name_is_refused(op):
+  arrays = arguments(op)
+  known = inspect.signature(op.function).parameters.keys()
+  for name in WHOLE & known:
+    for bad in (1.5, True, "4", int, jnp.float32(4), np.arange(3), jnp.ones(2)):
+      with pytest.raises(ValueError, match=f"{op.name}: {name} must be"):
+        op.function(**arrays, **{name: bad})
+  for name in NAMES & known:
+    for bad in ("none", 3, [], {}, np.ones(3), jnp.ones(3)):
+      with pytest.raises(ValueError, match=f"{op.name}: {name} must be"):
+        op.function(**arrays, **{name: bad})
 
 
 def numbers_that_must_be_static_are_named(op):
@@ -562,6 +610,7 @@ ROWS = [
   the_context_is_part_of_jits_key,
   on_a_mesh_with_rules,
   on_a_mesh_of_explicit_axes,
+  on_a_mesh_of_either_kind_of_axes,
   with_a_width_that_is_split,
   in_a_partly_manual_mesh,
   sizes_that_do_not_divide_are_refused,
@@ -577,6 +626,8 @@ ROWS = [
   of_integers_of_any_width,
   of_float16,
   what_is_no_array_is_refused,
+  what_is_not_true_or_false_is_refused,
+  what_is_no_whole_number_or_name_is_refused,
   numbers_that_must_be_static_are_named,
   exported_without_effects,
   exported_with_a_symbolic_batch,
@@ -613,6 +664,23 @@ def test_holds(row, op, table):
 # --- at the door --------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+  "config",
+  [
+    kernels.RMSNormConfig,
+    kernels.RopeConfig,
+    kernels.FlashAttentionConfig,
+    kernels.LinearCrossEntropyConfig,
+  ],
+)
+def test_sizes_of_tiles_are_whole_numbers(config):
+  for field in dataclasses.fields(config):
+    for bad in ("128", 1024.0, True, 0, -128, [128], jnp.int32(1024)):
+      message = f"{config.__name__}: {field.name} must"
+      with pytest.raises(ValueError, match=message):
+        config(**{field.name: bad})
+
+
 def test_rules_have_known_letters_and_axes():
   for rules, message in (
     ({"Q": "data"}, "letter must be one of B, T, S, N, K, H, D, F, V, got 'Q'"),
@@ -621,6 +689,10 @@ def test_rules_have_known_letters_and_axes():
   ):
     with pytest.raises(ValueError, match=f"sharding: .*{message}"):
       with sharding(mesh_of(), rules):
+        pass
+  for bad in (None, "B", {"B": 5}):
+    with pytest.raises(ValueError, match="sharding: rules must be mesh axes"):
+      with sharding(mesh_of(), bad):  # type: ignore[arg-type]
         pass
   with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh"):
     with sharding("data", {}):  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from pallas_gemma.kernels import RopeFrequencies
+from pallas_gemma.kernels import Rope, RopeFrequencies
 from pallas_gemma.kernels.integrations import linen as in_linen
 from pallas_gemma.kernels.integrations import nnx as in_nnx
 
@@ -19,6 +19,8 @@ X = jnp.asarray(
   np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32
 )
 AXES = {"gate": ("embed", "mlp"), "q": ("embed", "heads", None)}
+POSITIONS = jnp.broadcast_to(jnp.arange(T), (B, T))
+HEADS = jnp.ones((B, T, N, H))
 FREQUENCIES = RopeFrequencies(np.geomspace(1.0, 0.01, H // 2))
 
 
@@ -174,10 +176,56 @@ def test_nnx_partitioning_metadata_and_dtypes():
   gate = jax.tree.leaves(specs["gate"], is_leaf=is_spec)
   assert gate == [jax.P("embed", "mlp")]
   assert hash(weights) == hash(in_nnx.Weights(axes=AXES, dtype=jnp.bfloat16))
-  positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-  heads = jnp.ones((B, T, N, H))
   for rotary in (
     in_nnx.RotaryEmbedding(implementation="xla"),
     in_linen.RotaryEmbedding(implementation="xla"),
   ):
-    assert rotary(heads, positions).shape == heads.shape
+    assert rotary(HEADS, POSITIONS).shape == HEADS.shape
+
+
+def of_nnx(make, *args, **kwargs):
+  return make(*args, **kwargs, rngs=nnx.Rngs(0))
+
+
+def of_linen(module, x):
+  return module.init_with_output(jax.random.key(0), x)
+
+
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: of_nnx(in_nnx.RMSNorm, D)(X.astype(int)), "RMSNorm: x must be fl"),
+    (lambda: of_linen(in_linen.RMSNorm(), X > 0), "RMSNorm: x must be float"),
+    (lambda: of_nnx(in_nnx.GatedMLP, D, F)(None), "GatedMLP: x must be an arr"),
+    (lambda: of_nnx(in_nnx.GatedMLP, D, 0), "'gate' must have sizes"),
+    (lambda: of_nnx(in_nnx.Attention, D, N, K, H)(X[0]), r"x must be \[B, T,"),
+    (lambda: of_nnx(in_nnx.Attention, D, 1.5, K, H), "'q' must have sizes"),
+    (
+      lambda: of_linen(in_linen.Attention(N, K, H, rope=Rope(POSITIONS)), X),  # type: ignore[arg-type]
+      "Attention: rope must be a RotaryEmbedding or None, got Rope",
+    ),
+    (
+      lambda: of_nnx(in_nnx.Attention, D, N, K, H, return_lse=True)(X),
+      "must not be among its options, got return_lse",
+    ),
+    (
+      lambda: in_linen.RotaryEmbedding(5e5, FREQUENCIES)(HEADS, POSITIONS),
+      "wanted one of .* got .*frequencies and .*base_",
+    ),
+    (
+      lambda: of_nnx(
+        *(in_nnx.Attention, D, N, K, H),
+        rope=in_nnx.RotaryEmbedding(5e5, frequencies=FREQUENCIES),
+      )(X),
+      "wanted one of .* got .*frequencies and .*base_",
+    ),
+    (lambda: in_nnx.Weights(lora="qv"), "lora must be a tuple of names"),  # type: ignore[arg-type]
+    (lambda: in_nnx.Weights(lora=("query",)), "lora must be of weights among"),
+    (lambda: in_nnx.Weights(axes={"mlp": ("a",)}), "axes must be of weights"),
+    (lambda: in_nnx.Weights(lora_rank=-1), "lora_rank must not be negative"),
+  ],
+)
+def test_what_would_do_nothing_or_fail_inside_is_refused(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()

@@ -333,6 +333,16 @@ def test_parts_are_refused(parts, message):
 
 
 @pytest.mark.no_interpreter
+def test_what_is_no_switch_and_no_checkpoint_is_refused():
+  x, weights = arrays(**SIZES)
+  scan = functools.partial(kernels.scan_layers, block, x, weights)
+  with pytest.raises(ValueError, match="reverse must be True or False"):
+    scan(in_place=IN_PLACE, reverse="no")  # type: ignore[arg-type]
+  with pytest.raises(ValueError, match="checkpoint must wrap f, .* got True"):
+    scan(in_place=IN_PLACE, checkpoint=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.no_interpreter
 def test_used_twice_is_refused():
   x, weights = arrays(**SIZES)
 

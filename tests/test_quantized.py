@@ -172,11 +172,19 @@ def test_refuses_what_it_cannot_compute(changes, message):
     feed_forward(jnp.ones((4, 16)), **arguments)
 
 
+@pytest.mark.no_interpreter
+def test_a_weight_is_not_cast_to_integers():
+  weight = jnp.full((3, 4), 0.5)
+  for form in (weight, QuantizedWeight.quantize(weight)):
+    with pytest.raises(ValueError, match="layer_einsum: x must be floats, got"):
+      layer_einsum("BD,DF->BF", jnp.ones((2, 3), jnp.int32), form)
+
+
 def test_refuses_what_it_cannot_quantize():
   with pytest.raises(ValueError, match="must be floats, got int32"):
     QuantizedWeight.quantize(jnp.ones((3, 4), jnp.int32))
-  for contracted in (2, (), (0, -3)):
-    with pytest.raises(ValueError, match="must be dimensions of the weight"):
+  for contracted in (2, (), (0, -3), (0, -2), 1.0, "D"):
+    with pytest.raises(ValueError, match="QuantizedWeight: contracted must be"):
       QuantizedWeight.quantize(jnp.ones((3, 4)), contracted)
   weight = QuantizedWeight.quantize(jnp.ones((3, 4)), -1)
   with pytest.raises(ValueError, match="1 where the product sums"):

@@ -160,6 +160,14 @@ def test_only_keys_travel_and_while_kernels_run():
 
 
 def test_what_a_ring_cannot_do_is_said_in_words():
+  for bad, message in (
+    ((16.0, 2), "length must be an integer"),
+    ((16, "2"), "parts must be an integer"),
+  ):
+    with pytest.raises(ValueError, match=f"context_order: {message}"):
+      context_order(*bad)
+  with pytest.raises(ValueError, match="inverse must be True or False"):
+    context_order(16, 2, inverse="no")  # type: ignore[arg-type]
   with pytest.raises(ValueError, match="a multiple of 2 x 4 parts, got 20"):
     flash_attention(*draw(20), is_causal=True, context_parts=4)
   with pytest.raises(ValueError, match="must be 1 or the 4 devices"):

@@ -571,6 +571,22 @@ def test_numbers_may_be_traced():
       lambda: RopeFrequencies.plain(1e4, 64).by_sections((1, 2)),
       "must sum to the 32",
     ),
+    (
+      lambda: RopeFrequencies.plain(1e4, 4).by_sections(
+        (1, 1),
+        interleaved="no",  # type: ignore[arg-type]
+      ),
+      "interleaved must be True or False",
+    ),
+    (
+      lambda: RopeFrequencies.yarn(
+        *(1e4, 64),
+        factor=4.0,
+        original_length=4096,
+        truncate="no",  # type: ignore[arg-type]
+      ),
+      "truncate must be True or False",
+    ),
     (lambda: RopeFrequencies([[1.0]]), r"values must be floats \[F\]"),
     (lambda: RopeFrequencies([1.0], 0.0), "attention_scale must be positive"),
     (

@@ -208,7 +208,7 @@ def _attend(
     biased += alibi.of_rows_beside(block, i.alibi, here, *of_keys)
   weights = jnp.exp2((biased - s.lse[:, here]) * p.to_base_2)
   if i.bias is not None and block.call.has_ragged_end:  # it is anything there
-    weights = jnp.where(s.lse[:, here] < jnp.inf, weights, 0.0)
+    weights = jnp.where(s.lse[:, here] != jnp.inf, weights, 0.0)
   if tile.masked:
     mask = _mask(block, i, s, tile, logits.shape)
     weights = jnp.where(mask, weights, 0.0)

@@ -20,10 +20,12 @@ from .._frame.check import (
   as_number,
   as_scalar,
   as_segment_ids,
+  as_switch,
   as_whole_number,
   check_integers,
   check_positive,
   check_shape,
+  is_one_of,
   is_traced,
 )
 from .arguments import Drop, Seen, Weights
@@ -38,9 +40,13 @@ _LETTERS = {  # of queries and of keys
 }
 
 
+# Beyond it and a sequence's length, positions of 32 bits would wrap around.
+_FAR = 1 << 30
+
+
 def check_layout(op: str, layout: Any, head_size: Any) -> None:
   """Whether it is one of the names, and H is given where shapes lack it."""
-  if layout is not None and layout not in _LETTERS:
+  if not is_one_of(layout, (None, *_LETTERS)):
     names = ", ".join(map(repr, _LETTERS))
     raise ValueError(f"{op}: layout must be one of {names}, got {layout!r}")
   if layout == "BT(NH)":
@@ -223,25 +229,33 @@ def _check_scores(op: str, name: str, x: jax.Array, q: Any, k: Any) -> None:
 
 def as_seen(op: str, q: Any, k: Any, given: Seen, parts: int) -> Seen:
   """What says which keys a query sees, checked."""
+  is_causal = as_switch(op, "is_causal", given.is_causal)
   offset, prefix = given.query_offset, given.prefix_lengths
   if isinstance(offset, int | np.integer) and not isinstance(offset, bool):
     offset = int(offset)
+    if abs(offset) > _FAR:
+      raise ValueError(
+        f"{op}: query_offset must be from -2^30 to 2^30, as positions are of "
+        f"32 bits, got {offset}"
+      )
   else:
     offset = as_integers(op, "query_offset", offset)
     if offset.shape not in ((), q.shape[:1]):
       raise ValueError(
         f"{op}: query_offset must be an integer or [B], got {offset.shape}"
       )
+    offset = jnp.clip(offset, -_FAR, _FAR)
   if prefix is not None:
     prefix = as_integers(op, "prefix_lengths", prefix)
     check_shape(op, "prefix_lengths", prefix, q.shape[:1], "[B]")
-    if not given.is_causal:
+    if not is_causal:
       raise ValueError(f"{op}: prefix_lengths need is_causal, got False")
   chunk = given.chunk_size
   if chunk is not None:
     chunk = as_whole_number(op, "chunk_size", chunk)
     if chunk < 1:
       raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk}")
+    chunk = min(chunk, 2 * _FAR - 1)
   is_new = not isinstance(offset, int) or offset != 0 or prefix is not None
   if parts > 1 and (is_new or chunk is not None):
     raise ValueError(
@@ -249,7 +263,7 @@ def as_seen(op: str, q: Any, k: Any, given: Seen, parts: int) -> Seen:
       f"context_parts > 1, got {parts}"
     )
   return Seen(
-    bool(given.is_causal),
+    is_causal,
     as_segments(op, given.segment_ids, q, k),
     as_window(op, given.local_window_size),
     as_mask(op, given.mask, q, k),
@@ -315,11 +329,12 @@ def as_slopes(op: str, slopes: Any, q: Any) -> jax.Array | None:
 
 def of_one_head_size(
   q: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The same with zeros where queries and keys, or values, have fewer."""
   size = max(q.shape[3], v.shape[3])
-  widened = []
-  for x in (q, k, v):
+
+  def widened(x: jax.Array) -> jax.Array:
     more = size - x.shape[3]
-    widened.append(jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x)
-  return tuple(widened)
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x
+
+  return widened(q), widened(k), widened(v)

@@ -16,9 +16,11 @@ from .._frame import switches
 from .._frame.check import (
   Implementation,
   as_array,
+  as_float_dtype,
   as_integers,
   as_number,
   as_scalar,
+  as_switch,
   check_config,
   check_implementation,
   check_shape,
@@ -122,19 +124,19 @@ def dot_product_attention(
   drop = _drop(dropout_rate, dropout_rng, deterministic, broadcast_dropout)
   if promote_dtype is not None:
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
-  q, k, v = _with_batch(dtype, query, key, value)
-  q, k, v = as_qkv(_OP, q, k, v)
-  is_of_flax = deterministic is not None
+  q, k, v = as_qkv(_OP, *_with_batch(dtype, query, key, value))
+  is_causal = as_switch(_OP, "is_causal", is_causal)
   lengths = _lengths(q, query_seq_lengths, key_value_seq_lengths)
   window = as_window(_OP, local_window_size)
-  mask = as_mask(_OP, _with_heads(mask, is_of_flax), q, k)
+  mask = _with_heads("mask", mask, deterministic is not None)
+  mask = as_mask(_OP, mask, q, k)
   scale = None if scale is None else as_scalar(_OP, "scale", scale)
-  bias = as_bias(_OP, _with_heads(bias), q, k)
+  bias = as_bias(_OP, _with_heads("bias", bias), q, k)
   problem, arrays = problem_of(
     *(q, k, v),
-    Seen(bool(is_causal), _segments(lengths, q, k), window, mask),
+    Seen(is_causal, _segments(lengths, q, k), window, mask),
     Weights(scale, bias=bias, drop=drop),
-    return_lse=bool(return_residual),
+    return_lse=as_switch(_OP, "return_residual", return_residual),
     gives_mean=True,
     implementation=implementation,
     config=config,
@@ -168,6 +170,8 @@ def _refuse(*values: Any) -> None:
 
 def _drop(rate: Any, rng: Any, deterministic: Any, is_shared: Any) -> Drop:
   """Dropout, if there is any."""
+  if deterministic is not None:
+    deterministic = as_switch(_OP, "deterministic", deterministic)
   if deterministic or not as_number(_OP, "dropout_rate", rate):
     return Drop()
   if rng is None:
@@ -175,11 +179,13 @@ def _drop(rate: Any, rng: Any, deterministic: Any, is_shared: Any) -> Drop:
       f"{_OP}: dropout_rng must be a key with dropout_rate {rate}, got None"
     )
   seed = jax.random.bits(rng, (), jnp.uint32)
-  return as_drop(_OP, rate, seed, bool(is_shared))
+  is_shared = as_switch(_OP, "broadcast_dropout", is_shared)
+  return as_drop(_OP, rate, seed, is_shared)
 
 
-def _with_batch(dtype: Any, *arrays: Any) -> list[jax.Array]:
+def _with_batch(dtype: Any, *arrays: Any) -> tuple[Any, Any, Any]:
   """q, k and v with all of their four dimensions."""
+  dtype = as_float_dtype(_OP, "dtype", dtype)
   found = []
   for name, x in zip(("query", "key", "value"), arrays, strict=True):
     x = as_array(_OP, name, x)
@@ -190,14 +196,15 @@ def _with_batch(dtype: Any, *arrays: Any) -> list[jax.Array]:
       )
     x = x if dtype is None else x.astype(dtype)
     found.append(x if x.ndim == 4 else x[None])
-  return found
+  q, k, v = found
+  return q, k, v
 
 
-def _with_heads(scores: Any, are_numbers: bool = False) -> Any:
+def _with_heads(name: str, scores: Any, are_numbers: bool = False) -> Any:
   """[..., T, S] with all of its four dimensions; booleans of numbers."""
   if scores is None:
     return None
-  scores = jnp.asarray(scores)
+  scores = as_array(_OP, name, scores)
   scores = scores != 0 if are_numbers else scores
   return scores.reshape(*[1] * (4 - scores.ndim), *scores.shape)
 

@@ -15,6 +15,7 @@ from .._frame import room, switches
 from .._frame.check import (
   Implementation,
   as_array,
+  as_switch,
   check_config,
   check_implementation,
 )
@@ -330,20 +331,20 @@ def flash_attention(
   seen = Seen(is_causal, ids, window, mask, query_offset, prefix_lengths)
   seen = as_seen(op, q, k, seen._replace(chunk_size=chunk_size), parts)
   weights = Weights(scale, logits_soft_cap, rope, bias, sinks, alibi_slopes)
-  drop = as_drop(op, 0.0 if deterministic else dropout_rate, dropout_seed)
+  drops_none = as_switch(op, "deterministic", deterministic)
+  drop = as_drop(op, 0.0 if drops_none else dropout_rate, dropout_seed)
   weights = as_weights(op, q, k, weights._replace(drop=drop))
-  value_size = v.shape[3]
-  q, k, v = of_one_head_size(q, k, v)
   problem, arrays = problem_of(
-    *(q, k, v, seen, weights),
-    return_lse=bool(return_lse),
+    *of_one_head_size(q, k, v),
+    *(seen, weights),
+    return_lse=as_switch(op, "return_lse", return_lse),
     layout=layout,
     context_parts=parts,
     implementation=implementation,
     config=config,
   )
   outs = attend(op, problem, arrays)
-  out = from_btnh(outs.out[..., :value_size].astype(dtype), layout)
+  out = from_btnh(outs.out[..., : v.shape[3]].astype(dtype), layout)
   here = room.current()
   if here is not None and out.size == outs.out.size and dtype == q.dtype:
     here.renamed(out, outs.out, functools.partial(from_btnh, layout=layout))

@@ -178,7 +178,7 @@ def attention(p: Problem, a: Arrays) -> Outs:
 def with_sinks(outs: Outs, sinks: jax.Array) -> Outs:
   """The results with one more key of value 0, from those without, by lse."""
   sinks = sinks[:, None]
-  seen = outs.lse > -jnp.inf
+  seen = outs.lse != -jnp.inf
   lse = jnp.where(seen, outs.lse, 0.0)
   part = jnp.where(seen, jax.nn.sigmoid(lse - sinks), 0.0)
   lse = jnp.where(seen, jnp.logaddexp(lse, sinks), sinks)

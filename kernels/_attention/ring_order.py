@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._frame.check import as_switch, as_whole_number
+
 
 def context_order(
   length: int, parts: int, *, inverse: bool = False
@@ -41,7 +43,13 @@ def context_order(
   Raises:
     ValueError: if T is not such a multiple.
   """
-  check_parts("context_order", length, parts)
+  op = "context_order"
+  length, parts = (
+    as_whole_number(op, name, number)
+    for name, number in (("length", length), ("parts", parts))
+  )
+  inverse = as_switch(op, "inverse", inverse)
+  check_parts(op, length, parts)
   index = np.arange(length, dtype=np.int32)
   if parts == 1:
     return index

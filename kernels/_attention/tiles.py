@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .._frame import tpu
+from .._frame.check import is_size
 from .._frame.tuned import power_of_two, tuned_config
 from . import memory
 from .layout import Layout
@@ -43,16 +44,17 @@ class FlashAttentionConfig:
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
       if name.startswith("block_q"):
-        good, wanted = value % 16 == 0, "a multiple of 16"
+        good, wanted = is_size(value, 16), "a multiple of 16"
       elif name.startswith("block_kv"):
-        good = value & (value - 1) == 0 and value >= tpu.LANES
+        good = is_size(value, tpu.LANES) and value & (value - 1) == 0
         wanted = f"a power of two, at least {tpu.LANES}"
       else:
-        good, wanted = value % tpu.LANES == 0, f"a multiple of {tpu.LANES}"
-      if not good or value <= 0:
+        good = is_size(value, tpu.LANES)
+        wanted = f"a multiple of {tpu.LANES}"
+      if not good:
         raise ValueError(
           f"FlashAttentionConfig: {name} must be positive and {wanted}, "
-          f"got {value}"
+          f"got {value!r}"
         )
 
   @classmethod

@@ -22,6 +22,7 @@ import numpy as np
 from .._frame import switches
 from .._frame.check import (
   Implementation,
+  as_switch,
   check_config,
   check_implementation,
   check_seen_products,
@@ -294,8 +295,8 @@ def linear_cross_entropy(
     implementation,
     config,
     label_smoothing=label_smoothing,
-    transposed=bool(transposed),
-    predicts=bool(return_predictions),
+    transposed=as_switch(op, "transposed", transposed),
+    predicts=as_switch(op, "return_predictions", return_predictions),
   )
   given = Arrays(x, embedding, labels, weights, bias=bias)
   problem, arrays = as_problem(op, problem, given)

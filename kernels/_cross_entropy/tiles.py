@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .._frame import tpu
+from .._frame.check import is_one_of, is_size
 from .memory import GRADIENT_COLUMNS, backward_bytes, forward_bytes
 
 Mode = Literal["recompute", "chunked"]
@@ -47,7 +48,7 @@ class LinearCrossEntropyConfig:
   chunk: int = 256
 
   def __post_init__(self):
-    if self.mode not in ("recompute", "chunked"):
+    if not is_one_of(self.mode, ("recompute", "chunked")):
       raise ValueError(
         "LinearCrossEntropyConfig: mode must be 'recompute' or 'chunked', "
         f"got {self.mode!r}"
@@ -55,13 +56,13 @@ class LinearCrossEntropyConfig:
     for name, value, unit in (
       ("forward_words", self.forward_words, tpu.LANES),
       ("backward_words", self.backward_words, tpu.LANES),
-      ("rows", self.rows, self.chunk),
       ("chunk", self.chunk, tpu.LANES),
+      ("rows", self.rows, self.chunk),
     ):
-      if value <= 0 or value % unit:
+      if not is_size(value, unit):
         raise ValueError(
           f"LinearCrossEntropyConfig: {name} must be a positive multiple of "
-          f"{unit}, got {value}"
+          f"{unit}, got {value!r}"
         )
 
   @classmethod

@@ -6,9 +6,10 @@ A refusal is a `ValueError` that says the op, what was wanted, and what came.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -25,7 +26,7 @@ def check_implementation(
   op: str, implementation: Implementation, *, pallas: bool = True
 ) -> None:
   """Refuses unknown implementations, and kernels that are not written yet."""
-  if implementation not in ("pallas", "xla", None):
+  if not is_one_of(implementation, ("pallas", "xla", None)):
     raise ValueError(
       f"{op}: implementation must be 'pallas', 'xla' or None, "
       f"got {implementation!r}"
@@ -44,6 +45,11 @@ def check_config(op: str, config: Any, wanted: type) -> None:
     )
 
 
+def is_one_of(value: Any, known: Sequence[str | None]) -> bool:
+  """Whether it is; of an array, or what has no hash, that cannot be asked."""
+  return (value is None or isinstance(value, str)) and value in known
+
+
 # --- arrays -------------------------------------------------------------------
 
 
@@ -54,7 +60,7 @@ def as_array(op: str, name: str, value: Any) -> jax.Array:
     value = value.astype(np.float32)
   try:
     return jnp.asarray(value)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, OverflowError) as error:
     raise ValueError(
       f"{op}: {name} must be an array, got {type(value).__name__}"
     ) from error
@@ -105,8 +111,10 @@ def as_segment_ids(op: str, q: Any, k: Any) -> tuple[jax.Array, jax.Array]:
 
   Ids may be of any width, as hashes of documents are, and booleans.
   """
-  if _is_wide(q) and isinstance(q, np.ndarray):
-    q, k = _ranks(np, q, q if k is q else np.asarray(k))
+  if isinstance(q, np.ndarray) and q.dtype.kind in "iu" and _is_wide(q):
+    keys = q if k is q else np.asarray(k)
+    if keys.dtype.kind in "iub":  # else it is refused
+      q, k = _ranks(np, q, keys)
   q_ids = as_array(op, "query segment_ids", q)
   k_ids = q_ids if k is q else as_array(op, "key segment_ids", k)
   for name, ids in (("query", q_ids), ("key", k_ids)):
@@ -178,6 +186,22 @@ def check_shape(
     )
 
 
+def as_float_dtype(op: str, name: str, dtype: Any) -> np.dtype | None:
+  """float32, bfloat16 or float16; None is that of what comes."""
+  if dtype is None:
+    return None
+  try:
+    is_array = isinstance(dtype, jax.Array | np.ndarray)  # which has a dtype
+    known = None if is_array else jnp.dtype(dtype)
+  except (TypeError, ValueError):
+    known = None
+  if known not in _FLOATS:
+    raise ValueError(
+      f"{op}: {name} must be float32, bfloat16, float16 or None, got {dtype!r}"
+    )
+  return known
+
+
 # --- numbers ------------------------------------------------------------------
 
 
@@ -195,7 +219,7 @@ def as_number(op: str, name: str, value: Any) -> float:
     )
   try:
     number = float(value)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, OverflowError) as error:
     raise ValueError(f"{op}: {name} must be a number, got {value!r}") from error
   if math.isnan(number):
     raise ValueError(f"{op}: {name} must be a number, got {value!r}")
@@ -244,9 +268,35 @@ def as_whole_number(op: str, name: str, value: Any) -> int:
   """An integer that is part of the program; not a boolean."""
   if is_traced(value):
     return int(as_number(op, name, value))  # which refuses it
-  if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
+  try:
+    number = operator.index(value)
+  except TypeError:  # so do arrays of several, and of floats
+    number = None
+  if number is None or isinstance(value, bool | np.bool_):
     raise ValueError(f"{op}: {name} must be an integer, got {value!r}")
-  return value.__index__()
+  return number
+
+
+def is_size(value: Any, unit: int = 1) -> bool:
+  """Whether it is a whole number that tiles can have: positive, of units."""
+  is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  return is_whole and value > 0 and value % unit == 0
+
+
+def as_switch(op: str, name: str, value: Any) -> bool:
+  """True or False, which are part of the program.
+
+  To Python whatever is not empty is true: "no", and what was meant for the
+  argument beside it.
+  """
+  if is_traced(value):
+    as_number(op, name, value)  # which refuses it
+  if isinstance(value, jax.Array | np.ndarray) and value.shape == ():
+    value = value.item() if value.dtype == bool else value
+  kinds = bool | np.bool_ | int | np.integer
+  if not isinstance(value, kinds) or value not in (0, 1):
+    raise ValueError(f"{op}: {name} must be True or False, got {value!r}")
+  return bool(value)
 
 
 def as_layer(op: str, layer: Any, count: int) -> jax.Array:

@@ -69,7 +69,11 @@ def sharding(
     raise ValueError(
       f"sharding: mesh must be a jax.sharding.Mesh, got {mesh!r}"
     )
-  clean = {letter: _as_axes(axes) for letter, axes in dict(rules).items()}
+  try:
+    clean = {letter: _as_axes(axes) for letter, axes in dict(rules).items()}
+  except (TypeError, ValueError) as error:
+    wanted = "rules must be mesh axes by letter, such as {'B': 'data'}"
+    raise ValueError(f"sharding: {wanted}, got {rules!r}") from error
   for letter, axes in clean.items():
     if letter not in tuple(_LETTERS):
       raise ValueError(
@@ -229,7 +233,7 @@ class _Where:
     axis_names: of it, those that no surrounding `shard_map` has taken.
     found: for each letter the mesh axes that split it.
     lengths: of each letter's dimension.
-    is_explicit: whether arrays must be brought to how they are to be split.
+    explicit: those by which arrays must be brought to how they are to be split.
   """
 
   mesh: Any
@@ -237,7 +241,7 @@ class _Where:
   axis_names: Axes
   found: Mapping[str, Axes]
   lengths: Mapping[str, int]
-  is_explicit: bool
+  explicit: frozenset[str]
 
   @classmethod
   def of(
@@ -288,15 +292,21 @@ class _Where:
     names = free if is_inside else tuple(mesh.axis_names)
     sizes = dict(mesh.shape)
     where = None if is_inside else mesh
-    is_explicit = AxisType.Explicit in mesh.axis_types
-    return cls(where, sizes, names, found, lengths, is_explicit)
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    known = frozenset(n for n, kind in pairs if kind == AxisType.Explicit)
+    return cls(where, sizes, names, found, lengths, known)
 
   def resharded(self, arrays: Any, specs: Any) -> Any:
     """The arrays, split as `specs` say; on Auto axes that is XLA's to do."""
-    if not self.is_explicit:
+    if not self.explicit:
       return arrays
 
+    def known(entry: Any) -> Axes | None:
+      axes = (axis for axis in _as_axes(entry) if axis in self.explicit)
+      return tuple(axes) or None
+
     def one(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+      spec = PartitionSpec(*map(known, spec))
       has_mesh = jax.typeof(x).sharding.mesh.axis_names != ()
       where = spec if has_mesh else NamedSharding(self.mesh, spec)
       return jax.sharding.reshard(x, where)

@@ -8,6 +8,7 @@ from typing import Literal
 from jax.experimental import pallas as pl
 
 from .._frame import tpu
+from .._frame.check import is_one_of, is_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class FeedForwardTiles:
     units = (("rows", tpu.BFLOAT16_SUBLANES), ("cols", tpu.LANES))
     for name, unit in units:
       value = getattr(self, name)
-      if not isinstance(value, int) or value <= 0 or value % unit:
+      if not is_size(value, unit):
         raise ValueError(
           f"FeedForwardTiles: {name} must be a positive multiple of {unit}, "
           f"got {value!r}"
@@ -76,7 +77,7 @@ class FeedForwardConfig:
   backward: FeedForwardTiles | None = None
 
   def __post_init__(self):
-    if self.residuals not in ("gate_up", "none"):
+    if not is_one_of(self.residuals, ("gate_up", "none")):
       raise ValueError(
         f"FeedForwardConfig: residuals must be 'gate_up' or 'none', "
         f"got {self.residuals!r}"

@@ -17,6 +17,7 @@ from .._frame.check import (
   Implementation,
   as_floats,
   as_layer,
+  as_switch,
   check_config,
   check_implementation,
   check_seen_products,
@@ -164,13 +165,18 @@ def _checked(
   """What either op is given, but for the shapes of weights."""
   check_implementation(op, p.implementation)
   check_config(op, p.config, FeedForwardConfig)
-  p = dataclasses.replace(p, activation=as_activation(op, p.activation))
+  p = dataclasses.replace(
+    p,
+    activation=as_activation(op, p.activation),
+    residual=as_switch(op, "residual", p.residual),
+  )
+  transposed = as_switch(op, "transposed", p.layout.transposed)
   (x,) = as_floats(op, x=x)
   if x.ndim == 0:
     raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
   p = _without_kernel(op, p, given)
   check_seen_products(op, p.implementation, ", ".join(given.named()))
-  given, layout = formed(op, given, p.layout.transposed)
+  given, layout = formed(op, given, transposed)
   if layout.branches == 1 and isinstance(p.activation, ClampedSwiGLU):
     raise ValueError(
       f"{op}: w_gate must be given for a ClampedSwiGLU, which has two "

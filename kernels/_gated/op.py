@@ -259,9 +259,7 @@ def feed_forward(
     ValueError: as `geglu`, and on a w_down of another shape than [F, D].
   """
   given = Given(w_gate, w_up, w_down, layer, b_gate, b_up, b_down)
-  problem = problem_of(
-    activation, bool(residual), transposed, implementation, config
-  )
+  problem = problem_of(activation, residual, transposed, implementation, config)
   return run(_feed_forward, problem, x, given, norm)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._frame.check import as_array
 from .._frame.derivative import linear
 from .._frame.room import current
 from .._frame.rule import is_perturbed, with_rule
@@ -37,11 +38,17 @@ def layer_einsum(
 
   Raises:
     ValueError: if the layer's weight has been used before, or a scale of one in
-      int8 is along a dimension that the product sums over.
+      int8 is along a dimension that the product sums over; or if x is no array
+      of floats, in whose dtype a weight would be nothing.
   """
+  x = x if isinstance(x, jax.Array) else as_array("layer_einsum", "x", x)
+  if not jnp.issubdtype(x.dtype, jnp.inexact):
+    raise ValueError(f"layer_einsum: x must be floats, got {x.dtype}")
   if isinstance(weight, QuantizedWeight):
     return quantized_einsum(subscripts, x, weight).astype(x.dtype)
   if not isinstance(weight, LayerOf):
+    if not hasattr(weight, "astype"):
+      weight = as_array("layer_einsum", "weight", weight)
     return jnp.einsum(subscripts, x, weight.astype(x.dtype))
   room = current()
   lying = None if room is None else room.find(x)

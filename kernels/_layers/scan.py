@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._frame.check import as_whole_number
+from .._frame.check import as_switch, as_whole_number
 from .._frame.room import room_of
 from .turns import open_stores, turn
 from .weight import LayerOf
@@ -65,6 +65,7 @@ def scan_layers(
     ValueError: if a name is on no leaf's path, lengths differ, or parts are not
       as many layers as there are.
   """
+  reverse = as_switch("scan_layers", "reverse", reverse)
   leaves, tree = jax.tree_util.tree_flatten_with_path(xs)
   _check_names(in_place, [path for path, _ in leaves])
   length = _length([x for _, x in leaves])
@@ -167,6 +168,11 @@ def _parts(
   f: Any, length: int, checkpoint: Checkpoint | None
 ) -> Sequence[ScanPart]:
   """What the layers are run by, as many as there are."""
+  if checkpoint is not None and not callable(checkpoint):
+    raise ValueError(
+      f"scan_layers: checkpoint must wrap f, as jax.checkpoint does, got "
+      f"{checkpoint!r}"
+    )
   if callable(f):
     body: Any = f
     return [ScanPart(body, length, checkpoint)]

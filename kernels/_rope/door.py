@@ -16,6 +16,7 @@ from .._frame.check import (
   as_floats,
   as_integers,
   as_scalar,
+  as_switch,
   check_shape,
   is_traced,
 )
@@ -42,7 +43,7 @@ def as_rope(
     rope = Rope(as_array(op, "rope", rope))
   if rope.phases is not None or rope.frequencies is not None:
     _check_alone(op, rope, prefix)
-  interleaved = _as_switch(op, f"{prefix}interleaved", rope.interleaved)
+  interleaved = as_switch(op, f"{prefix}interleaved", rope.interleaved)
   if rope.phases is not None:
     phases = _as_phases(op, rope.phases, shape, prefix)
     return Rope(None, interleaved=interleaved, phases=phases)
@@ -81,12 +82,6 @@ def _check_alone(op: str, rope: Rope, prefix: str) -> None:
     raise ValueError(
       f"{op}: {prefix}positions must be None with {prefix}phases, got both"
     )
-
-
-def _as_switch(op: str, name: str, value: Any) -> bool:
-  if is_traced(value) or value not in (True, False):
-    raise ValueError(f"{op}: {name} must be True or False, got {value!r}")
-  return bool(value)
 
 
 def _as_frequencies(

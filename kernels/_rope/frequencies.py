@@ -28,6 +28,7 @@ import numpy as np
 from .._frame.check import (
   as_number,
   as_scalar,
+  as_switch,
   as_whole_number,
   is_traced,
   register_with_numbers,
@@ -240,7 +241,7 @@ class RopeFrequencies:
 
     low = pair_that_turns(positive("beta_fast", beta_fast))
     high = pair_that_turns(positive("beta_slow", beta_slow))
-    if truncate:
+    if as_switch(OP, "truncate", truncate):
       low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     high += 0.001 * (low == high)  # a step, where the ramp has no length
@@ -375,7 +376,7 @@ class RopeFrequencies:
         f"{OP}: sections must sum to the {pairs} frequencies, got {counts}"
       )
     streams = [s for s, n in enumerate(counts) for _ in range(n)]
-    if interleaved:
+    if as_switch(OP, "interleaved", interleaved):
       turns = [i % len(counts) for i in range(pairs)]
       streams = [
         s if i < counts[s] * len(counts) else 0 for i, s in enumerate(turns)

@@ -202,7 +202,7 @@ def _yarn(p: _Parameters, length: Any, common: Any) -> RopeFrequencies:
     beta_fast=p.get("beta_fast") or 32.0,
     beta_slow=p.get("beta_slow") or 1.0,
     attention_scale=scale,
-    truncate=p.get("truncate", True),
+    truncate=bool(p.get("truncate", True)),
   )
 
 

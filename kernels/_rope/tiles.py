@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from .._frame import tpu
+from .._frame.check import is_size
 
 _TILE_BYTES = 1 << 20
 
@@ -25,15 +26,15 @@ class RopeConfig:
   heads: int | None = None
 
   def __post_init__(self):
-    if self.rows <= 0 or self.rows % tpu.LANES:
+    if not is_size(self.rows, tpu.LANES):
       raise ValueError(
         f"RopeConfig: rows must be a positive multiple of {tpu.LANES}, "
-        f"got {self.rows}"
+        f"got {self.rows!r}"
       )
-    if self.heads is not None and (self.heads <= 0 or self.heads % 16):
+    if self.heads is not None and not is_size(self.heads, 16):
       raise ValueError(
         f"RopeConfig: heads must be None or a positive multiple of 16, "
-        f"got {self.heads}"
+        f"got {self.heads!r}"
       )
 
   @classmethod

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .._attention import flash_attention
-from .._frame.check import Implementation
+from .._frame.check import Implementation, as_floats
 from .._rms_norm import rms_norm
 
 
@@ -30,6 +30,7 @@ def norm(
   Returns:
     x's shape, in the wider dtype of x and scale, as plain jnp gives it.
   """
+  (x,) = as_floats("rms_norm", x=x)
   x = x.astype(jnp.promote_types(x.dtype, scale.dtype))
   run: Callable[..., jax.Array] = functools.partial(
     rms_norm,

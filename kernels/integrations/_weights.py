@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .._frame.check import (
+  as_float_dtype,
+  as_floats,
+  as_number,
+  as_whole_number,
+  is_size,
+)
 from . import _parts
 
 Axes = tuple[str | None, ...]
+
+# Of `GatedMLP`, then of `Attention`, which may share one `Weights`.
+_NAMES = "gate", "up", "down", "q", "k", "v", "out"
+# Of `flash_attention`, by which modules go themselves.
+_TAKEN = "layout", "head_size", "return_lse"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +54,43 @@ class Weights:
   lora: tuple[str, ...] | None = None
 
   def __post_init__(self):
-    """Makes it hashable, as flax and JAX want what is static."""
+    """Makes it hashable, as flax and JAX want what is static.
+
+    Raises:
+      ValueError: on names of no weight, which would change nothing in silence,
+        and on a rank or an alpha that is no such number.
+    """
     axes = tuple(sorted(dict(self.axes).items()))
     object.__setattr__(self, "axes", axes)
+    _check_names("axes", dict(axes))
+    if self.lora is not None:
+      if isinstance(self.lora, str):
+        raise ValueError(
+          f"Weights: lora must be a tuple of names or None, got {self.lora!r}"
+        )
+      object.__setattr__(self, "lora", tuple(self.lora))
+      _check_names("lora", self.lora)
+    if as_whole_number("Weights", "lora_rank", self.lora_rank) < 0:
+      raise ValueError(
+        f"Weights: lora_rank must not be negative, got {self.lora_rank}"
+      )
+    if self.lora_alpha is not None:
+      as_number("Weights", "lora_alpha", self.lora_alpha)
 
   def axes_of(self, name: str) -> Axes | None:
     """The partitioning metadata of a weight."""
     return dict(self.axes).get(name)
 
-  def init_of(self, fan_in: int) -> Callable[..., jax.Array]:
-    """What makes a weight whose products sum over so many inputs."""
+  def init_of(
+    self, name: str, shape: tuple[int, ...], inputs: int
+  ) -> Callable[..., jax.Array]:
+    """What makes a weight whose products sum over so many first dimensions."""
+    if not all(map(is_size, shape)):
+      raise ValueError(
+        f"weight {name!r} must have sizes that are positive integers, got "
+        f"{shape}"
+      )
+    fan_in = math.prod(shape[:inputs])
     return self.init or jax.nn.initializers.normal(fan_in**-0.5)
 
   def has_adapter(self, name: str) -> bool:
@@ -72,9 +112,24 @@ class Weights:
     low_rank = jnp.tensordot(a, b, 1) * (alpha / self.lora_rank)
     return (w + low_rank.astype(w.dtype)).astype(dtype)
 
-  def dtype_of(self, x: jax.Array) -> Any:
-    """In which the products of x are computed."""
-    return x.dtype if self.dtype is None else jnp.dtype(self.dtype)
+  def as_input(self, module: str, x: Any) -> jax.Array:
+    """x in the dtype of products; refused if it is no array of floats."""
+    (x,) = as_floats(module, x=x)
+    if x.ndim == 0:
+      raise ValueError(
+        f"{module}: x must have at least one dimension, got a scalar"
+      )
+    dtype = as_float_dtype("Weights", "dtype", self.dtype)
+    return x if dtype is None else x.astype(dtype)
+
+
+def _check_names(what: str, names: Iterable[str]) -> None:
+  unknown = [name for name in names if name not in _NAMES]
+  if unknown:
+    raise ValueError(
+      f"Weights: {what} must be of weights among {', '.join(_NAMES)}, got "
+      f"{', '.join(map(str, unknown))}"
+    )
 
 
 def attention(
@@ -98,6 +153,22 @@ def attention(
   Returns:
     [B, T, D].
   """
+  q = weights["q"]
+  if x.ndim != 3 or x.shape[-1] != q.shape[0]:
+    raise ValueError(
+      f"Attention: x must be [B, T, D] with D = {q.shape[0]}, got {x.shape}"
+    )
+  taken = [name for name in _TAKEN if name in options]
+  if taken:
+    raise ValueError(
+      f"Attention: {', '.join(_TAKEN)} must not be among its options, got "
+      f"{', '.join(taken)}"
+    )
+  if embedding is not None and not hasattr(embedding, "rope"):
+    raise ValueError(
+      f"Attention: rope must be a RotaryEmbedding or None, got "
+      f"{type(embedding).__name__}"
+    )
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
   rope = None if embedding is None else embedding.rope(positions)

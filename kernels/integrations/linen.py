@@ -9,6 +9,7 @@ and `nn.with_partitioning` take them as those of flax's own modules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from .._attention.spec import SegmentIds
-from .._frame.check import Implementation
+from .._frame.check import Implementation, as_floats
 from .._gated import feed_forward
 from .._gated.activation import Activation
 from .._rope import Rope, RopeFrequencies, apply_rope
@@ -48,6 +49,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """The norm of x [..., D], of x's dtype."""
+    (x,) = as_floats("RMSNorm", x=x)
     identity = jax.nn.initializers.constant(1.0 - self.scale_offset)
     init = self.scale_init or identity
     scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
@@ -73,10 +75,7 @@ def _weight(
   Products sum over its first dimension, or the first two of "out".
   """
   inputs = 2 if name == "out" else 1
-  fan_in = 1
-  for size in shape[:inputs]:
-    fan_in *= size
-  init: Callable[..., Any] = weights.init_of(fan_in)
+  init: Callable[..., Any] = weights.init_of(name, shape, inputs)
   axes = weights.axes_of(name)
   if axes is not None:
     init = nn.with_partitioning(init, axes)
@@ -84,7 +83,7 @@ def _weight(
   if not weights.has_adapter(name):
     return weights.merged(w, None, None, dtype)
   a_shape, b_shape = weights.adapter_shapes(shape, inputs)
-  draw = jax.nn.initializers.normal(fan_in**-0.5)
+  draw = jax.nn.initializers.normal(math.prod(shape[:inputs]) ** -0.5)
   zeros = jax.nn.initializers.zeros
   a = module.param(f"{name}_lora_a", draw, a_shape, weights.param_dtype)
   b = module.param(f"{name}_lora_b", zeros, b_shape, weights.param_dtype)
@@ -109,14 +108,15 @@ class GatedMLP(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., D] of x [..., D], in the dtype of the products."""
-    d, f, dtype = x.shape[-1], self.hidden_features, self.weights.dtype_of(x)
+    x = self.weights.as_input("GatedMLP", x)
+    d, f = x.shape[-1], self.hidden_features
     shapes = {"gate": (d, f), "up": (d, f), "down": (f, d)}
     gate, up, down = (
-      _weight(self, self.weights, name, shape, dtype)
+      _weight(self, self.weights, name, shape, x.dtype)
       for name, shape in shapes.items()
     )
     return feed_forward(
-      x.astype(dtype),
+      x,
       gate,
       up,
       down,
@@ -140,16 +140,17 @@ class RotaryEmbedding(nn.Module):
 
   def rope(self, positions: jax.Array) -> Rope:
     """For `flash_attention(rope=)`: positions [B, T]."""
-    if self.frequencies is None:
-      return Rope(positions, self.base_frequency)
-    return Rope(positions, frequencies=self.frequencies)
+    return Rope(positions, self.base_frequency, self.frequencies)
 
   def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """x [B, T, N, H], rotated by positions [B, T]."""
-    how: dict[str, Any] = {"base_frequency": self.base_frequency}
-    if self.frequencies is not None:
-      how = {"frequencies": self.frequencies}
-    return apply_rope(x, positions, implementation=self.implementation, **how)
+    return apply_rope(
+      x,
+      positions,
+      base_frequency=self.base_frequency,
+      frequencies=self.frequencies,
+      implementation=self.implementation,
+    )
 
 
 class Attention(nn.Module):
@@ -193,14 +194,14 @@ class Attention(nn.Module):
     Returns:
       [B, T, D], in the dtype of the products.
     """
+    x = self.weights.as_input("Attention", x)
     d, n, k, h = x.shape[-1], self.num_heads, self.num_kv_heads, self.head_size
-    dtype = self.weights.dtype_of(x)
     shapes = {"q": (d, n, h), "k": (d, k, h), "v": (d, k, h), "out": (n, h, d)}
     make = self.qk_norm
     return attention(
-      x.astype(dtype),
+      x,
       {
-        name: _weight(self, self.weights, name, shape, dtype)
+        name: _weight(self, self.weights, name, shape, x.dtype)
         for name, shape in shapes.items()
       },
       {} if make is None else {x: make(name=f"{x}_norm") for x in ("q", "k")},

@@ -10,6 +10,7 @@ They are made as those of `flax.nnx` are, by `rngs=`, and are ready for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._attention.spec import SegmentIds
-from .._frame.check import Implementation
+from .._frame.check import Implementation, as_floats
 from .._gated import feed_forward
 from .._gated.activation import Activation
 from .._rope import Rope, RopeFrequencies, apply_rope
@@ -62,6 +63,7 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """The norm of x [..., D], of x's dtype."""
+    (x,) = as_floats("RMSNorm", x=x)
     y = _parts.norm(
       x,
       self.scale[...],
@@ -93,10 +95,7 @@ class Weight(nnx.Module):
       weights: how it is made.
       rngs: of which "params" is drawn from.
     """
-    fan_in = 1
-    for size in shape[:inputs]:
-      fan_in *= size
-    init: Callable[..., Any] = weights.init_of(fan_in)
+    init: Callable[..., Any] = weights.init_of(name, shape, inputs)
     axes = weights.axes_of(name)
     if axes is not None:
       init = nnx.with_partitioning(init, axes)
@@ -104,7 +103,7 @@ class Weight(nnx.Module):
     a, b = None, None
     if weights.has_adapter(name):
       of_a, of_b = weights.adapter_shapes(shape, inputs)
-      draw = jax.nn.initializers.normal(fan_in**-0.5)
+      draw = jax.nn.initializers.normal(math.prod(shape[:inputs]) ** -0.5)
       dtype = weights.param_dtype
       a = nnx.LoRAParam(draw(rngs.params(), of_a, dtype))
       b = nnx.LoRAParam(jnp.zeros(of_b, dtype))
@@ -150,12 +149,12 @@ class GatedMLP(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., D] of x [..., D], in the dtype of the products."""
-    dtype = self.gate.weights.dtype_of(x)
+    x = self.gate.weights.as_input("GatedMLP", x)
     return feed_forward(
-      x.astype(dtype),
-      self.gate(dtype),
-      self.up(dtype),
-      self.down(dtype),
+      x,
+      self.gate(x.dtype),
+      self.up(x.dtype),
+      self.down(x.dtype),
       activation=self.activation,
       implementation=self.implementation,
     )
@@ -181,6 +180,11 @@ class RotaryEmbedding(nnx.Module):
     self.base_frequency = base_frequency
     numbers = None
     if frequencies is not None:
+      if not isinstance(frequencies, RopeFrequencies):
+        raise ValueError(
+          f"RotaryEmbedding: frequencies must be a RopeFrequencies or None, "
+          f"got {type(frequencies).__name__}"
+        )
       values = tuple(map(float, frequencies.values))
       numbers = values, frequencies.attention_scale, frequencies.streams
     self.numbers = numbers
@@ -193,16 +197,17 @@ class RotaryEmbedding(nnx.Module):
 
   def rope(self, positions: jax.Array) -> Rope:
     """For `flash_attention(rope=)`: positions [B, T]."""
-    if self.numbers is None:
-      return Rope(positions, self.base_frequency)
-    return Rope(positions, frequencies=self.frequencies)
+    return Rope(positions, self.base_frequency, self.frequencies)
 
   def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """x [B, T, N, H], rotated by positions [B, T]."""
-    how: dict[str, Any] = {"base_frequency": self.base_frequency}
-    if self.numbers is not None:
-      how = {"frequencies": self.frequencies}
-    return apply_rope(x, positions, implementation=self.implementation, **how)
+    return apply_rope(
+      x,
+      positions,
+      base_frequency=self.base_frequency,
+      frequencies=self.frequencies,
+      implementation=self.implementation,
+    )
 
 
 class Attention(nnx.Module):
@@ -263,11 +268,11 @@ class Attention(nnx.Module):
     Returns:
       [B, T, D], in the dtype of the products.
     """
-    dtype = self.q.weights.dtype_of(x)
+    x = self.q.weights.as_input("Attention", x)
     norms = {"q": self.q_norm, "k": self.k_norm}
     return attention(
-      x.astype(dtype),
-      {name: getattr(self, name)(dtype) for name in ("q", "k", "v", "out")},
+      x,
+      {name: getattr(self, name)(x.dtype) for name in ("q", "k", "v", "out")},
       {name: norm for name, norm in norms.items() if norm is not None},
       self.rope,
       positions,
