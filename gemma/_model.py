@@ -330,6 +330,7 @@ class Gemma(nnx.Module):
     new = tokens.shape[1]
     positions = cache.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
     rope = Rope(positions, self.config.rope_base_frequency)
+    rope = rope.precomputed(self.config.head_size)  # once for all layers
     # All T keys are written.  Those past a row's count are later than all its
     # tokens, so none of these sees them, and the next call overwrites them.
     written = cache.lengths + new

@@ -20,6 +20,7 @@ from pallas_gemma.kernels import (
   DecodeAttentionConfig,
   QuantizedCache,
   Rope,
+  RopeFrequencies,
   decode_attention,
   decode_attention_reference,
   sharding,
@@ -217,6 +218,25 @@ def test_rope(name):
   agrees(q, caches, lengths, kernel, new=new, rope=Rope(positions, 50.0))
 
 
+LLAMA3 = RopeFrequencies.llama3(1e4, 128, factor=8, original_length=64)
+
+
+@pytest.mark.parametrize(
+  "rope",
+  [
+    {"frequencies": LLAMA3},
+    {"frequencies": RopeFrequencies.plain(1e4, 128, rotated=0.5)},
+    {"interleaved": True},
+  ],
+)
+def test_other_rotations(rope):
+  """The kernel does those of whole heads, half against half."""
+  q, caches, lengths, new = draw(2, 1, 128, 8, 1, 128)
+  rope = Rope(lengths[:, None], **rope)
+  agrees(q, caches, lengths, new=new, rope=rope)
+  agrees(q, caches, lengths, new=new, rope=rope.precomputed(128))
+
+
 def test_a_base_that_is_traced():
   q, caches, lengths, new = draw(2, 1, 128, 8, 2, 128)
 
@@ -295,6 +315,11 @@ def test_heads_that_do_not_fall_into_groups():
     QuantizedCache.empty((2, 8, 3, 16), head_groups=2)
   with pytest.raises(ValueError, match="head_groups must divide"):
     QuantizedCache.quantize(jnp.ones((2, 8, 3, 16)), head_groups=0)
+  for shape in ((8, 16), (2, 8, 3, 0), "shape"):
+    with pytest.raises(ValueError, match="shape must be"):
+      QuantizedCache.empty(shape)
+  with pytest.raises(ValueError, match="shape must be"):
+    QuantizedCache.quantize(jnp.ones((3, 16)))
 
 
 def test_int8_holds_what_was_quantized():
@@ -568,7 +593,15 @@ def test_bad_arguments_are_refused(change, message):
 
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize(
-  "field, value", [("block_kv", 100), ("block_q", 3), ("slots", 2)]
+  "field, value",
+  [
+    ("block_kv", 100),
+    ("block_kv", "128"),
+    ("block_q", 3),
+    ("block_q", 16.0),
+    ("slots", 2),
+    ("slots", None),
+  ],
 )
 def test_bad_configs_are_refused(field, value):
   with pytest.raises(ValueError, match=f"DecodeAttentionConfig: {field} must"):

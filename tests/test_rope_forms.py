@@ -604,6 +604,51 @@ F64 = RopeFrequencies.plain(1e4, 64)
 PHASES = (jnp.zeros((8, 32)), jnp.ones((8, 32)))
 
 
+YARN = RopeFrequencies.yarn(1e4, 64, factor=4, original_length=32)
+
+
+@pytest.mark.parametrize(
+  "rope",
+  [
+    Rope(positions_of((2, 8)), 50.0),
+    Rope(positions_of((8,)), interleaved=True),
+    Rope(positions_of((2, 8)), frequencies=YARN),
+    Rope(phases=(jnp.zeros((8, 16)), jnp.ones((8, 16)))),
+  ],
+)
+def test_precomputed_is_the_same_rotation(rope):
+  x = draw((2, 8, 4, 64))
+  want = apply_rope(
+    x,
+    rope.positions,
+    base_frequency=rope.base_frequency,
+    frequencies=rope.frequencies,
+    interleaved=rope.interleaved,
+    phases=rope.phases,
+    implementation="xla",
+  )
+  made = rope.precomputed(64)
+  assert made.positions is None and made.frequencies is None
+  got = apply_rope_reference(
+    x, phases=made.phases, interleaved=made.interleaved
+  )
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+  "rope, head_size, message",
+  [
+    (Rope(jnp.arange(8)), 7, "head_size must be even, got 7"),
+    (Rope(jnp.arange(8)), "64", "head_size must be an integer, got '64'"),
+    (Rope(jnp.ones(8)), 64, "positions must be integers"),
+    (Rope(), 64, "positions must be an array, got NoneType"),
+  ],
+)
+def test_what_cannot_be_precomputed_is_refused(rope, head_size, message):
+  with pytest.raises(ValueError, match=f"Rope.precomputed: .*{message}"):
+    rope.precomputed(head_size)
+
+
 @pytest.mark.parametrize(
   "positions, kwargs, message",
   [

@@ -44,7 +44,7 @@ def before(p: Problem, a: Arrays) -> Arrays:
   """
   if a.positions is None or is_inside(p, a):
     return a
-  q, k = (rotated(p, a, x) for x in (a.q, a.k))
+  q, k = (_rotated(p, a, x) for x in (a.q, a.k))
   return a._replace(q=q, k=k, positions=None)
 
 
@@ -52,7 +52,7 @@ def back(p: Problem, grads: Arrays, a: Arrays, made: Arrays) -> Arrays:
   """The gradients of q and k of `a`, from those of what `before` made of it."""
   if a.positions is None or made.positions is not None:
     return grads
-  q, k = (rotated(p, a, x, -1) for x in (grads.q, grads.k))
+  q, k = (_rotated(p, a, x, -1) for x in (grads.q, grads.k))
   return grads._replace(q=q, k=k)
 
 
@@ -72,11 +72,9 @@ def by_op(p: Problem, a: Arrays) -> Arrays:
   return a._replace(q=q, k=k, positions=None, base=None)
 
 
-def rotated(
-  p: Any, a: Any, x: jax.Array, sign: Literal[1, -1] = 1
+def _rotated(
+  p: Problem, a: Arrays, x: jax.Array, sign: Literal[1, -1] = 1
 ) -> jax.Array:
-  """x by `apply_rope`'s kernel, as an attention problem and its arrays say."""
-
   def by(base: Any, x: jax.Array, positions: jax.Array) -> jax.Array:
     of_rope = _rope.Problem(base, p.implementation, None)
     return _rope.rotated(of_rope, _rope.Arrays(x, positions), x, sign)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._frame import switches, tpu
-from .._frame.check import as_whole_number
+from .._frame.check import as_floats, as_whole_number
 from .._quantized import to_int8
 
 
@@ -43,9 +43,9 @@ class QuantizedCache(NamedTuple):
         call.
 
     Raises:
-      ValueError: if G does not divide K.
+      ValueError: if G does not divide K, or on another shape.
     """
-    *lead, s, k, h = shape
+    *lead, s, k, h = _as_shape(shape)
     groups = _as_groups(head_groups, k, h)
     scale = jnp.zeros((*lead, groups, 1, s * k // groups), jnp.float32)
     return cls(jnp.zeros(shape, jnp.int8), scale)
@@ -61,9 +61,10 @@ class QuantizedCache(NamedTuple):
       head_groups: as for `empty`.
 
     Raises:
-      ValueError: if G does not divide K.
+      ValueError: if G does not divide K, or on another shape or dtype.
     """
-    groups = _as_groups(head_groups, *x.shape[-2:])
+    (x,) = as_floats("QuantizedCache", x=x)
+    groups = _as_groups(head_groups, *_as_shape(x.shape)[-2:])
     values, scale = quantized(x)
     return cls(values, in_groups(scale[..., 0], groups))
 
@@ -71,6 +72,15 @@ class QuantizedCache(NamedTuple):
     """[..., S, K, H] of a dtype."""
     scale = by_token(self.scale, *self.values.shape[-3:-1])[..., None]
     return (self.values.astype(scale.dtype) * scale).astype(dtype)
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+  """[..., S, K, H] with heads of something."""
+  if not isinstance(shape, tuple | list) or len(shape) < 3 or not shape[-1]:
+    raise ValueError(
+      f"QuantizedCache: shape must be [..., S, K, H] with H > 0, got {shape!r}"
+    )
+  return tuple(shape)
 
 
 def _as_groups(groups: Any, kv_heads: int, head_size: int) -> int:

@@ -23,7 +23,7 @@ from .._frame.check import (
   check_shape,
   is_traced,
 )
-from .._rope import apply_rope_reference, as_rope, rotated_apart
+from .._rope import apply_rope_reference, as_rope, phases_of, rotated_apart
 from .cache import CacheArray, QuantizedCache
 from .spec import Arrays, Outs, Problem
 
@@ -163,10 +163,10 @@ def _as_new(new: Any, q: jax.Array, values: jax.Array) -> tuple[Any, Any]:
 def problem_of(given: Given, **static: Any) -> tuple[Problem, Arrays]:
   """A problem and its arrays, from the arguments of the public functions."""
   q, k_cache, v_cache, lengths, new, layer, page_table = given[:7]
-  # Other rotations than plain ones are XLA's: of few tokens, they cost little.
-  rope, q, new_k = rotated_apart(
-    given.rope, apply_rope_reference, q, None if new is None else new[0]
-  )
+  rope, new_k = given.rope, None if new is None else new[0]
+  if rope is not None and not rope.is_of_halves(q.shape[-1]):
+    # Such rotations are XLA's: of few tokens, they cost little.
+    rope, q, new_k = rotated_apart(rope, apply_rope_reference, q, new_k)
   scale = given.scale
   (batch, t), wide = q.shape[:2], jnp.promote_types(q.dtype, jnp.float32)
 
@@ -187,11 +187,8 @@ def problem_of(given: Given, **static: Any) -> tuple[Problem, Arrays]:
     a, scale = a._replace(scale=of_batch(scale, wide)), 1.0
   static["scale"] = default_scale(q) if scale is None else float(scale)
   if rope is not None:
-    a = a._replace(positions=rope.positions.astype(jnp.int32))
-    if is_traced(rope.base_frequency):
-      a = a._replace(base=of_batch(rope.base_frequency, wide))
-    else:
-      static["base_frequency"] = float(rope.base_frequency)
+    sin, cos = phases_of(rope, q.shape[-1], wide)
+    a = a._replace(sin=sin, cos=cos)
   window = sides(given.local_window_size)
   left = None if window is None else window[0]
   if is_traced(left):

@@ -172,7 +172,7 @@ def forward(p: Problem, a: Arrays) -> Outs:
   a = rotate.before(p, a, heads)
   cache = None
   if copies:
-    a, cache = with_new_keys(rotate.with_new_keys_rotated(p, a))
+    a, cache = with_new_keys(rotate.with_new_keys_rotated(a))
     a = apart.in_own_rows(a)
     sizes = tiles.Sizes.of(a, layout)
   if layout.is_by_head:
@@ -244,7 +244,7 @@ def _run(call: Call, a: Arrays) -> Outs:
   )
   # A step computes with the next one's keys, if it has the new ones of them.
   goes_on = not appends or call.held == call.batch
-  table = rotate.table_of(p, a) if call.rotates else None
+  table = rotate.table_of(a) if call.rotates else None
   queries, of_queries = rotate.operands(call, a.q, table, goes_on)
   new, of_new = append.operands(call, a, table) if appends else (None, None)
   scalars = Scalars(

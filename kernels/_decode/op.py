@@ -13,7 +13,12 @@ import numpy as np
 
 from .._attention.spec import Window
 from .._frame import switches
-from .._frame.check import Implementation, check_config, check_implementation
+from .._frame.check import (
+  Implementation,
+  as_switch,
+  check_config,
+  check_implementation,
+)
 from .._frame.debug import checked
 from .._frame.kernel import Saved, kernel_op
 from .._frame.op import Case, Cost, Integers, Op, nbytes
@@ -55,8 +60,8 @@ def _split(p: Problem, a: Arrays) -> Split:
     new_v="BTKH",
     layer="",
     table="B-",
-    positions="BT",
-    base="B",
+    sin="BT-",
+    cos="BT-",
     scale="B",
     left="B",
   )
@@ -88,7 +93,7 @@ def _on_device(
   if a.new_k is not None and axes.get("N", ()) != axes.get("K", ()):
     # All devices that share the query heads have these kv heads, and write the
     # same to them, as only XLA can say.
-    a, outs = with_new_keys(rotated(p, a))
+    a, outs = with_new_keys(rotated(a))
     cache = Cache.of(outs)._asdict()
   a = with_own_kv_heads(a, axes)
   sign = 1.0
@@ -214,8 +219,9 @@ def decode_attention(
       copied at the speed of HBM.
     rope: rotates q, and the new keys, by their positions first.  The kernel
       rotates q if T is 1 or the heads that it takes together, N or N / K, are a
-      multiple of 8; else that is done before, as are rotations that are not
-      half against half by a base.
+      multiple of 8; else that is done before, as are rotations of neighbours
+      or of a part of each head.  In a scan over layers, pass `phases`: XLA
+      makes them once, and not in each layer.
     scale: multiplies the logits; None is 1 / sqrt(H).
     local_window_size: (left, right): a query also sees no key more than left
       before it; right does not matter here.
@@ -252,7 +258,7 @@ def decode_attention(
   )
   problem, arrays = problem_of(
     given,
-    return_lse=bool(return_lse),
+    return_lse=as_switch("decode_attention", "return_lse", return_lse),
     implementation=implementation,
     config=config,
   )

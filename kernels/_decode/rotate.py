@@ -1,7 +1,6 @@
 """Page 5: RoPE of a step's queries, and of the new keys, in the kernel.
 
-Sines and cosines come in a table, for all heads of a token.  XLA computes it
-from the positions alone, so in a scan over layers once for all of them.  A step
+Sines and cosines come in a table, for all heads of a token.  A step
 rotates the queries of the next one, before their first product.
 
 XLA rotates queries of several tokens if a token's heads are no whole registers,
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .. import _rope
-from .._attention.rotation import rotated as rotated_by_kernel
 from .._frame import tpu
 from .spec import Arrays, Problem, rotated
 from .tiles import Call
@@ -39,7 +37,7 @@ class Table(NamedTuple):
 def before(p: Problem, a: Arrays, heads: int) -> Arrays:
   """The arrays, rotated where the kernel does not do it.
 
-  What is returned has positions if it does.
+  What is returned has phases if it does.
 
   Args:
     p: the problem.
@@ -47,19 +45,20 @@ def before(p: Problem, a: Arrays, heads: int) -> Arrays:
     heads: of a row's queries, as the kernel takes them.
   """
   _, t, n, _ = a.q.shape
-  if a.positions is None or t == 1 or heads % tpu.SUBLANES == 0:
+  if a.sin is None or t == 1 or heads % tpu.SUBLANES == 0:
     return a
   if t * n <= _MANY_ROWS:
-    return rotated(p, a)
-  q = rotated_by_kernel(p, a, a.q)
-  return rotated(p, a)._replace(q=q)
+    return rotated(a)
+  of_rope = _rope.Problem(_rope.Rope().base_frequency, p.implementation, None)
+  arrays = _rope.Arrays(a.q, None, sin=a.sin, cos=a.cos)
+  return rotated(a)._replace(q=_rope.rotated(of_rope, arrays, a.q, 1))
 
 
-def with_new_keys_rotated(p: Problem, a: Arrays) -> Arrays:
+def with_new_keys_rotated(a: Arrays) -> Arrays:
   """The arrays whose queries, if any, are still to be rotated."""
-  if a.positions is None or a.new_k is None:
+  if a.sin is None or a.new_k is None:
     return a
-  return a._replace(new_k=new_keys(a.new_k, table_of(p, a)))
+  return a._replace(new_k=new_keys(a.new_k, table_of(a)))
 
 
 def new_keys(x: jax.Array, table: Table) -> jax.Array:
@@ -69,16 +68,10 @@ def new_keys(x: jax.Array, table: Table) -> jax.Array:
   return by_table(x.astype(jnp.float32), *table).astype(x.dtype)
 
 
-def table_of(p: Problem, a: Arrays) -> Table:
+def table_of(a: Arrays) -> Table:
   """Of all tokens that are to be rotated."""
-  half = a.q.shape[-1] // 2
-  base = p.base_frequency if a.base is None else a.base[:, None]
-  timescale = _rope.rope_timescale(half, base, jnp.float32)
-  if a.base is not None:
-    timescale = timescale[:, None]
-  angle = a.positions[..., None].astype(jnp.float32) / timescale
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
-  if half % tpu.LANES:
+  sin, cos = (x.astype(jnp.float32) for x in (a.sin, a.cos))
+  if sin.shape[-1] % tpu.LANES:
     sin = jnp.concatenate([-sin, sin], axis=-1)
     cos = jnp.concatenate([cos, cos], axis=-1)
   return Table(sin, cos)

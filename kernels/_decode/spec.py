@@ -38,8 +38,8 @@ class Arrays(NamedTuple):
   new_v: Any = None  # [B, T, K, H]
   layer: Any = None  # [] int32
   table: Any = None  # [B, pages of a row] int32: indices of P, or of X
-  positions: Any = None  # [B, T] int32: q and new_k are to be rotated
-  base: Any = None  # [B] float32, of the rotation, where it is traced
+  sin: Any = None  # [B, T, H / 2] float32: q and new_k are to be rotated
+  cos: Any = None  # [B, T, H / 2] float32
   scale: Any = None  # [B] float32, where it is traced
   left: Any = None  # [B] int32: the window, where it is traced
 
@@ -61,14 +61,12 @@ class Problem(Logits):
 
   Attributes:
     left: how far before itself a query sees, or None.
-    base_frequency: of the rotation, if positions come along.
     return_lse: whether the log of the sum of exponentials is a result.
     implementation: as the caller gave it.
     config: tile sizes, None for the op's own choice.
   """
 
   left: int | None = None
-  base_frequency: float = 10_000.0
   return_lse: bool = False
   implementation: Implementation = None
   config: DecodeAttentionConfig | None = None
@@ -79,7 +77,7 @@ class Problem(Logits):
 
 def reference(p: Problem, a: Arrays) -> Outs:
   """The maths of the room's docstring in plain jnp."""
-  a, cache = with_new_keys(rotated(p, a))
+  a, cache = with_new_keys(rotated(a))
   outs = _attention(p, a)
   return cache._replace(out=outs.out, lse=outs.lse if p.return_lse else None)
 
@@ -222,17 +220,14 @@ def _merged(x: jax.Array | None) -> jax.Array | None:
 # --- rotation ---
 
 
-def rotated(p: Problem, a: Arrays) -> Arrays:
+def rotated(a: Arrays) -> Arrays:
   """The arrays with q and the new keys rotated, if they are to be."""
-  if a.positions is None:
+  if a.sin is None:
     return a
 
-  def one(x: jax.Array, positions: jax.Array, base: Any) -> jax.Array:
-    x, positions = x[None], positions[None]
-    return apply_rope_reference(x, positions, base_frequency=base)[0]
+  def one(x: jax.Array | None) -> jax.Array | None:
+    if x is None:
+      return None
+    return apply_rope_reference(x, phases=(a.sin, a.cos))
 
-  base = p.base_frequency if a.base is None else a.base
-  of_each = jax.vmap(one, (0, 0, None if a.base is None else 0))
-  q = of_each(a.q, a.positions, base)
-  new_k = None if a.new_k is None else of_each(a.new_k, a.positions, base)
-  return a._replace(q=q, new_k=new_k, positions=None, base=None)
+  return a._replace(q=one(a.q), new_k=one(a.new_k), sin=None, cos=None)

@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 from .._frame import tpu
+from .._frame.check import is_size
 from .._frame.tuned import power_of_two
 from .cache import Layout
 from .spec import Arrays, Problem
@@ -41,20 +42,20 @@ class DecodeAttentionConfig:
     kv, q, slots = self.block_kv, self.block_q, self.slots
     wanted = {
       "block_kv": (
-        kv is None or (kv >= tpu.LANES and kv == power_of_two(kv)),
+        kv is None or (is_size(kv, tpu.LANES) and kv == power_of_two(kv)),
         f"a power of two, at least {tpu.LANES}, or None",
       ),
       "block_q": (
-        q is None or (q > 0 and q % tpu.BFLOAT16_SUBLANES == 0),
+        q is None or is_size(q, tpu.BFLOAT16_SUBLANES),
         f"a positive multiple of {tpu.BFLOAT16_SUBLANES}, or None",
       ),
-      "slots": (slots >= 3, "at least 3"),
+      "slots": (is_size(slots) and slots >= 3, "an integer, at least 3"),
     }
     for name, (good, what) in wanted.items():
       if not good:
         raise ValueError(
           f"DecodeAttentionConfig: {name} must be {what}, "
-          f"got {getattr(self, name)}"
+          f"got {getattr(self, name)!r}"
         )
 
 
@@ -236,17 +237,17 @@ def call_of(p: Problem, a: Arrays, sizes: Sizes, length: int) -> Call:
     chunk=chunk,
     slots=config.slots,
     turned=axis == -1,
-    rotates=a.positions is not None,
+    rotates=a.sin is not None,
     rotates_new=_rotates_new(a, sizes),
   )
 
 
 def _rotates_new(a: Arrays, sizes: Sizes) -> bool:
   """Whether new keys come as they are put in, each with its own position."""
-  if a.positions is None or a.new_k is None or a.k_scale is not None:
+  if a.sin is None or a.new_k is None or a.k_scale is not None:
     return False
   is_turned = sizes.axis == -1
-  return not is_turned and a.new_k.shape[::2] == (a.positions.shape[0], 1)
+  return not is_turned and a.new_k.shape[::2] == (a.sin.shape[0], 1)
 
 
 def _tile(new_rows: int, itemsize: int, chunk_rows: int) -> int:

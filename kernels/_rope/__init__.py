@@ -46,5 +46,6 @@ from .spec import Arrays as Arrays
 from .spec import Problem as Problem
 from .spec import Rope as Rope
 from .spec import apply_rope_reference as apply_rope_reference
+from .spec import phases_of as phases_of
 from .spec import rope_timescale as rope_timescale
 from .tiles import RopeConfig as RopeConfig

@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from .._frame import switches
-from .._frame.check import Implementation, register_with_numbers
+from .._frame.check import (
+  Implementation,
+  as_integers,
+  as_whole_number,
+  register_with_numbers,
+)
 from .frequencies import RopeFrequencies
 from .tiles import RopeConfig
 
@@ -48,6 +53,37 @@ class Rope:
     has_others = self.frequencies is not None or self.phases is not None
     return not (has_others or self.interleaved)
 
+  def precomputed(self, head_size: int) -> Rope:
+    """The same rotation by its phases, which are float32.
+
+    For a scan over layers: XLA would compute those of positions in each layer.
+
+    Args:
+      head_size: H, of the heads that will be rotated.
+
+    Raises:
+      ValueError: if H is odd, or positions are no integers.
+    """
+    op = "Rope.precomputed"
+    size = as_whole_number(op, "head_size", head_size)
+    if size < 2 or size % 2:
+      raise ValueError(f"{op}: head_size must be even, got {head_size}")
+    rope = self
+    if self.phases is None:
+      positions = as_integers(op, "positions", self.positions)
+      rope = dataclasses.replace(self, positions=positions)
+    phases = phases_of(rope, size, jnp.float32)
+    return Rope(interleaved=self.interleaved, phases=phases)
+
+  def is_of_halves(self, head_size: int) -> bool:
+    """Half against half of whole heads, by whatever frequencies or phases."""
+    pairs = head_size // 2
+    if self.phases is not None:
+      pairs = self.phases[0].shape[-1]
+    elif self.frequencies is not None:
+      pairs = self.frequencies.values.shape[-1]
+    return not self.interleaved and 2 * pairs == head_size
+
 
 register_with_numbers(
   Rope,
@@ -70,13 +106,8 @@ def apply_rope_reference(
 ) -> jax.Array:
   """The maths of the room's docstring in plain jnp.  The specification."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
-  if phases is not None:
-    sin, cos = (_per_token(phase.astype(wide)) for phase in phases)
-  else:
-    angle = _angles(x, positions, base_frequency, frequencies, wide)
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-  if frequencies is not None and frequencies.attention_scale != 1.0:
-    sin, cos = (frequencies.attention_scale * p for p in (sin, cos))
+  rope = Rope(positions, base_frequency, frequencies, phases=phases)
+  sin, cos = (_per_token(phase) for phase in phases_of(rope, x.shape[-1], wide))
   pairs = sin.shape[-1]
   turning, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
   if interleaved:
@@ -92,27 +123,43 @@ def apply_rope_reference(
   return jnp.concatenate([y.astype(x.dtype), rest], axis=-1)
 
 
+def phases_of(
+  rope: Rope, head_size: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Sines and cosines [B, T, F] or [T, F] of a dtype, times any scale."""
+  if rope.phases is not None:
+    sin, cos = (phase.astype(dtype) for phase in rope.phases)
+    return sin, cos
+  frequencies = rope.frequencies
+  angle = _angles(
+    head_size // 2, rope.positions, rope.base_frequency, frequencies, dtype
+  )
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  if frequencies is not None and frequencies.attention_scale != 1.0:
+    sin, cos = (frequencies.attention_scale * p for p in (sin, cos))
+  return sin, cos
+
+
 def _per_token(angle: jax.Array) -> jax.Array:
   """[T, F] or [B, T, F] to [B, T, 1, F], or what broadcasts to it."""
   return angle[..., None, :] if angle.ndim == 3 else angle[None, :, None, :]
 
 
 def _angles(
-  x: jax.Array, positions: Any, base: Any, frequencies: Any, dtype: Any
+  half: int, positions: Any, base: Any, frequencies: Any, dtype: Any
 ) -> jax.Array:
-  half = x.shape[-1] // 2
   if frequencies is None:
     # Position over timescale, as the released model has it: the product with
     # the reciprocal differs in the last bit, which large positions magnify.
     timescale = rope_timescale(half, base, dtype)
-    return _per_token(positions[..., None].astype(dtype) / timescale)
+    return positions[..., None].astype(dtype) / timescale
   values = jnp.asarray(frequencies.values).astype(dtype)
   if positions.ndim == 3:  # [streams, B, T] to [B, T, F]
     streams = jnp.asarray(frequencies.streams)
     positions = jnp.moveaxis(positions[streams], 0, -1)
   else:
     positions = positions[..., None]
-  return _per_token(positions.astype(dtype) * values)
+  return positions.astype(dtype) * values
 
 
 def rope_timescale(half: int, base_frequency: Any, dtype) -> jax.Array:
