@@ -126,7 +126,7 @@ def _run(
       if is_first():
         plot_losses(directory)
         say(f"losses drawn in {work.name}/loss.png")
-    except OSError as error:  # the picture only; all else is saved
+    except (OSError, UserError) as error:  # the picture only; all is saved
       say(f"losses not drawn: {error}")
   if not is_first():
     return result
