@@ -9,6 +9,7 @@ lacks, digits one by one, and no change whatever to the text, so that
 from __future__ import annotations
 
 import io
+import operator
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import sentencepiece
 
+from ._arguments import instance, wanted, whole
 from ._errors import UserError
 from ._files import local_path
 from ._remote import place_of
@@ -67,6 +69,9 @@ class Tokenizer:
   """
 
   def __init__(self, model: bytes, *, source: str = "tokenizer"):
+    if not isinstance(model, bytes):
+      what = "the bytes of a model (Tokenizer.load takes a path)"
+      raise wanted(source, what, model)
     self.model = model
     self._processor = sentencepiece.SentencePieceProcessor()
     # SentencePiece accepts an empty string as a model without pieces, and then
@@ -120,6 +125,7 @@ class Tokenizer:
         large for it; the message names the nearest size that works.
     """
     model = io.BytesIO()
+    vocab_size = whole("vocab_size", vocab_size, 1, (1 << 31) - 1)
     sentences = _Trainable(texts)
     try:
       sentencepiece.SentencePieceTrainer.train(
@@ -179,7 +185,7 @@ class Tokenizer:
 
   def piece_id(self, piece: str) -> int | None:
     """The id of a piece such as "<end_of_turn>"; None if there is none."""
-    found = self._processor.piece_to_id(piece)
+    found = self._processor.piece_to_id(instance("piece", piece, str))
     return None if found == self.unk_id else found
 
   def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
@@ -195,9 +201,9 @@ class Tokenizer:
         are " value".
 
     Raises:
-      ValueError: for an id outside the vocabulary.
+      ValueError: for what is no id of the vocabulary.
     """
-    before, ids = [int(i) for i in after], [int(i) for i in ids]
+    before, ids = _whole_numbers(after), _whole_numbers(ids)
     wrong = [i for i in (*before, *ids) if not 0 <= i < self.vocab_size]
     if wrong:
       raise ValueError(
@@ -207,9 +213,16 @@ class Tokenizer:
     return text[len(self._processor.decode(before)) :] if before else text
 
 
+def _whole_numbers(ids: Sequence[int]) -> list[int]:
+  try:
+    return [operator.index(i) for i in ids]
+  except TypeError:
+    raise wanted("decode", "a list of ids, whole numbers", ids) from None
+
+
 def _check_text(text: str) -> None:
   try:
-    text.encode()
+    instance("text", text, str).encode()
   except UnicodeEncodeError as error:
     code = ord(text[error.start])
     byte = f" (byte 0x{code - 0xDC00:02x})" if 0xDC80 <= code <= 0xDCFF else ""
@@ -237,6 +250,8 @@ class _Trainable:
   """
 
   def __init__(self, texts: Iterable[str]):
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+      raise wanted("texts", "several texts", texts)
     self._texts = texts
     self.error: BaseException | None = None
 

@@ -7,6 +7,7 @@ import pathlib
 from typing import Literal
 
 from .. import ops as _ops
+from .._arguments import instance
 from .._errors import UserError
 from .._lock import locked
 from .._model import Gemma
@@ -51,7 +52,8 @@ def save_checkpoint(
       belongs to another model or tokenizer, or the model is in int8.
   """
   step = step_number(step)
-  if model.is_quantized:
+  instance("tokenizer", tokenizer, Tokenizer)
+  if instance("model", model, Gemma).is_quantized:
     raise UserError(
       f"checkpoint {directory}: a model in int8 cannot be saved; save the one "
       "that it was made of, and quantize() what is loaded"
@@ -84,6 +86,7 @@ def load_checkpoint(
   """
   if not isinstance(step, str | None):
     step = step_number(step)
+  instance("ops", ops, _ops.Ops)
   place = place_of(directory, "checkpoint")
   if place is not None:
     with fetched(place, step, ("params/",)) as (here, found):

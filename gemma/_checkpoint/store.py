@@ -61,7 +61,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     own: bool = False,
   ):
     self._directory = local_path(directory, "work directory").absolute()
-    if keep is not None and keep < 1:
+    if keep is not None and not (type(keep) is int and keep >= 1):
       raise UserError(f"keep: wanted 1 or more, or None, got {keep}")
     self._keep = keep
     self._on_complete = on_complete

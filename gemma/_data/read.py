@@ -8,6 +8,7 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
+from .._arguments import path_of, several
 from .._errors import UserError
 from .._files import remote_url
 from . import formats
@@ -206,8 +207,8 @@ def find_sources(
 
     for name, text in sorted(topics.topics.items()):
       yield Source(name, text=text)
-  for part, given in enumerate(paths):
-    url = remote_url(given)
+  for part, given in enumerate(several("data", paths, "paths")):
+    url = remote_url(path_of("data", given))
     path = pathlib.Path(given) if url is None else Remote(url)
     if not path.exists():
       raise UserError(f"data {path}: no such file or folder; check --data")
