@@ -79,6 +79,8 @@ def _mistakes(config: type, arguments: Sequence[str]) -> Iterator[str]:
     given[name] = values
   for name, values in given.items():
     kind = types.get(name)
+    if "" in (values if not name else [] if _is_several(kind) else values[1:]):
+      yield "an empty path; give one, or leave it out"
     if _is_several(kind) and not values:
       yield f"--{name}: nothing follows it; give a value, or leave it out"
     if "Path" in str(kind) and "" in values:
@@ -94,18 +96,19 @@ def _mistakes(config: type, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-  """Each option as it is given: its name, and its values."""
-  option: tuple[str, list[str]] | None = None
+  """Each option as it is given: its name, and its values.
+
+  First, under no name, come what stands before all of them.
+  """
+  option: tuple[str, list[str]] = "", []
   for argument in arguments:
     if argument.startswith("--"):
-      if option:
-        yield option
+      yield option
       name, equals, value = argument[2:].partition("=")
       option = name.replace("_", "-"), [value] if equals else []
-    elif option:
+    else:
       option[1].append(argument)
-  if option:
-    yield option
+  yield option
 
 
 def _types_of(config: type, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -159,7 +159,7 @@ class Tokenizer:
       UserError: if the text is none: a byte that is not UTF-8 comes from the
         command line or a file name as half of a surrogate pair.
     """
-    _check_text(text)
+    check_text(text)
     ids: list[int] = []
     parts = text.split(_SPACE_MARK) if self._splits else [text]
     for i, part in enumerate(parts):
@@ -220,14 +220,19 @@ def _whole_numbers(ids: Sequence[int]) -> list[int]:
     raise wanted("decode", "a list of ids, whole numbers", ids) from None
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str, what: str = "text") -> None:
+  """Refuses what is no text, or has half of a surrogate pair.
+
+  Raises:
+    UserError: naming `what` it is.
+  """
   try:
-    instance("text", text, str).encode()
+    instance(what, text, str).encode()
   except UnicodeEncodeError as error:
     code = ord(text[error.start])
     byte = f" (byte 0x{code - 0xDC00:02x})" if 0xDC80 <= code <= 0xDCFF else ""
     raise UserError(
-      f"text: its character {error.start}, U+{code:04X}{byte}, is no "
+      f"{what}: its character {error.start}, U+{code:04X}{byte}, is no "
       "character; give valid UTF-8"
     ) from None
 
@@ -258,7 +263,7 @@ class _Trainable:
   def __iter__(self) -> Iterator[str]:
     try:
       for text in self._texts:
-        _check_text(text)
+        check_text(text)
         yield from filter(None, _UNTRAINABLE.split(text))
     except GeneratorExit:  # the trainer has enough
       raise

@@ -128,6 +128,10 @@ def test_sample_refuses_an_empty_stop_string_and_path(checkpoint, capfd):
   assert out == "" and "stop must be texts that are not empty" in err
   _, _, err = run(capfd, "sample", "--checkpoint", "")
   assert "--checkpoint: an empty path" in err
+  _, _, err = run(capfd, *arguments, "--stop", LONE)
+  assert "stop: its character 1, U+DCFF (byte 0xff), is no character" in err
+  for command in (["inspect"], ["plot"], ["plot", "--out", "x.png"]):
+    assert ": an empty path; give one" in run(capfd, *command, "")[2]
 
 
 TRAIN = {

@@ -43,7 +43,7 @@ from .identity import (
   write_identity,
 )
 from .mirror import Mirror
-from .model import load_checkpoint, save_checkpoint
+from .model import load_checkpoint, load_config, save_checkpoint
 from .steps import complete_steps, set_aside_unfinished, unfinished_steps
 from .store import Checkpoints
 from .told import best_step, read_losses, read_record
@@ -59,6 +59,7 @@ __all__ = [
   "complete_steps",
   "has_identity",
   "load_checkpoint",
+  "load_config",
   "open_directory",
   "read_identity",
   "read_losses",

@@ -14,6 +14,7 @@ import numpy as np
 from .._arguments import make_fields
 from .._errors import UserError
 from .._seeds import A_SEED, is_seed, key_of_words, words_of
+from .._tokenizer import check_text
 from .cut import Cut
 
 MOST_DRAFTED = 31  # tokens in a step of speculation
@@ -76,6 +77,7 @@ class Request:
     for text in self.stop:
       if not (isinstance(text, str) and text):
         raise wanted("stop", "texts that are not empty", repr(text))
+      check_text(text, "Sampler: stop")
 
   def settings(self, vocab_size: int, embeddings: int) -> Settings:
     """For the device.
