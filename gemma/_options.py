@@ -11,6 +11,7 @@ import dataclasses
 import io
 import os
 import re
+import shutil
 import typing
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -20,6 +21,8 @@ import tyro
 from ._errors import UserError
 
 _Config = TypeVar("_Config")
+
+_NARROWEST = 60  # characters
 
 _RULE = re.compile("[─-]{5,}")
 
@@ -40,7 +43,7 @@ def parse(
   """
   box = io.StringIO()
   try:
-    with contextlib.redirect_stderr(box):
+    with contextlib.redirect_stderr(box), _wide_enough():
       parsed = tyro.cli(config, prog=command, args=arguments)
   except SystemExit as end:
     if not end.code:
@@ -53,6 +56,24 @@ def parse(
     if not mistake:
       return parsed
   raise UserError(f"{mistake} ({command} --help lists the options)")
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+  """Inside, the terminal has a width in which the options can be read.
+
+  tyro makes a column of single letters in a narrow one, and in one of less than
+  six characters it does not end.
+  """
+  chosen = os.environ.get("COLUMNS")
+  if shutil.get_terminal_size().columns < _NARROWEST:
+    os.environ["COLUMNS"] = str(_NARROWEST)
+  try:
+    yield
+  finally:
+    os.environ.pop("COLUMNS", None)
+    if chosen is not None:
+      os.environ["COLUMNS"] = chosen
 
 
 def _of_box(text: str) -> str:

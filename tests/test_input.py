@@ -175,6 +175,21 @@ def test_train_refuses_before_it_begins(options, tmp_path, monkeypatch, capfd):
   assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("width", ["1", "20"])
+def test_help_can_be_read_in_a_narrow_terminal(width):
+  """It never ended, or had a letter in each of 5,000 lines."""
+  code = "from pallas_gemma.gemma import main; main(['plot', '--help'])"
+  done = subprocess.run(
+    [sys.executable, "-P", "-c", code],
+    env={**os.environ, "COLUMNS": width},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "what the curves are drawn over" in done.stdout
+
+
 def test_a_message_is_the_same_where_no_box_can_be_drawn(monkeypatch, capfd):
   """tyro draws its messages with other characters there."""
   mistake = ("sample", "--checkpoint", "c", "--seed", "x")
