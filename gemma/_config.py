@@ -135,6 +135,8 @@ class GemmaConfig:
     Raises:
       ValueError: on a missing, unknown or wrong field.
     """
+    if not isinstance(fields, Mapping):
+      raise ValueError(f"GemmaConfig: wanted a dict of fields, got {fields!r}")
     known = {field.name: field for field in dataclasses.fields(cls)}
     needed = {
       name

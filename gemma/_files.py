@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 
+from ._arguments import path_of
 from ._errors import UserError
 
 # As `pathlib` leaves it, which makes gs://b/x into gs:/b/x, and gs:// into gs:.
@@ -40,13 +41,13 @@ def local_path(
   Raises:
     UserError: for SCHEME://..., such as gs://, s3:// and https://.
   """
-  url = remote_url(path)
+  url = remote_url(path_of(what, path))
   if url is not None:
     raise UserError(
       f"{what} {url}: wanted a path of this machine; mount it, or write here "
       "and copy"
     )
-  return pathlib.Path(os.fsdecode(path))
+  return pathlib.Path(path)
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._arguments import instance
 from ._config import GemmaConfig
 
 # bfloat16 FLOP/s of one device as JAX counts them, from Google's system
@@ -25,6 +26,7 @@ def flops_per_token(config: GemmaConfig, sequence_length: int) -> float:
   of what the full square of queries and keys would take.  What a remat policy
   computes a second time is not counted.
   """
+  instance("config", config, GemmaConfig)
   heads = config.num_heads * config.head_size
   kv_heads = config.num_kv_heads * config.head_size
   attention = 2 * config.width * (heads + kv_heads)

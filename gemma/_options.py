@@ -11,6 +11,7 @@ import dataclasses
 import io
 import os
 import re
+import shutil
 import typing
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -20,6 +21,8 @@ import tyro
 from ._errors import UserError
 
 _Config = TypeVar("_Config")
+
+_NARROWEST = 60  # characters
 
 _RULE = re.compile("[─-]{5,}")
 
@@ -40,7 +43,7 @@ def parse(
   """
   box = io.StringIO()
   try:
-    with contextlib.redirect_stderr(box):
+    with contextlib.redirect_stderr(box), _wide_enough():
       parsed = tyro.cli(config, prog=command, args=arguments)
   except SystemExit as end:
     if not end.code:
@@ -53,6 +56,24 @@ def parse(
     if not mistake:
       return parsed
   raise UserError(f"{mistake} ({command} --help lists the options)")
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+  """Inside, the terminal has a width in which the options can be read.
+
+  tyro makes a column of single letters in a narrow one, and in one of less than
+  six characters it does not end.
+  """
+  chosen = os.environ.get("COLUMNS")
+  if shutil.get_terminal_size().columns < _NARROWEST:
+    os.environ["COLUMNS"] = str(_NARROWEST)
+  try:
+    yield
+  finally:
+    os.environ.pop("COLUMNS", None)
+    if chosen is not None:
+      os.environ["COLUMNS"] = chosen
 
 
 def _of_box(text: str) -> str:
@@ -79,6 +100,8 @@ def _mistakes(config: type, arguments: Sequence[str]) -> Iterator[str]:
     given[name] = values
   for name, values in given.items():
     kind = types.get(name)
+    if "" in (values if not name else [] if _is_several(kind) else values[1:]):
+      yield "an empty path; give one, or leave it out"
     if _is_several(kind) and not values:
       yield f"--{name}: nothing follows it; give a value, or leave it out"
     if "Path" in str(kind) and "" in values:
@@ -94,18 +117,19 @@ def _mistakes(config: type, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-  """Each option as it is given: its name, and its values."""
-  option: tuple[str, list[str]] | None = None
+  """Each option as it is given: its name, and its values.
+
+  First, under no name, come what stands before all of them.
+  """
+  option: tuple[str, list[str]] = "", []
   for argument in arguments:
     if argument.startswith("--"):
-      if option:
-        yield option
+      yield option
       name, equals, value = argument[2:].partition("=")
       option = name.replace("_", "-"), [value] if equals else []
-    elif option:
+    else:
       option[1].append(argument)
-  if option:
-    yield option
+  yield option
 
 
 def _types_of(config: type, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ._arguments import path_of
 from ._errors import UserError
 from ._files import remote_url
 
@@ -208,7 +209,7 @@ def place_of(path: str | os.PathLike[str], what: str) -> Place | None:
     UserError: if nothing follows the scheme; without its slashes it would be a
       folder of this machine.
   """
-  url = remote_url(path)
+  url = remote_url(path_of(what, path))
   if url is None:
     return None
   if not url.partition("://")[2].strip("/"):

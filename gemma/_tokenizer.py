@@ -9,6 +9,7 @@ lacks, digits one by one, and no change whatever to the text, so that
 from __future__ import annotations
 
 import io
+import operator
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import sentencepiece
 
+from ._arguments import instance, wanted, whole
 from ._errors import UserError
 from ._files import local_path
 from ._remote import place_of
@@ -67,6 +69,9 @@ class Tokenizer:
   """
 
   def __init__(self, model: bytes, *, source: str = "tokenizer"):
+    if not isinstance(model, bytes):
+      what = "the bytes of a model (Tokenizer.load takes a path)"
+      raise wanted(source, what, model)
     self.model = model
     self._processor = sentencepiece.SentencePieceProcessor()
     # SentencePiece accepts an empty string as a model without pieces, and then
@@ -120,6 +125,7 @@ class Tokenizer:
         large for it; the message names the nearest size that works.
     """
     model = io.BytesIO()
+    vocab_size = whole("vocab_size", vocab_size, 1, (1 << 31) - 1)
     sentences = _Trainable(texts)
     try:
       sentencepiece.SentencePieceTrainer.train(
@@ -153,7 +159,7 @@ class Tokenizer:
       UserError: if the text is none: a byte that is not UTF-8 comes from the
         command line or a file name as half of a surrogate pair.
     """
-    _check_text(text)
+    check_text(text)
     ids: list[int] = []
     parts = text.split(_SPACE_MARK) if self._splits else [text]
     for i, part in enumerate(parts):
@@ -179,7 +185,7 @@ class Tokenizer:
 
   def piece_id(self, piece: str) -> int | None:
     """The id of a piece such as "<end_of_turn>"; None if there is none."""
-    found = self._processor.piece_to_id(piece)
+    found = self._processor.piece_to_id(instance("piece", piece, str))
     return None if found == self.unk_id else found
 
   def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
@@ -195,9 +201,9 @@ class Tokenizer:
         are " value".
 
     Raises:
-      ValueError: for an id outside the vocabulary.
+      ValueError: for what is no id of the vocabulary.
     """
-    before, ids = [int(i) for i in after], [int(i) for i in ids]
+    before, ids = _whole_numbers(after), _whole_numbers(ids)
     wrong = [i for i in (*before, *ids) if not 0 <= i < self.vocab_size]
     if wrong:
       raise ValueError(
@@ -207,14 +213,26 @@ class Tokenizer:
     return text[len(self._processor.decode(before)) :] if before else text
 
 
-def _check_text(text: str) -> None:
+def _whole_numbers(ids: Sequence[int]) -> list[int]:
   try:
-    text.encode()
+    return [operator.index(i) for i in ids]
+  except TypeError:
+    raise wanted("decode", "a list of ids, whole numbers", ids) from None
+
+
+def check_text(text: str, what: str = "text") -> None:
+  """Refuses what is no text, or has half of a surrogate pair.
+
+  Raises:
+    UserError: naming `what` it is.
+  """
+  try:
+    instance(what, text, str).encode()
   except UnicodeEncodeError as error:
     code = ord(text[error.start])
     byte = f" (byte 0x{code - 0xDC00:02x})" if 0xDC80 <= code <= 0xDCFF else ""
     raise UserError(
-      f"text: its character {error.start}, U+{code:04X}{byte}, is no "
+      f"{what}: its character {error.start}, U+{code:04X}{byte}, is no "
       "character; give valid UTF-8"
     ) from None
 
@@ -237,13 +255,15 @@ class _Trainable:
   """
 
   def __init__(self, texts: Iterable[str]):
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+      raise wanted("texts", "several texts", texts)
     self._texts = texts
     self.error: BaseException | None = None
 
   def __iter__(self) -> Iterator[str]:
     try:
       for text in self._texts:
-        _check_text(text)
+        check_text(text)
         yield from filter(None, _UNTRAINABLE.split(text))
     except GeneratorExit:  # the trainer has enough
       raise

@@ -572,6 +572,27 @@ def test_a_step_may_be_written_in_the_background(tmp_path, monkeypatch):
   assert complete_steps(tmp_path) == [2, 3]
 
 
+@pytest.mark.parametrize(
+  "error, message",
+  [
+    (ValueError("x [os_error_code='28']"), "no space left on its disk"),
+    (ValueError("x [os_error_code='5']"), "checkpoint: Input/output error; ea"),
+    (OSError(errno.EROFS, "Read-only"), "cannot write a checkpoint: .*Read-on"),
+  ],
+)
+def test_a_disk_that_fails_is_said(error, message, tmp_path, monkeypatch):
+  """As TensorStore tells it, and as Python does."""
+
+  def fails(folder, tree):
+    raise error
+
+  store = importlib.import_module("pallas_gemma.gemma._checkpoint.store")
+  monkeypatch.setattr(store, "write_arrays", fails)
+  with pytest.raises(UserError, match=message):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+      checkpoints.save(4, p={"x": np.zeros(3)}, background=True)
+
+
 # --- paths of another machine ---
 
 REMOTE = (

@@ -154,6 +154,8 @@ def test_folders_are_read_whole_and_what_is_skipped_is_said(tmp_path):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+  (tmp_path / "a" / "again").symlink_to(tmp_path, target_is_directory=True)
+  (tmp_path / "gone.txt").symlink_to(tmp_path / "no such file")
   corpus = read_corpus([tmp_path])
   texts = {pathlib.Path(d.name).name: d.text for d in corpus.documents}
   assert texts == {"b.txt": "second", "x.md": "f\u00fcrst\r\n"}
@@ -166,6 +168,8 @@ def test_folders_are_read_whole_and_what_is_skipped_is_said(tmp_path):
     "binary, not text": ["blob.txt"],
     "not UTF-8 text (byte 3)": ["latin.txt"],
     "empty": ["blank.txt"],
+    "a link to a folder": ["again"],
+    "No such file or directory": ["gone.txt"],
   }
 
 

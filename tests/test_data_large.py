@@ -389,12 +389,15 @@ def test_no_thread_is_left(files, tmp_path, monkeypatch):
   assert threading.active_count() == before
 
 
-def test_a_full_disk_is_said(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EIO])
+def test_a_full_disk_is_said(files, tmp_path, monkeypatch, number):
   def full(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
+    raise OSError(number, os.strerror(number))
 
   monkeypatch.setattr(encode, "marked", full)
-  with pytest.raises(UserError, match="No space left .* give --cache-dir"):
+  with pytest.raises(
+    UserError, match=f"{os.strerror(number)}.* give --cache-dir"
+  ):
     prepare([files], Cache(tmp_path))
   assert not [*tmp_path.glob(".part-*")]
 

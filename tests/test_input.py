@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import math
 import os
 import pathlib
@@ -127,6 +128,10 @@ def test_sample_refuses_an_empty_stop_string_and_path(checkpoint, capfd):
   assert out == "" and "stop must be texts that are not empty" in err
   _, _, err = run(capfd, "sample", "--checkpoint", "")
   assert "--checkpoint: an empty path" in err
+  _, _, err = run(capfd, *arguments, "--stop", LONE)
+  assert "stop: its character 1, U+DCFF (byte 0xff), is no character" in err
+  for command in (["inspect"], ["plot"], ["plot", "--out", "x.png"]):
+    assert ": an empty path; give one" in run(capfd, *command, "")[2]
 
 
 TRAIN = {
@@ -168,6 +173,21 @@ def test_train_refuses_before_it_begins(options, tmp_path, monkeypatch, capfd):
   assert err.startswith("pallas-gemma: ") and TRAIN[options] in err
   assert err.count("\n") == 1
   assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", ["1", "20"])
+def test_help_can_be_read_in_a_narrow_terminal(width):
+  """It never ended, or had a letter in each of 5,000 lines."""
+  code = "from pallas_gemma.gemma import main; main(['plot', '--help'])"
+  done = subprocess.run(
+    [sys.executable, "-P", "-c", code],
+    env={**os.environ, "COLUMNS": width},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "what the curves are drawn over" in done.stdout
 
 
 def test_a_message_is_the_same_where_no_box_can_be_drawn(monkeypatch, capfd):
@@ -470,3 +490,130 @@ def test_models_and_ops_can_be_pickled(model):
   assert pickle.loads(pickle.dumps(config)) == config
   words = tokenizer()
   assert pickle.loads(pickle.dumps(words)).encode("fox") == words.encode("fox")
+
+
+# --- arguments of a wrong kind ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    (dict(steps="10"), "steps: wanted a whole number, got '10'"),
+    (dict(steps=2.5), "steps: wanted a whole number, got 2.5"),
+    (dict(keep=True), "keep: wanted a whole number, got True"),
+    (dict(data="a.txt"), "data: wanted a list of paths, got 'a.txt'"),
+    (dict(data=(None,)), "data: wanted a list of paths"),
+    (dict(data=("a", "b"), mix=(1, 2)), "mix: wanted a list of texts"),
+    (dict(work_dir=""), "work_dir: wanted a path or None, got ''"),
+    (dict(tokenizer=b"x"), "tokenizer: wanted a path or None"),
+    (dict(text_field=5), "text_field: wanted a text or None, got 5"),
+    (dict(mesh=8), "mesh: wanted a text, got 8"),
+    (dict(head="none"), "head: wanted 'auto' or 'recompute' or 'chunked'"),
+    (dict(held_out="0.1"), "held_out: wanted a number, got '0.1'"),
+    (dict(eval_batches="some"), "whole number or 'auto' or 'all', got 'some'"),
+    (dict(allow_change="no"), "allow_change: wanted True or False, got 'no'"),
+    (dict(optimizer={}), "optimizer: wanted an OptimizerConfig, got {}"),
+    (dict(model="2b"), "model: wanted a GemmaConfig, got '2b'"),
+  ],
+)
+def test_a_setting_of_another_kind_is_named(wrong, message):
+  with pytest.raises(UserError) as error:
+    TrainConfig(**wrong)
+  assert message in str(error.value)
+
+
+def test_settings_become_what_their_types_say():
+  config = TrainConfig(
+    data=["a.txt"],  # type: ignore[arg-type]
+    work_dir="run",
+    steps=np.int64(4),  # type: ignore[arg-type]
+    held_out=np.float32(0.5),  # type: ignore[arg-type]
+    save_in_background=np.True_,  # type: ignore[arg-type]
+    optimizer=OptimizerConfig(learning_rate=1),
+  )
+  assert config.data == (pathlib.Path("a.txt"),)
+  assert config.work_dir == pathlib.Path("run")
+  json.dumps([config.steps, config.held_out, config.save_in_background])
+
+
+A_MODEL = "wanted a Gemma, got"
+A_PATH = "wanted a path, got None"
+
+
+@pytest.mark.parametrize(
+  "name, arguments, message",
+  [
+    ("train", ({"steps": 3},), "config: wanted a TrainConfig"),
+    ("load_checkpoint", (None,), f"checkpoint: {A_PATH}"),
+    ("save_checkpoint", (None, "model", "text"), f"directory: {A_PATH}"),
+    ("save_checkpoint", ("x", None, "text"), f"model: {A_MODEL} None"),
+    ("save_checkpoint", ("x", "model", None), "tokenizer: wanted a Tokenizer"),
+    ("best_step", (None,), f"checkpoint: {A_PATH}"),
+    ("read_record", ("x", "4"), "step: wanted a whole number"),
+    ("read_metrics", (None,), f"run: {A_PATH}"),
+    ("plot_runs", ("run", "x.png"), "runs: wanted a list of work directories"),
+    ("plot_runs", (["run"], "x.png", "foo"), "axis: wanted step or tokens or"),
+    ("read_corpus", ("a.txt",), "data: wanted a list of paths, got 'a.txt'"),
+    ("read_corpus", ([5],), "data: wanted a path, got 5"),
+    ("split_documents", (["abc"], 0.1, 0), "documents: wanted a Document"),
+    ("split_documents", ([], 0.1, 0), "documents: none has text"),
+    ("tokenize", ([], "tokens"), "tokenizer: wanted a Tokenizer"),
+    ("pack", ([], 0), "sequence_length: wanted a whole number from 1"),
+    ("training_batches", (None, 2.5, 0), "batch_size: wanted a whole number"),
+    ("make_optimizer", ({}, 3), "config: wanted an OptimizerConfig, got {}"),
+    ("flops_per_token", ({}, 3), "config: wanted a GemmaConfig"),
+    ("Tokenizer", ("path",), "(Tokenizer.load takes a path), got 'path'"),
+    ("Sampler", (None, "text"), "model must be a Gemma"),
+    ("Sampler", ("model", None), "tokenizer must be a Tokenizer"),
+  ],
+)
+def test_an_argument_of_another_kind_is_named(name, arguments, message, model):
+  known = {"model": model, "text": tokenizer()}
+  with pytest.raises(UserError) as error:
+    getattr(gemma, name)(*[known.get(str(x), x) for x in arguments])
+  assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (dict(prompts=5), "prompts: wanted a list of texts, got 5"),
+    (dict(temperature="hot"), "temperature must be a number, got 'hot'"),
+    (dict(top_p=None, min_p="x"), "min_p must be a number or None, got 'x'"),
+    (dict(logit_bias=[1, 2]), "logit_bias must be a dict, got [1, 2]"),
+    (dict(logit_bias={1: "a"}), "logit_bias must be of numbers, got 'a'"),
+    (dict(stop_tokens=5), "stop_tokens must be a list, got 5"),
+    (dict(stop=5), "stop must be a list of texts, got 5"),
+    (dict(stream=5), "stream must be a function, or None, got 5"),
+  ],
+)
+def test_an_argument_of_a_sampler_of_another_kind_is_named(
+  arguments, message, model
+):
+  settings = dict(prompts=["The"], max_new_tokens=1) | arguments
+  with pytest.raises(UserError) as error:
+    Sampler(model, tokenizer())(settings.pop("prompts"), **settings)
+  assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [("encode", None), ("encode", b"a"), ("decode", "ab"), ("decode", [1.5])],
+)
+def test_a_tokenizer_names_what_it_cannot_take(name, value):
+  with pytest.raises(UserError) as error:
+    getattr(tokenizer(), name)(value)
+  assert str(error.value).endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize(
+  "texts, size, message",
+  [
+    ("one text", 300, "texts: wanted several texts, got 'one text'"),
+    ([5], 300, "text: wanted a text, got 5"),
+    (["text"], 0, "vocab_size: wanted a whole number from 1"),
+  ],
+)
+def test_a_tokenizer_is_not_learnt_from_anything(texts, size, message):
+  with pytest.raises(UserError, match=message):
+    Tokenizer.train(texts, size)

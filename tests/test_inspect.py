@@ -4,7 +4,7 @@ import importlib
 import re
 
 import pytest
-from pallas_gemma.gemma import UserError
+from pallas_gemma.gemma import GemmaConfig, Tokenizer, UserError
 
 INSPECT = importlib.import_module("pallas_gemma.gemma._train.inspect")
 CLI = importlib.import_module("pallas_gemma.gemma._cli")
@@ -65,3 +65,15 @@ def test_the_command_prints_it(capsys):
     CLI.main(["inspect", "--mesh", "rows=2"])
   assert end.value.code == 2
   assert "wanted auto, v5e-1" in capsys.readouterr().err
+
+
+def test_no_array_of_a_checkpoint_is_read(tmp_path):
+  """Sizes are asked for, which are known before the first step."""
+  identity = importlib.import_module("pallas_gemma.gemma._checkpoint.identity")
+  learnt = Tokenizer.train(["The quick brown fox, again. " * 9], 300)
+  model = {"model": GemmaConfig.tiny().to_dict()}
+  identity.write_identity(tmp_path, model, learnt)
+  shown = lines(checkpoint=tmp_path)
+  assert "[1, 256, 128]" in found(shown, "residual stream")
+  with pytest.raises(UserError, match="none: no such directory"):
+    lines(checkpoint=tmp_path / "none")

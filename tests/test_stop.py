@@ -273,7 +273,7 @@ def test_neighbours_go_on_when_a_row_stops():
 @pytest.mark.parametrize("stop", ["", ["."] + [""], [5], [None]])
 def test_a_stop_string_that_is_none_is_refused(stop):
   sample = Sampler(Chain(np.zeros((CONFIG.vocab_size, 1))), own_tokenizer())
-  with pytest.raises(UserError, match="stop must be texts that are not empty"):
+  with pytest.raises(UserError, match="stop must be .*texts"):
     sample.check(["fox"], max_new_tokens=1, stop=stop)
 
 

@@ -588,6 +588,23 @@ def test_texts_are_mixed_as_asked_for(tmp_path):
     run(dataclasses.replace(settings, mix=("1", "1"), steps=7))
 
 
+def test_a_file_that_goes_to_another_text_of_a_mixture_is_noticed(tmp_path):
+  """The text stays what it is, and how often each part is drawn does not."""
+  data = tmp_path / "1", tmp_path / "2"
+  for folder, name in zip((0, 0, 1), "abc", strict=True):
+    data[folder].mkdir(exist_ok=True)
+    shutil.copy(TEXT.with_name("_output.py"), data[folder] / f"{name}.py")
+  settings = config(tmp_path / "run", data=data, mix=("3", "1"))
+  run(settings)
+  assert "complete" in run(settings)
+  (data[0] / "b.py").rename(data[1] / "b.py")
+  with pytest.raises(UserError, match=r"texts.bytes (\d+) (\d+) -> \2 \1;"):
+    run(settings)
+  allowed = dataclasses.replace(settings, allow_change=True)
+  opened = room("_train.run").open_run(allowed, settings.directory)
+  assert [change.name for change in opened.changes] == ["texts.bytes"]
+
+
 @pytest.mark.parametrize(
   "mix, message",
   [
@@ -714,7 +731,8 @@ def test_a_checkpoint_records_what_it_was_made_with(finished):
   assert record["versions"]["jax"] == jax.__version__
   wanted = {"python", "pallas-gemma", "jaxlib", "flax", "optax"}
   assert wanted < {*record["versions"]}
-  assert record["device"] == {"kind": jax.devices()[0].device_kind}
+  kind, count = jax.devices()[0].device_kind, jax.device_count()
+  assert record["device"] == {"kind": kind, "count": count}
   metrics = read_metrics(finished)[-1]
   assert record["metrics"]["loss"] == metrics["loss"]
   assert "record.json" in json.loads((path / "checksums.json").read_text())
@@ -798,15 +816,54 @@ def test_versions_paths_and_devices_that_differ_are_said(copy, tmp_path):
   record = copy / "checkpoints" / str(STEPS) / "record.json"
   there = json.loads(record.read_text())
   there["versions"]["jax"] = "0.0.1"
+  there["device"]["count"] = 512
   other = shutil.copy(TEXT, tmp_path / "same.txt")
   changes = room("_train.record")
   now = changes.settings(config(copy, data=(pathlib.Path(other),)))
   assert [*map(str, changes.changes(there, now))] == [
     f"data {TEXT} -> {other}",
     f"versions.jax 0.0.1 -> {jax.__version__}",
+    f"device.count 512 -> {jax.device_count()}",
   ]
   assert all(change.is_free for change in changes.changes(there, now))
   assert changes.changes({}, now) == []  # of an older version
+  for name, nothing in (("data", "Python's documentation"), ("mix", "none")):
+    assert str(changes.Change(name, ["a"], [])) == f"{name} a -> {nothing}"
+
+
+def test_steps_whose_config_is_gone_are_nobodys(copy):
+  (copy / "config.json").unlink()
+  with pytest.raises(UserError, match="step 12, and no config.json that says"):
+    run(config(copy, seed=1))  # would be trained on what is held out
+  assert not (copy / "config.json").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_run(copy):
+  (copy / "loss.png").unlink()
+  (copy / "loss.png").mkdir()
+  records = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+  (copy / "metrics.jsonl").write_text("".join(records[:-1]))  # to be completed
+  printed = run(config(copy))
+  assert "losses not drawn: picture" in printed
+  assert read_metrics(copy)[-1]["step"] == STEPS
+
+
+@pytest.mark.parametrize("damage", ["tine", "[1]", '"1.0"', "true"])
+def test_a_damaged_record_costs_no_run(copy, damage):
+  """A flipped bit of "time", and numbers that are none any more."""
+  path = copy / "metrics.jsonl"
+  first, *rest = path.read_text().splitlines(keepends=True)
+  if damage == "tine":
+    first = first.replace('"time"', '"tine"')
+  else:
+    first = re.sub(r'"seconds": [^,]*', f'"seconds": {damage}', first)
+  path.write_text("".join([first, *rest]))
+  metrics = room("_train.metrics")
+  with metrics.Metrics(copy, step=STEPS) as there:
+    there.write({"step": STEPS + 1})
+  one, *_, last = read_metrics(copy)
+  assert one["step"] == 1 and last["step"] == STEPS + 1
+  assert all(isinstance(x, int | float) for x in one.values())
 
 
 def test_a_mistake_leaves_no_directory(tmp_path):

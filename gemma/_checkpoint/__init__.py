@@ -36,13 +36,14 @@ from .identity import (
   CONFIG,
   TOKENIZER,
   check_identity,
+  has_identity,
   open_directory,
   read_identity,
   tokenizer_identity,
   write_identity,
 )
 from .mirror import Mirror
-from .model import load_checkpoint, save_checkpoint
+from .model import load_checkpoint, load_config, save_checkpoint
 from .steps import complete_steps, set_aside_unfinished, unfinished_steps
 from .store import Checkpoints
 from .told import best_step, read_losses, read_record
@@ -56,7 +57,9 @@ __all__ = [
   "best_step",
   "check_identity",
   "complete_steps",
+  "has_identity",
   "load_checkpoint",
+  "load_config",
   "open_directory",
   "read_identity",
   "read_losses",

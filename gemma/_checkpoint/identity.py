@@ -12,6 +12,7 @@ from .._config import GemmaConfig
 from .._errors import UserError
 from .._files import local_path, write_atomically
 from .._tokenizer import Tokenizer
+from .steps import complete_steps
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
@@ -48,6 +49,24 @@ def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
   }
 
 
+def has_identity(directory: pathlib.Path) -> bool:
+  """Whether there is a config.json.
+
+  Raises:
+    UserError: if it is gone from a directory with steps: they may be those of
+      another model, text or seed.
+  """
+  if (directory / CONFIG).exists():
+    return True
+  if steps := complete_steps(directory):
+    raise UserError(
+      f"work directory {directory}: it has step {steps[-1]}, and no {CONFIG} "
+      "that says of which run; restore it from a copy, or give another "
+      "--work-dir"
+    )
+  return False
+
+
 def write_identity(
   directory: pathlib.Path, identity: dict[str, Any], tokenizer: Tokenizer
 ) -> None:
@@ -60,7 +79,7 @@ def write_identity(
     UserError: as `check_identity`.
   """
   identity = {**identity, "tokenizer": tokenizer_identity(tokenizer)}
-  if (directory / CONFIG).exists():
+  if has_identity(directory):
     there = read_identity(directory)
     check_identity(directory, there, identity)
     identity = {**there, **identity}

@@ -7,6 +7,8 @@ import pathlib
 from typing import Literal
 
 from .. import ops as _ops
+from .._arguments import instance
+from .._config import GemmaConfig
 from .._errors import UserError
 from .._lock import locked
 from .._model import Gemma
@@ -21,7 +23,7 @@ from .identity import (
   write_identity,
 )
 from .remote import fetched
-from .steps import choose_step, complete_folders
+from .steps import RECORD, choose_step, complete_folders
 from .store import Checkpoints, restore, step_number
 
 
@@ -51,7 +53,8 @@ def save_checkpoint(
       belongs to another model or tokenizer, or the model is in int8.
   """
   step = step_number(step)
-  if model.is_quantized:
+  instance("tokenizer", tokenizer, Tokenizer)
+  if instance("model", model, Gemma).is_quantized:
     raise UserError(
       f"checkpoint {directory}: a model in int8 cannot be saved; save the one "
       "that it was made of, and quantize() what is loaded"
@@ -84,15 +87,13 @@ def load_checkpoint(
   """
   if not isinstance(step, str | None):
     step = step_number(step)
+  instance("ops", ops, _ops.Ops)
   place = place_of(directory, "checkpoint")
   if place is not None:
     with fetched(place, step, ("params/",)) as (here, found):
       return load_checkpoint(here, step=found, ops=ops)
   directory = pathlib.Path(directory)
-  if not directory.is_dir():
-    raise UserError(f"checkpoint {directory}: no such directory")
-  identity = read_identity(directory)
-  config = model_config(directory, identity)
+  config = _config_in(directory)
   tokenizer = Tokenizer.load(directory / TOKENIZER)
   model = abstract_gemma(config, ops)
   params = model_params(model)
@@ -107,3 +108,25 @@ def load_checkpoint(
         raise
     else:
       return with_params(model, restored["params"]), tokenizer
+
+
+def load_config(directory: str | os.PathLike[str]) -> GemmaConfig:
+  """The sizes of a checkpoint's model, of which no array is read.
+
+  Args:
+    directory: as `load_checkpoint` takes it.
+
+  Raises:
+    UserError: if there is none, or its config is damaged.
+  """
+  place = place_of(directory, "checkpoint")
+  if place is not None:
+    with fetched(place, None, (RECORD,)) as (here, _):
+      return _config_in(here)
+  return _config_in(pathlib.Path(directory))
+
+
+def _config_in(directory: pathlib.Path) -> GemmaConfig:
+  if not directory.is_dir():
+    raise UserError(f"checkpoint {directory}: no such directory")
+  return model_config(directory, read_identity(directory))

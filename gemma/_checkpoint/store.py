@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import pathlib
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from .checksums import checksums_of, put_checksums, verify
 from .parts import host_copies, join_parts, write_parts
 
 _SAVING = "saving a checkpoint"
+_TOLD = re.compile(r"os_error_code='(\d+)'")
 # Of what is written; the thread that does it is one at a time.
 _channel = Channel("checkpoints")
 
@@ -61,7 +63,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     own: bool = False,
   ):
     self._directory = local_path(directory, "work directory").absolute()
-    if keep is not None and keep < 1:
+    if keep is not None and not (type(keep) is int and keep >= 1):
       raise UserError(f"keep: wanted 1 or more, or None, got {keep}")
     self._keep = keep
     self._on_complete = on_complete
@@ -363,17 +365,18 @@ def _disk_errors(directory: pathlib.Path) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except (OSError, ValueError) as error:
+  except Exception as error:
     # Orbax passes on TensorStore's errors: a ValueError whose message holds
     # the error number, where Python's own OSError has an attribute.
-    if f"os_error_code='{errno.ENOSPC}'" in str(error) or (
-      getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    ):
+    told = _TOLD.search(str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
       raise _no_space(directory, "") from error
-    if not isinstance(error, OSError):
+    if not (told or isinstance(error, OSError)):
       raise
+    detail = os.strerror(int(told[1])) if told else error
     raise UserError(
-      f"work directory {directory}: cannot write a checkpoint: {error}; "
+      f"work directory {directory}: cannot write a checkpoint: {detail}; "
       "earlier ones are intact"
     ) from error
 

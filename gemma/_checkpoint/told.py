@@ -11,6 +11,7 @@ from .._remote import place_of
 from .checksums import verify
 from .remote import fetched, remote_losses
 from .steps import RECORD, local_losses, lowest, step_folder, way_out
+from .store import step_number
 
 
 def best_step(directory: str | os.PathLike[str]) -> int | None:
@@ -44,6 +45,7 @@ def read_record(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
   Raises:
     UserError: if there is no such step, or its record is damaged.
   """
+  step = step_number(step)
   place = place_of(directory, "checkpoint")
   if place is not None:
     with fetched(place, step, (RECORD,)) as (here, _):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
 
+from .._arguments import whole
 from .rows import Batch, Rows
 
 
@@ -27,6 +29,8 @@ def training_batches(
     mine: which of the rows of each batch to make, as one of several processes;
       None for all.
   """
+  batch_size = whole("batch_size", batch_size, 1, sys.maxsize)
+  seed = whole("seed", seed, 0, (1 << 63) - 1)
   source = grain.MapDataset.source(rows).seed(seed)
   endless = source.shuffle().repeat()
   batches = endless.batch(batch_size)

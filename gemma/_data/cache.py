@@ -190,12 +190,14 @@ def open_cache(asked: pathlib.Path | None, work_dir: pathlib.Path) -> Cache:
 
 @contextlib.contextmanager
 def full_disk_is_said(cache: Cache) -> Iterator[None]:
-  """Inside, a full disk is the user's to mend."""
+  """Inside, a full disk, or one that has failed, is the user's to mend."""
   try:
     yield
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-      raise
+      raise UserError(
+        f"cache {cache.directory}: {error}; give --cache-dir another place"
+      ) from error
     raise UserError(
       f"cache {cache.directory}: {error.strerror}; make room, or give "
       "--cache-dir another place (while text is read first it takes as much as "

@@ -8,6 +8,7 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
+from .._arguments import path_of, several
 from .._errors import UserError
 from .._files import remote_url
 from . import formats
@@ -77,9 +78,9 @@ def read_corpus(
   """Reads text files and folders; if none are given, Python's documentation.
 
   A file named by the user must be text.  Of a folder everything is read, its
-  own folders too, but for hidden files and for what is not text, judged by its
-  suffix and its content.  JSONL, JSON, tables, notebooks, HTML and compressed
-  files are read as `_data/formats.py` says.
+  own folders too, but for hidden files, for links to folders and for what is
+  not text, judged by its suffix and its content.  JSONL, JSON, tables,
+  notebooks, HTML and compressed files are read as `_data/formats.py` says.
 
   All the text is held in memory; `pallas-gemma train` does not do that.
 
@@ -206,8 +207,8 @@ def find_sources(
 
     for name, text in sorted(topics.topics.items()):
       yield Source(name, text=text)
-  for part, given in enumerate(paths):
-    url = remote_url(given)
+  for part, given in enumerate(several("data", paths, "paths")):
+    url = remote_url(path_of("data", given))
     path = pathlib.Path(given) if url is None else Remote(url)
     if not path.exists():
       raise UserError(f"data {path}: no such file or folder; check --data")
@@ -232,6 +233,10 @@ def _folder(root: pathlib.Path | Remote, skipped: Skipped) -> Iterator[Source]:
 
   for folder, folders, files in os.walk(root, onerror=refuse):
     folders[:] = sorted(f for f in folders if not f.startswith("."))
+    for name in folders:  # which a walk does not follow: they may go in circles
+      path = pathlib.Path(folder, name)
+      if path.is_symlink():
+        skipped.setdefault("a link to a folder", []).append(str(path))
     for file in sorted(f for f in files if not f.startswith(".")):
       path = pathlib.Path(folder, file)
       if not formats.has_text_suffix(path):

@@ -20,11 +20,13 @@ stays on disk.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from .._arguments import instance, whole
 from .._errors import UserError
 from .._tokenizer import Tokenizer
 from .read import Document
@@ -237,6 +239,7 @@ def tokenize(
   documents: Sequence[Document], tokenizer: Tokenizer
 ) -> list[np.ndarray]:
   """Each document as BOS, its tokens, EOS: int32 arrays."""
+  instance("tokenizer", tokenizer, Tokenizer)
   return [
     np.array(tokenizer.encode(d.text, add_bos=True, add_eos=True), np.int32)
     for d in documents
@@ -247,6 +250,7 @@ def pack(
   documents: Sequence[np.ndarray], sequence_length: int, pad_id: int = 0
 ) -> Rows:
   """Joins documents and cuts them into rows; the last row is padded."""
+  sequence_length = whole("sequence_length", sequence_length, 1, sys.maxsize)
   dtype = token_dtype(1 << 31)
   parts = [marked(d, dtype) for d in documents if len(d)]
   content = b"".join(part.tobytes() for part in parts)

@@ -9,10 +9,12 @@ copies    what stands on both sides is taken out of one: see `copies`
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
 
+from .._arguments import instance, several, whole
 from .._errors import UserError
 from .copies import Report, Watch, silent, without_copies
 from .read import Document
@@ -58,7 +60,13 @@ def split_documents(
   Python's documentation topics is copied from other topics.  The module
   `_data/copies.py` tells what counts as a copy.
   """
-  documents = [d for d in documents if d.text.strip()]
+  given = several("documents", documents, "documents")
+  documents = [
+    d for d in given if instance("documents", d, Document).text.strip()
+  ]
+  if not documents:
+    raise UserError("documents: none has text; give some that have")
+  seed = whole("seed", seed, -(1 << 63), (1 << 63) - 1)
   texts = texts_in_memory(documents, seed)
   train, held_out, report = split_texts(texts, fraction)
 
@@ -82,7 +90,7 @@ def split_texts(
   Raises:
     UserError: if there is too little text.
   """
-  if not 0 < fraction < 1:
+  if not (isinstance(fraction, numbers.Real) and 0 < fraction < 1):
     raise UserError(
       f"held-out fraction {fraction}: wanted more than 0 and less than 1"
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
 
+from .._arguments import several
+from .._config import GemmaConfig
 from .._errors import UserError
 from .._model import Gemma
 from .._tokenizer import END_OF_TURN, Tokenizer
 from . import loop
-from .settings import Request, Settings, keys_of, wanted
+from .settings import Request, Settings, check_whole, keys_of, wanted
 from .text import Completion, Growing, Row, Stops
 
 _SHORTEST = 16  # the smallest compiled length; every length is a multiple
@@ -60,7 +62,11 @@ class Sampler:
     batch_size: int = 32,
     weights: Literal["int8"] | None = None,
   ):
-    config = model.config
+    config = getattr(model, "config", None)
+    if not isinstance(config, GemmaConfig):
+      raise wanted("model", "a Gemma", f"a {type(model).__name__}")
+    if not isinstance(tokenizer, Tokenizer):
+      raise wanted("tokenizer", "a Tokenizer", f"a {type(tokenizer).__name__}")
     if tokenizer.vocab_size > config.vocab_size:
       raise UserError(
         f"Sampler: the tokenizer has {tokenizer.vocab_size} ids and the model "
@@ -68,6 +74,8 @@ class Sampler:
       )
     if max_length is None:
       max_length = config.context_length
+    check_whole("max_length", max_length)
+    check_whole("batch_size", batch_size)
     if not 1 < max_length <= config.context_length:
       raise UserError(
         f"Sampler: max_length must be from 2 to the model's context length "
@@ -164,6 +172,8 @@ class Sampler:
       stop=stop,
       speculate=speculate,
     )
+    if not (stream is None or callable(stream)):
+      raise wanted("stream", "a function, or None", repr(stream))
     return _Desk(self, asked, stream).serve()
 
   def check(self, prompts: Sequence[str], **arguments: Any) -> None:
@@ -183,7 +193,7 @@ class Sampler:
   ) -> _Asked:
     request = Request(
       stop_tokens=self._stops() if stop_tokens is None else stop_tokens,
-      stop=(stop,) if isinstance(stop, str) else tuple(stop),
+      stop=(stop,) if isinstance(stop, str) else cast(tuple, stop),
       logit_bias=logit_bias or {},
       **others,
     )
@@ -202,6 +212,7 @@ class Sampler:
   ) -> list[list[int]]:
     if isinstance(prompts, str):
       raise UserError("Sampler: prompts must be a list of texts, got one text")
+    prompts = several("Sampler: prompts", prompts, "texts")
     if not prompts:
       raise UserError("Sampler: prompts must hold at least one text, got none")
     for i, text in enumerate(prompts):

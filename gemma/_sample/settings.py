@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from .._arguments import make_fields
 from .._errors import UserError
 from .._seeds import A_SEED, is_seed, key_of_words, words_of
+from .._tokenizer import check_text
 from .cut import Cut
 
 MOST_DRAFTED = 31  # tokens in a step of speculation
@@ -51,10 +54,7 @@ class Request:
   speculate: int = 0
 
   def __post_init__(self):
-    _check_whole("max_new_tokens", self.max_new_tokens)
-    _check_whole("speculate", self.speculate)
-    if self.top_k is not None:
-      _check_whole("top_k", self.top_k)
+    make_fields(self, lambda name, what, got: wanted(name, what, repr(got)))
     if self.max_new_tokens < 1:
       raise wanted("max_new_tokens", "at least 1", self.max_new_tokens)
     if not 0 <= self.temperature <= _LARGEST:
@@ -77,6 +77,7 @@ class Request:
     for text in self.stop:
       if not (isinstance(text, str) and text):
         raise wanted("stop", "texts that are not empty", repr(text))
+      check_text(text, "Sampler: stop")
 
   def settings(self, vocab_size: int, embeddings: int) -> Settings:
     """For the device.
@@ -118,9 +119,11 @@ class Request:
       return None
     bias = np.zeros(embeddings, np.float32)
     for token, value in self.logit_bias.items():
-      _check_whole("an id of logit_bias", token)
+      check_whole("an id of logit_bias", token)
       if not 0 <= token < vocab_size:
         raise wanted("logit_bias", f"of ids below {vocab_size}", token)
+      if not isinstance(value, numbers.Real):
+        raise wanted("logit_bias", "of numbers", repr(value))
       if not (abs(value) <= _LARGEST or value == -math.inf):
         raise wanted("logit_bias", "finite, or -inf for never", value)
       bias[token] = value
@@ -130,7 +133,7 @@ class Request:
 
   def _stops(self, vocab_size: int) -> np.ndarray:
     for token in self.stop_tokens:
-      _check_whole("an id of stop_tokens", token)
+      check_whole("an id of stop_tokens", token)
       if not 0 <= token < vocab_size:
         raise wanted("stop_tokens", f"ids below {vocab_size}", token)
     stops = sorted(self.stop_tokens)
@@ -217,7 +220,8 @@ def keys_of(seed: int | Sequence[int], count: int) -> np.ndarray:
   return np.asarray(_keys(words, index))
 
 
-def _check_whole(name: str, value: object) -> None:
+def check_whole(name: str, value: object) -> None:
+  """Raises a `UserError` if an argument is no whole number."""
   whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
   if not whole:
     raise wanted(name, "a whole number", repr(value))

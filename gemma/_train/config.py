@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from .._arguments import make_fields
 from .._config import LARGEST, GemmaConfig
 from .._data.remote import Remote
 from .._errors import UserError
@@ -60,6 +61,7 @@ class OptimizerConfig:
 
   def __post_init__(self) -> None:
     """Checks the values."""
+    make_fields(self)
     for field in ("learning_rate", "epsilon"):
       value = getattr(self, field)
       _require(0 < value <= LARGEST, field, "more than 0, and finite", value)
@@ -188,6 +190,8 @@ class TrainConfig:
 
   def __post_init__(self) -> None:
     """Checks the values."""
+    _require(is_seed(self.seed), "seed", A_SEED, self.seed)
+    make_fields(self)
     for name in ("work_dir", "tokenizer", "cache_dir"):
       path = getattr(self, name)
       if path is None:
@@ -196,7 +200,6 @@ class TrainConfig:
         local_path(path, name)
       elif place := place_of(path, name):
         place.check()
-      object.__setattr__(self, name, pathlib.Path(path))
     for path in self.data:
       if url := remote_url(path):
         Remote(url).check()
@@ -234,7 +237,6 @@ class TrainConfig:
       _require(start < self.steps, "profile", "a step of the run", self.profile)
     parse(self.mesh)
     check_mix(self.mix, len(self.data))
-    _require(is_seed(self.seed), "seed", A_SEED, self.seed)
     _require(
       self.batch_size % self.accumulation == 0,
       "accumulation",

@@ -97,10 +97,9 @@ def _sizes(config: InspectConfig) -> GemmaConfig:
       "tiny": GemmaConfig.tiny,
     }
     return named[config.model]()
-  from .._checkpoint import load_checkpoint
+  from .._checkpoint import load_config
 
-  model, _ = load_checkpoint(config.checkpoint)
-  return model.config
+  return load_config(config.checkpoint)
 
 
 def _activations(

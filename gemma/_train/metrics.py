@@ -58,6 +58,8 @@ A number that is not finite is null in the file.  Records of earlier versions
 lack what is newer, and the loss of the first ones includes the z-loss.
 """
 
+_WALL = {"time", "wall_seconds"}
+
 # What TensorBoard has by itself.
 _NOT_DRAWN = ("step", "time", "seconds", "wall_seconds")
 
@@ -83,9 +85,7 @@ class Metrics(contextlib.AbstractContextManager):
     self._before = max((r.get("seconds", 0.0) for r in kept), default=0.0)
     self._started = time.monotonic()
     # When the run began, in Unix time, and its seconds of steps that count.
-    began = [
-      r["time"] - r["wall_seconds"] for r in there if "wall_seconds" in r
-    ]
+    began = [r["time"] - r["wall_seconds"] for r in there if r.keys() >= _WALL]
     self._began = min(began, default=time.time())
     self._useful = sum(map(_useful, kept))
     lines = b"".join(map(_line, kept))
@@ -265,9 +265,18 @@ def read_metrics(directory: str | os.PathLike[str]) -> list[Record]:
     with contextlib.suppress(ValueError):
       record = json.loads(line)
       if isinstance(record, dict) and isinstance(record.get("step"), int):
-        nan = math.nan
-        records.append({n: nan if x is None else x for n, x in record.items()})
+        records.append(_numbers(record))
   return records
+
+
+def _numbers(record: dict[str, Any]) -> Record:
+  """What is known of a step; damage may have made something else of it."""
+  known = {name: math.nan if x is None else x for name, x in record.items()}
+  return {
+    name: x
+    for name, x in known.items()
+    if isinstance(x, int | float) and not isinstance(x, bool)
+  }
 
 
 def perplexity(loss: float) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from .._arguments import instance, whole
 from .._weights import is_norm_scale
 from .config import OptimizerConfig
 
@@ -19,6 +20,8 @@ def learning_rate_schedule(
   The first of the `steps` already has a rate above 0; the last has the final
   rate.
   """
+  instance("config", config, OptimizerConfig)
+  steps = whole("steps", steps, 1, (1 << 31) - 1)
   # At least one step has the highest rate, also in a run that is shorter than
   # its warm-up.
   warmup = min(config.warmup_steps, steps - 1)
@@ -38,6 +41,7 @@ def make_optimizer(
   config: OptimizerConfig, steps: int
 ) -> optax.GradientTransformation:
   """AdamW with float32 moments, after clipping by the global norm."""
+  instance("config", config, OptimizerConfig)
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(

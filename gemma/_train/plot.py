@@ -14,6 +14,7 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
+from .._arguments import path_of, several, wanted
 from .._errors import UserError
 from .._files import local_path, remote_url
 from .metrics import Record, read_metrics
@@ -129,8 +130,13 @@ def plot_runs(
     UserError: if a run has no metrics, or none over this axis, or the picture
       cannot be written.
   """
-  paths = [pathlib.Path(directory) for directory in directories]
+  paths = [
+    pathlib.Path(path_of("run", directory))
+    for directory in several("runs", directories, "work directories")
+  ]
   path = local_path(out, "--out")
+  if axis not in _AXES:
+    raise wanted("axis", " or ".join(_AXES), axis)
   if not paths:
     raise UserError("plot: no runs; give work directories of `train`")
   runs = {

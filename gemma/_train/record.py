@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import os
 import pathlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +46,14 @@ class Change(NamedTuple):
 
   def __str__(self) -> str:
     """As in "steps 320 -> 640"."""
-    return f"{self.name} {_shown(self.old)} -> {_shown(self.new)}"
+    return f"{self.name} {self._shown(self.old)} -> {self._shown(self.new)}"
+
+  def _shown(self, value: Any) -> str:
+    if value == [] and self.name == "data":
+      return "Python's documentation"
+    if isinstance(value, list):
+      return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
   @property
   def is_free(self) -> bool:
@@ -59,15 +67,35 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     "config": _plain(dataclasses.asdict(config)),
     "versions": {"python": platform.python_version()}
     | {package: _version(package) for package in _PACKAGES},
-    "device": {"kind": jax.devices()[0].device_kind},
+    "device": {
+      "kind": jax.devices()[0].device_kind,
+      "count": jax.device_count(),
+    },
   }
+
+
+def texts_of(config: TrainConfig, ends: Sequence[int]) -> dict[str, Any]:
+  """What is recorded of the texts of a mixture; nothing where there is none.
+
+  A file that goes from one of --data to the next leaves the text as it is, and
+  is drawn another number of times.
+
+  Args:
+    config: of the run.
+    ends: where in the text each of --data ends, in bytes.
+  """
+  if not config.mix:
+    return {}
+  sizes = [end - begin for begin, end in itertools.pairwise([0, *ends])]
+  return {"texts": {"bytes": sizes}}
 
 
 def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
   """What differs between two `settings`, of what both have recorded."""
 
   def flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    rooms = {name: record.get(name, {}) for name in ("versions", "device")}
+    names = ("versions", "device", "texts")
+    rooms = {name: record.get(name, {}) for name in names}
     return dict(_flat({**record.get("config", {}), **rooms}))
 
   old, new = flat(there), flat(now)
@@ -134,9 +162,3 @@ def _flat(
       yield from _flat(value, f"{prefix}{name}.")
     else:
       yield prefix + name, value
-
-
-def _shown(value: Any) -> str:
-  if isinstance(value, list):
-    return " ".join(map(str, value)) or "Python's documentation"
-  return "none" if value is None else str(value)

@@ -10,10 +10,10 @@ from typing import Any
 import rich.console
 
 from .._checkpoint import (
-  CONFIG,
   TOKENIZER,
   check_identity,
   complete_steps,
+  has_identity,
   read_identity,
   read_record,
   tokenizer_identity,
@@ -31,7 +31,7 @@ from .config import TrainConfig
 from .evaluate import evaluation_rows
 from .layout import Layout, layout_of
 from .mix import parse as parse_mix
-from .record import Change, changes, check_changes, settings
+from .record import Change, changes, check_changes, settings, texts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,8 @@ def open_run(
   """
   layout = layout_of(config)
   done = max(complete_steps(directory), default=0)
-  found = _changes(config, directory, done)  # before data, which take long
+  record = settings(config)
+  _changes(config, directory, done, record)  # before data, which take long
   with (
     Shown(console) as watch,
     text_files(
@@ -105,8 +106,10 @@ def open_run(
     ) as text,
   ):
     identity = _identity(config) | _data_identity(config, text.summary)
-    if (directory / CONFIG).exists():
+    if has_identity(directory):
       check_identity(directory, read_identity(directory), identity)
+    record |= texts_of(config, text.summary.parts)
+    found = _changes(config, directory, done, record)
     tokenizer = _tokenizer(config, directory)
     vocabulary = config.model.vocab_size
     data = text.prepare(tokenizer, vocabulary, config.held_out)
@@ -119,7 +122,7 @@ def open_run(
     done=done,
     changes=found,
     record={
-      **settings(config),
+      **record,
       "data": identity["data"],
       "tokenizer": tokenizer_identity(data.tokenizer),
     },
@@ -133,14 +136,17 @@ def open_run(
 
 
 def _changes(
-  config: TrainConfig, directory: pathlib.Path, done: int
+  config: TrainConfig,
+  directory: pathlib.Path,
+  done: int,
+  now: dict[str, Any],
 ) -> list[Change]:
   """What differs from the run that `directory` holds, if it may."""
-  if (directory / CONFIG).exists():
+  if has_identity(directory):
     check_identity(directory, read_identity(directory), _identity(config))
   if not done:
     return []
-  found = changes(read_record(directory, done), settings(config))
+  found = changes(read_record(directory, done), now)
   if not config.allow_change:
     check_changes(directory, done, found)
   return found
@@ -177,7 +183,7 @@ def _tokenizer(
   """The one the user named, else that of the run, else none yet."""
   if config.tokenizer is not None:
     tokenizer = Tokenizer.load(config.tokenizer)
-  elif (directory / CONFIG).exists():
+  elif has_identity(directory):
     tokenizer = Tokenizer.load(directory / TOKENIZER)
   else:
     return None

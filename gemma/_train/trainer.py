@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import jax
 import rich.console
 
+from .._arguments import instance
 from .._checkpoint import (
   CONFIG,
   Checkpoints,
@@ -86,8 +87,10 @@ def train(
     UserError: when the data, the directory or a checkpoint does not fit; the
       message says what to do, and nothing that was there is lost.
   """
-  start(config.distributed)
-  console = console or rich.console.Console()
+  start(instance("config", config, TrainConfig).distributed)
+  console = instance(
+    "console", console or rich.console.Console(), rich.console.Console
+  )
   if not is_first():
     console = rich.console.Console(quiet=True)
   with contextlib.ExitStack() as stack:
@@ -126,7 +129,7 @@ def _run(
       if is_first():
         plot_losses(directory)
         say(f"losses drawn in {work.name}/loss.png")
-    except OSError as error:  # the picture only; all else is saved
+    except (OSError, UserError) as error:  # the picture only; all is saved
       say(f"losses not drawn: {error}")
   if not is_first():
     return result
