@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 import re
+from typing import Any
 
 import hypothesis
 import jax
@@ -315,7 +316,8 @@ def test_heads_that_do_not_fall_into_groups():
     QuantizedCache.empty((2, 8, 3, 16), head_groups=2)
   with pytest.raises(ValueError, match="head_groups must divide"):
     QuantizedCache.quantize(jnp.ones((2, 8, 3, 16)), head_groups=0)
-  for shape in ((8, 16), (2, 8, 3, 0), "shape"):
+  shapes: Any = ((8, 16), (2, 8, 3, 0), "shape")
+  for shape in shapes:
     with pytest.raises(ValueError, match="shape must be"):
       QuantizedCache.empty(shape)
   with pytest.raises(ValueError, match="shape must be"):

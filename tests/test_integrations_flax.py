@@ -1,6 +1,7 @@
 """The modules for flax: what they compute, in scans, split and adapted."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pallas_gemma.kernels.integrations import nnx as in_nnx
 pytestmark = pytest.mark.unoptimised
 
 B, T, D, F, N, K, H = 2, 9, 16, 32, 4, 2, 8
+NONE: Any = None
 X = jnp.asarray(
   np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32
 )
@@ -197,7 +199,7 @@ def of_linen(module, x):
   [
     (lambda: of_nnx(in_nnx.RMSNorm, D)(X.astype(int)), "RMSNorm: x must be fl"),
     (lambda: of_linen(in_linen.RMSNorm(), X > 0), "RMSNorm: x must be float"),
-    (lambda: of_nnx(in_nnx.GatedMLP, D, F)(None), "GatedMLP: x must be an arr"),
+    (lambda: of_nnx(in_nnx.GatedMLP, D, F)(NONE), "GatedMLP: x must be an arr"),
     (lambda: of_nnx(in_nnx.GatedMLP, D, 0), "'gate' must have sizes"),
     (lambda: of_nnx(in_nnx.Attention, D, N, K, H)(X[0]), r"x must be \[B, T,"),
     (lambda: of_nnx(in_nnx.Attention, D, 1.5, K, H), "'q' must have sizes"),

@@ -335,7 +335,8 @@ def test_parts_are_refused(parts, message):
 @pytest.mark.no_interpreter
 def test_what_is_no_switch_and_no_checkpoint_is_refused():
   x, weights = arrays(**SIZES)
-  scan = functools.partial(kernels.scan_layers, block, x, weights)
+  body: Any = block
+  scan = functools.partial(kernels.scan_layers, body, x, weights)
   with pytest.raises(ValueError, match="reverse must be True or False"):
     scan(in_place=IN_PLACE, reverse="no")  # type: ignore[arg-type]
   with pytest.raises(ValueError, match="checkpoint must wrap f, .* got True"):

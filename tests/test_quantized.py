@@ -183,7 +183,8 @@ def test_a_weight_is_not_cast_to_integers():
 def test_refuses_what_it_cannot_quantize():
   with pytest.raises(ValueError, match="must be floats, got int32"):
     QuantizedWeight.quantize(jnp.ones((3, 4), jnp.int32))
-  for contracted in (2, (), (0, -3), (0, -2), 1.0, "D"):
+  wrong: Any = (2, (), (0, -3), (0, -2), 1.0, "D")
+  for contracted in wrong:
     with pytest.raises(ValueError, match="QuantizedWeight: contracted must be"):
       QuantizedWeight.quantize(jnp.ones((3, 4)), contracted)
   weight = QuantizedWeight.quantize(jnp.ones((3, 4)), -1)

@@ -160,10 +160,11 @@ def test_only_keys_travel_and_while_kernels_run():
 
 
 def test_what_a_ring_cannot_do_is_said_in_words():
-  for bad, message in (
+  cases: Any = (
     ((16.0, 2), "length must be an integer"),
     ((16, "2"), "parts must be an integer"),
-  ):
+  )
+  for bad, message in cases:
     with pytest.raises(ValueError, match=f"context_order: {message}"):
       context_order(*bad)
   with pytest.raises(ValueError, match="inverse must be True or False"):

@@ -602,9 +602,9 @@ def test_what_is_no_rotation_is_refused(make, message):
 
 F64 = RopeFrequencies.plain(1e4, 64)
 PHASES = (jnp.zeros((8, 32)), jnp.ones((8, 32)))
-
-
-YARN = RopeFrequencies.yarn(1e4, 64, factor=4, original_length=32)
+HALF_SCALED = RopeFrequencies.yarn(
+  1e4, 64, factor=4, original_length=32, rotated=0.5
+)
 
 
 @pytest.mark.parametrize(
@@ -612,7 +612,7 @@ YARN = RopeFrequencies.yarn(1e4, 64, factor=4, original_length=32)
   [
     Rope(positions_of((2, 8)), 50.0),
     Rope(positions_of((8,)), interleaved=True),
-    Rope(positions_of((2, 8)), frequencies=YARN),
+    Rope(positions_of((2, 8)), frequencies=HALF_SCALED),
     Rope(phases=(jnp.zeros((8, 16)), jnp.ones((8, 16)))),
   ],
 )

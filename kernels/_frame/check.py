@@ -279,8 +279,9 @@ def as_whole_number(op: str, name: str, value: Any) -> int:
 
 def is_size(value: Any, unit: int = 1) -> bool:
   """Whether it is a whole number that tiles can have: positive, of units."""
-  is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-  return is_whole and value > 0 and value % unit == 0
+  if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    return False
+  return bool(value > 0 and value % unit == 0)
 
 
 def as_switch(op: str, name: str, value: Any) -> bool:
