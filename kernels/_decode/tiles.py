@@ -17,7 +17,7 @@ from .spec import Arrays, Problem
 _BLOCK_BYTES = 256 << 10
 _CHUNK = 128  # tokens of the shortest copy, where a cache's length allows it
 _ROWS = 2048  # of queries times heads in a grid step
-_HELD_ROWS = 1024  # of new keys, of all rows of the batch
+_HELD_BYTES = 1 << 20  # of new keys in float32, of all rows of the batch
 _SOFTMAX_ROWS = 256  # that go through the softmax together
 
 
@@ -137,7 +137,9 @@ class Call:
   @property
   def held(self) -> int:
     """Rows of the batch whose new keys are in VMEM together: all, or one."""
-    return self.batch if self.batch * self.new_rows <= _HELD_ROWS else 1
+    row = self.head_size if self.turned else tpu.lanes(self.head_size)
+    size = 4 * row * self.batch * self.new_rows
+    return self.batch if size <= _HELD_BYTES else 1
 
   @property
   def tokens_rotated(self) -> int:
