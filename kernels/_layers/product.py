@@ -47,7 +47,7 @@ def layer_einsum(
   if isinstance(weight, QuantizedWeight):
     return quantized_einsum(subscripts, x, weight).astype(x.dtype)
   if not isinstance(weight, LayerOf):
-    if not hasattr(weight, "astype"):
+    if not isinstance(weight, jax.Array):
       weight = as_array("layer_einsum", "weight", weight)
     return jnp.einsum(subscripts, x, weight.astype(x.dtype))
   room = current()
