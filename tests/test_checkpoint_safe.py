@@ -421,6 +421,25 @@ def test_the_best_stays_whenever_its_loss_is_known(tmp_path):
   assert go({10: None}, late=False) == [10] and best_step(tmp_path) is None
 
 
+def test_losses_of_other_text_do_not_compare(tmp_path):
+  """As after another `eval_batches`."""
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    for step, loss, rows in (
+      (1, 1.0, 8),
+      (2, 1.5, 8),
+      (3, 2.0, 4),
+      (4, 2.5, 4),
+    ):
+      checkpoints.save(step, params=state(step))
+      checkpoints.note_loss(step, storage.HeldOutLoss(loss, rows))
+  assert complete_steps(tmp_path) == [1, 3, 4] and best_step(tmp_path) == 3
+  folder = tmp_path / "checkpoints" / "3"
+  path = next(folder.glob("loss.json"))
+  path.write_text(path.read_text().replace('"rows": 4', '"rows": 8'))
+  with pytest.raises(UserError, match="loss.json: damaged"):
+    best_step(tmp_path)
+
+
 def test_the_best_is_loaded_by_that_name(copy, models, tokenizer):
   with pytest.raises(UserError, match="no step has a held-out loss"):
     load_checkpoint(copy, step="best")

@@ -44,7 +44,12 @@ from .identity import (
 )
 from .mirror import Mirror
 from .model import load_checkpoint, load_config, save_checkpoint
-from .steps import complete_steps, set_aside_unfinished, unfinished_steps
+from .steps import (
+  HeldOutLoss,
+  complete_steps,
+  set_aside_unfinished,
+  unfinished_steps,
+)
 from .store import Checkpoints
 from .told import best_step, read_losses, read_record
 from .twin import twin_home
@@ -53,6 +58,7 @@ __all__ = [
   "CONFIG",
   "TOKENIZER",
   "Checkpoints",
+  "HeldOutLoss",
   "Mirror",
   "best_step",
   "check_identity",

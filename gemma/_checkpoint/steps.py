@@ -36,6 +36,20 @@ STEP = re.compile(r"(0|[1-9][0-9]*)")
 _NEW = re.compile(r"(0|[1-9][0-9]*)\.new")
 
 
+class HeldOutLoss(float):
+  """Nats per token, the mean of so many rows of text; None if nobody said.
+
+  The loss of fewer rows is that of other text: the two do not compare.
+  """
+
+  rows: int | None
+
+  def __new__(cls, loss: float, rows: int | None = None) -> HeldOutLoss:
+    held = super().__new__(cls, loss)
+    held.rows = rows
+    return held
+
+
 # --- which there are ---
 
 
@@ -157,8 +171,22 @@ def _folders(
 
 
 def lowest(losses: Mapping[int, float]) -> int | None:
-  """Of equal ones the newest."""
-  return min(losses, key=lambda s: (losses[s], -s), default=None)
+  """Of those of as many rows as the newest; of equal ones the newest."""
+  if not losses:
+    return None
+  return lowest_of_each(losses)[_rows(losses[max(losses)])]
+
+
+def lowest_of_each(losses: Mapping[int, float]) -> dict[int | None, int]:
+  """The same, for each number of rows."""
+  best: dict[int | None, int] = {}
+  for step in sorted(losses, key=lambda s: (losses[s], -s)):
+    best.setdefault(_rows(losses[step]), step)
+  return best
+
+
+def _rows(loss: float) -> int | None:
+  return loss.rows if isinstance(loss, HeldOutLoss) else None
 
 
 def local_losses(directory: pathlib.Path) -> dict[int, float]:
@@ -170,9 +198,11 @@ def local_losses(directory: pathlib.Path) -> dict[int, float]:
 
 def write_loss(folder: pathlib.Path, loss: float) -> None:
   """Notes a step's held-out loss; one that is no finite number is not noted."""
-  loss = float(loss)
   if math.isfinite(loss):
-    content = {"held_out_loss": loss, "crc32": _crc32(loss)}
+    value, rows = float(loss), _rows(loss)
+    content = {"held_out_loss": value, "crc32": _crc32(value, rows)}
+    if rows is not None:
+      content["rows"] = rows
     write_atomically(folder / LOSS, json.dumps(content).encode())
 
 
@@ -186,7 +216,7 @@ def _read_loss(folder: pathlib.Path) -> float | None:
     return loss_in(b"", path)
 
 
-def loss_in(content: bytes, path: object) -> float:
+def loss_in(content: bytes, path: object) -> HeldOutLoss:
   """The held-out loss that a file holds.
 
   Args:
@@ -198,9 +228,10 @@ def loss_in(content: bytes, path: object) -> float:
   """
   try:
     told = json.loads(content)
-    if told["crc32"] == _crc32(told["held_out_loss"]):
-      return float(told["held_out_loss"])
-  except (ValueError, KeyError, TypeError):
+    loss, rows = told["held_out_loss"], told.get("rows")
+    if told["crc32"] == _crc32(loss, rows):
+      return HeldOutLoss(loss, rows)
+  except (ValueError, KeyError, TypeError, AttributeError):
     pass
   raise UserError(
     f"checkpoint {path}: damaged; delete it: the step stays, its held-out loss "
@@ -208,8 +239,9 @@ def loss_in(content: bytes, path: object) -> float:
   )
 
 
-def _crc32(loss: float) -> int:
-  return zlib.crc32(repr(loss).encode())
+def _crc32(loss: float, rows: int | None) -> int:
+  said = repr(loss) if rows is None else f"{loss!r} {rows!r}"
+  return zlib.crc32(said.encode())
 
 
 def write_record(folder: pathlib.Path, record: dict[str, Any]) -> None:
@@ -314,6 +346,8 @@ def set_aside_unfinished(directory: pathlib.Path) -> dict[int, pathlib.Path]:
 def prune(directory: pathlib.Path, keep: int, saved: int) -> None:
   """Removes all complete steps but the newest, the best and the last saved.
 
+  There is a best one for each number of rows that steps were evaluated on.
+
   Args:
     directory: of the checkpoint.
     keep: how many of the newest stay.
@@ -348,5 +382,5 @@ def superfluous(
     else:
       if loss is not None:
         losses[step] = loss
-  spared.add(lowest(losses))
+  spared.update(lowest_of_each(losses).values())
   return sorted(set(folders) - spared)

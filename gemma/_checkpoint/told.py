@@ -17,6 +17,9 @@ from .store import step_number
 def best_step(directory: str | os.PathLike[str]) -> int | None:
   """The complete step of the lowest held-out loss; None if none is known.
 
+  Of those that were evaluated on as many rows as the newest one: another
+  `eval_batches` is other text.
+
   Args:
     directory: of `train` or `save_checkpoint`, or where `train` worked on
       another machine, such as gs://bucket/run.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checkpoint import Checkpoints, read_record
+from .._checkpoint import Checkpoints, HeldOutLoss, read_record
 from .._data.batches import (
   Ahead,
   evaluation_batches,
@@ -275,7 +275,7 @@ class Loop:
         loss, weight = self._evaluate_batch(self._params, self._placed(batch))
         losses, weights = losses + float(loss), weights + float(weight)
     self._clock.pause()
-    self._evaluated = self.step, losses / weights
+    self._evaluated = self.step, HeldOutLoss(losses / weights, len(rows))
     self._checkpoints.note_loss(*self._evaluated)
     if record is not None:
       record["held_out_loss"] = losses / weights
