@@ -37,7 +37,8 @@ commands:
   plot     draw the losses of runs beside each other
   inspect  show a model's arrays, and where they lie on a mesh of devices
 
-`pallas-gemma COMMAND --help` lists the options of a command.
+`pallas-gemma COMMAND --help` lists the options of a command;
+`pallas-gemma --version` says what is installed.
 """
 
 _MISUSE = 2  # the exit code for what the user can mend
@@ -120,6 +121,9 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
   if name in ("", "-h", "--help"):
     print(_USAGE, end="", file=sys.stdout if name else sys.stderr)
     sys.exit(0 if name else _MISUSE)
+  if name == "--version":
+    print(_versions())
+    sys.exit(0)
   if name not in _COMMANDS:
     _fail(f"unknown command {name!r}; give one of {', '.join(_COMMANDS)}")
   # absl and asyncio log the traceback of an exception before they raise it;
@@ -139,6 +143,20 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
   except KeyboardInterrupt:
     print("\npallas-gemma: interrupted", file=sys.stderr)
     sys.exit(130)
+
+
+def _versions() -> str:
+  """Of this package, and of what it runs on."""
+  from importlib import metadata
+
+  found = [("Python", platform.python_version())]
+  for package in ("jax", "jaxlib", "libtpu"):
+    try:
+      found.append((package, metadata.version(package)))
+    except metadata.PackageNotFoundError:  # libtpu is not everywhere
+      continue
+  rest = ", ".join(f"{name} {version}" for name, version in found)
+  return f"pallas-gemma {metadata.version('pallas-gemma')} ({rest})"
 
 
 def _fail(message: str) -> NoReturn:

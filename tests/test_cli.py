@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -303,6 +304,13 @@ def test_help_of_a_command_lists_options_with_defaults(command, capfd):
   code, out, err = run(capfd, command, "--help")
   assert (code, err) == (0, "")
   assert "(default: " in out and "--help" in out
+
+
+def test_version(capfd):
+  code, out, err = run(capfd, "--version")
+  jax_too = re.escape(f"jax {jax.__version__}, ")
+  wanted = rf"pallas-gemma \d[\w.]* \(Python 3\S+, {jax_too}.*\)\n"
+  assert (code, err) == (0, "") and re.fullmatch(wanted, out)
 
 
 def test_a_missing_package_is_said_with_the_remedy():
