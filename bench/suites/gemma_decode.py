@@ -38,11 +38,14 @@ _7B = GemmaConfig.gemma_7b()
 _HALF_7B = dataclasses.replace(_7B, num_layers=14)
 _FULL = (_LENGTH,)
 _MIXED = tuple(np.linspace(_SHORTEST, _LENGTH, 32).astype(int).tolist())
+# As many rows of 2,048 tokens as a chip serves, each somewhere in the middle.
+_SERVED = tuple(np.linspace(8, 2048, 256).astype(int).tolist())
 # Tokens in each row's cache, the new one included; whether weights are int8.
 _CASES: tuple[tuple[str, GemmaConfig, tuple[int, ...], bool], ...] = (
   ("gemma_2b_1x8k", _2B, _FULL, False),
   ("gemma_2b_32x8k", _2B, 32 * _FULL, False),
   ("gemma_2b_32_mixed", _2B, _MIXED, False),
+  ("gemma_2b_256x2k_mixed", _2B, _SERVED, False),
   ("gemma_7b_14_layers_1x8k", _HALF_7B, _FULL, False),
   ("gemma_2b_1x8k_int8", _2B, _FULL, True),
   ("gemma_2b_32_mixed_int8", _2B, _MIXED, True),
@@ -63,7 +66,7 @@ def programs() -> Iterator[Program]:
       which="fwd",
       implementation="pallas",
       build=functools.partial(
-        step, config, lengths, _LENGTH, quantized=quantized
+        step, config, lengths, max(lengths), quantized=quantized
       ),
       costs=(cost(config, lengths, quantized=quantized),),
       default=i == 0,
