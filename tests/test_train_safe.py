@@ -688,8 +688,11 @@ def test_evaluations_take_a_twentieth_of_the_time():
       assert evaluations * count / 3 <= 0.05 * steps
   assert evaluate.num_batches(TrainConfig(eval_batches="all")) is None
   assert evaluate.num_batches(TrainConfig(eval_batches=7)) == 7
+  too_few = 'wanted 1 or more, "auto" or "all"'
+  no_count = "wanted a whole number or 'auto' or 'all'"
   for wrong in (0, -1, "some", True):
-    with pytest.raises(UserError, match='eval_batches: wanted 1 or more, "aut'):
+    message = too_few if type(wrong) is int else no_count
+    with pytest.raises(UserError, match=f"eval_batches: {message}, got"):
       TrainConfig(eval_batches=wrong)  # type: ignore[arg-type]
 
 

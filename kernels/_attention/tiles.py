@@ -66,19 +66,25 @@ class FlashAttentionConfig:
     Of float32, whose products take several passes of the matrix unit and long
     to compile, 1024.  Small heads have a softmax as long as their matmuls; what
     it costs for each block of keys is spread over more of them.  block_q is a
-    power of two, so that blocks of keys divide it and there is a diagonal.
+    power of two, so that blocks of keys divide it and there is a diagonal; of
+    many small heads, whose blocks of keys would be short, there are 4096 rows.
+    The backward of these would not fit the instruction memory, nor gain.
     """
     rows = 1024 if dtype == jnp.float32 else 2048
+    many_small = head_size <= tpu.LANES and group > 4 and rows == 2048
+    if many_small:
+      rows = 4096
     block_q = 1 << (rows // min(group, 128)).bit_length() - 1
     block_q = min(max(block_q, 16), 1024)
     small_softmax_share = head_size > tpu.LANES and group > 1
     block_kv = min(256 if small_softmax_share else 512, block_q)
     block_kv = max(block_kv, tpu.LANES)
+    most_bwd = 256 if many_small else block_q
     return cls(
       block_q=block_q,
       block_kv=block_kv,
-      block_q_bwd=block_q,
-      block_kv_bwd=block_kv,
+      block_q_bwd=min(block_q, most_bwd),
+      block_kv_bwd=min(block_kv, most_bwd),
     )
 
   def vmem_bytes(self, q: Any, k: Any) -> tuple[int, int]:

@@ -144,6 +144,18 @@ def by_token(scale: jax.Array, s: int, kv_heads: int) -> jax.Array:
   return scale.reshape(*lead, s, kv_heads)
 
 
+def quantized_shapes(shape: tuple[int, ...]) -> QuantizedCache:
+  """What `QuantizedCache.empty` would give, without its arrays or a trace."""
+  *lead, s, k, h = shape
+  groups = _as_groups(None, k, h)
+  return QuantizedCache(
+    jax.ShapeDtypeStruct(shape, jnp.int8),  # type: ignore[arg-type]
+    jax.ShapeDtypeStruct(  # type: ignore[arg-type]
+      (*lead, groups, 1, s * k // groups), jnp.float32
+    ),
+  )
+
+
 CacheArray = jax.Array | QuantizedCache
 
 

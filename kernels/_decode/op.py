@@ -24,7 +24,7 @@ from .._frame.kernel import Saved, kernel_op
 from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split
 from .._rope import Rope
-from .cache import Cache, CacheArray, QuantizedCache
+from .cache import Cache, CacheArray, QuantizedCache, quantized_shapes
 from .devices import check_groups, merged_over, shifted, with_own_kv_heads
 from .door import Given, checked_arguments, problem_of, results_of
 from .forward import forward
@@ -327,7 +327,7 @@ def _case(name, b, t, s, n, k, h, dtype=jnp.bfloat16, **kwargs) -> Case:
     kwargs["layer"] = Integers((), lambda rng: rng.integers(0, layers))
   cache: Any = jax.ShapeDtypeStruct(shape, dtype)
   if kwargs.pop("quantized", False):
-    cache = jax.eval_shape(functools.partial(QuantizedCache.empty, shape))
+    cache = quantized_shapes(shape)
   if kwargs.pop("appends", False):
     new = jax.ShapeDtypeStruct((b, t, k, h), dtype)
     kwargs["new"] = (new, new)

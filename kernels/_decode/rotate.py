@@ -1,10 +1,11 @@
 """Page 5: RoPE of a step's queries, and of the new keys, in the kernel.
 
-Sines and cosines come in a table, for all heads of a token.  A step
-rotates the queries of the next one, before their first product.
+Sines and cosines come in a table, for all heads of a token.  A step rotates the
+queries of the next one, before their first product.
 
-XLA rotates queries of several tokens if a token's heads are no whole registers,
-and new keys of several heads, or that become int8, or lie turned.
+Queries of several tokens are rotated before the kernel if a token's heads are
+no whole registers; so are new keys of several heads, or that become int8, or
+lie turned.
 """
 
 from __future__ import annotations
