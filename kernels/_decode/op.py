@@ -24,7 +24,7 @@ from .._frame.kernel import Saved, kernel_op
 from .._frame.op import Case, Cost, Integers, Op, nbytes
 from .._frame.sharding import Axes, Split
 from .._rope import Rope
-from .cache import Cache, CacheArray, QuantizedCache, quantized_shapes
+from .cache import Cache, CacheArray, quantized_shapes
 from .devices import check_groups, merged_over, shifted, with_own_kv_heads
 from .door import Given, checked_arguments, problem_of, results_of
 from .forward import forward
