@@ -79,7 +79,7 @@ class FlashAttentionConfig:
     small_softmax_share = head_size > tpu.LANES and group > 1
     block_kv = min(256 if small_softmax_share else 512, block_q)
     block_kv = max(block_kv, tpu.LANES)
-    most_bwd = 256 if many_small else block_q
+    most_bwd = 256 if many_small else 1024
     return cls(
       block_q=block_q,
       block_kv=block_kv,
