@@ -21,6 +21,7 @@ low parts and the rest are added.
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 
@@ -131,20 +132,30 @@ def phases(
   return sin_cos(column / timescale)
 
 
+def of_both_halves(
+  sin: jax.Array, cos: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """sin and cos [..., W], from those of one half, [..., H / 2]."""
+  if sin.shape[-1] % tpu.LANES == 0:
+    return sin, cos
+  both = functools.partial(jnp.concatenate, axis=-1)
+  return both([-sin, sin]), both([cos, cos])
+
+
 def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-  """Rotates rows [R, H] by sin and cos [R, W]."""
-  half, wide = x.shape[1] // 2, x.astype(jnp.float32)
-  if sin.shape[1] == x.shape[1]:
+  """Rotates rows [..., H] by sin and cos [..., W]."""
+  half, wide = x.shape[-1] // 2, x.astype(jnp.float32)
+  if sin.shape[-1] == x.shape[-1]:
     rotated = wide * cos + _halves_swapped(wide) * sin
   else:
-    first, second = wide[:, :half], wide[:, half:]
+    first, second = wide[..., :half], wide[..., half:]
     parts = [first * cos - second * sin, second * cos + first * sin]
-    rotated = jnp.concatenate(parts, axis=1)
+    rotated = jnp.concatenate(parts, axis=-1)
   return rotated.astype(x.dtype)
 
 
 def _halves_swapped(x: jax.Array) -> jax.Array:
-  half = x.shape[1] // 2
-  if x.shape[1] % tpu.LANES == 0:
-    return pltpu.roll(x, half, 1)
-  return jnp.concatenate([x[:, half:], x[:, :half]], axis=1)
+  half = x.shape[-1] // 2
+  if x.shape[-1] % tpu.LANES == 0:
+    return pltpu.roll(x, half, x.ndim - 1)
+  return jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)

@@ -32,6 +32,8 @@ append, attend, rotate, stream = (
   for name in ("append", "attend", "rotate", "stream")
 )
 
+_sincos = importlib.import_module("pallas_gemma.kernels._sincos")
+
 SMALL = DecodeAttentionConfig(block_kv=128, slots=3)
 KERNEL = functools.partial(
   decode_attention, implementation="pallas", config=SMALL
@@ -397,7 +399,7 @@ MUTANTS = {
     "_after",
     lambda call, rows, b, i, *_: (b, i, 0),
   ),
-  "not rotated": (rotate, "by_table", lambda x, sin, cos: x),
+  "not rotated": (_sincos, "rotate", lambda x, sin, cos: x),
   "no window": (
     attend.Tile,
     "is_visible",

@@ -22,17 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .cache import Cache, Layout, by_token, in_groups, layout_of
+from .cache import Cache, Layout, by_token, in_groups
 from .spec import Arrays, Outs, in_rows
 
 # Rows of queries and heads from which on the matrix unit would take longer than
 # HBM does, whatever K is.
 _MANY_ROWS = 256
-
-
-def layout(a: Arrays) -> Layout:
-  """Of the cache, in HBM."""
-  return layout_of(a.k.shape, a.k.dtype)
 
 
 def is_better(a: Arrays) -> bool:

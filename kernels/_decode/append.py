@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
+from .._sincos import rotate
 from .cache import quantized
-from .rotate import Table, by_table, new_keys
+from .rotate import Table, with_new_keys_rotated
 from .spec import Arrays
 from .stream import CacheRefs, Step, Stream
 from .tiles import Call
@@ -50,8 +51,8 @@ class New(NamedTuple):
 
 def operands(call: Call, a: Arrays, table: Table | None) -> tuple[New, New]:
   """The new keys and values, in the cache's dtype, and their blocks."""
-  if table is not None and not call.rotates_new:
-    a = a._replace(new_k=new_keys(a.new_k, table))
+  if not call.rotates_new:
+    a = with_new_keys_rotated(a)
   count = call.batch // call.held
   shape = count, call.held * call.new_rows, call.head_size
   k_scale, v_scale, v_from = None, None, 0
@@ -87,8 +88,8 @@ def take(call: Call, new: New, scratch: CacheRefs) -> None:
   for name, ref in new.rows.in_rows(call).items():
     to, rows = getattr(scratch, name), ref[...].astype(jnp.float32)
     if new.table is not None and name == "k":
-      rows = by_table(rows, new.table.sin[...], new.table.cos[...])
-      rows = rows.astype(ref.dtype).astype(jnp.float32)
+      rows = rotate(ref[...], new.table.sin[...], new.table.cos[...])
+      rows = rows.astype(jnp.float32)
     for column in range(to.shape[0]):
       first = column * tpu.LANES
       width = min(call.head_size - first, tpu.LANES)

@@ -45,10 +45,8 @@ class QuantizedCache(NamedTuple):
     Raises:
       ValueError: if G does not divide K, or on another shape.
     """
-    *lead, s, k, h = _as_shape(shape)
-    groups = _as_groups(head_groups, k, h)
-    scale = jnp.zeros((*lead, groups, 1, s * k // groups), jnp.float32)
-    return cls(jnp.zeros(shape, jnp.int8), scale)
+    shapes = quantized_shapes(shape, head_groups)
+    return cls(*(jnp.zeros(x.shape, x.dtype) for x in shapes))
 
   @classmethod
   def quantize(
@@ -144,16 +142,15 @@ def by_token(scale: jax.Array, s: int, kv_heads: int) -> jax.Array:
   return scale.reshape(*lead, s, kv_heads)
 
 
-def quantized_shapes(shape: tuple[int, ...]) -> QuantizedCache:
-  """What `QuantizedCache.empty` would give, without its arrays or a trace."""
-  *lead, s, k, h = shape
-  groups = _as_groups(None, k, h)
-  return QuantizedCache(
-    jax.ShapeDtypeStruct(shape, jnp.int8),  # type: ignore[arg-type]
-    jax.ShapeDtypeStruct(  # type: ignore[arg-type]
-      (*lead, groups, 1, s * k // groups), jnp.float32
-    ),
-  )
+def quantized_shapes(
+  shape: tuple[int, ...], head_groups: int | None = None
+) -> QuantizedCache:
+  """Of `QuantizedCache.empty`, without its arrays and without a trace."""
+  *lead, s, k, h = _as_shape(shape)
+  groups = _as_groups(head_groups, k, h)
+  array: Any = jax.ShapeDtypeStruct
+  scale = (*lead, groups, 1, s * k // groups)
+  return QuantizedCache(array(shape, jnp.int8), array(scale, jnp.float32))
 
 
 CacheArray = jax.Array | QuantizedCache

@@ -29,7 +29,7 @@ from .._attention.softmax import MASKED, lse_of, reciprocal
 from .._frame import tpu
 from .._frame.manual import varying_like
 from . import apart, append, attend, rotate, stream, tiles
-from .cache import Cache
+from .cache import Cache, layout_of
 from .spec import Arrays, Outs, Problem, unflattened, with_new_keys
 from .stream import CacheRefs, Scalars, Step, Stream
 from .tiles import Call
@@ -163,7 +163,8 @@ def forward(p: Problem, a: Arrays) -> Outs:
     p: the problem, with a positive scale.
     a: the arrays.
   """
-  layout, kv_heads = apart.layout(a), max(a.k.shape[-2], 1)
+  layout = layout_of(a.k.shape, a.k.dtype)
+  kv_heads = max(a.k.shape[-2], 1)
   sizes = tiles.Sizes.of(a, layout)
   in_pieces = a.table is not None and not sizes.in_chunks
   copies = in_pieces or (apart.is_better(a) and not layout.is_by_head)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from .. import _rope
+from .. import _rope, _sincos
 from .._frame import tpu
 from .spec import Arrays, Problem, rotated
 from .tiles import Call
@@ -28,7 +28,7 @@ _MANY_ROWS = 256  # of queries times heads, that XLA takes longer for
 class Table(NamedTuple):
   """Of tokens; refs in the kernel.
 
-  W is H / 2, or, where that is no whole registers, H: of both halves.
+  W is `_sincos.width` of H.
   """
 
   sin: Any  # [B, T, W] float32, of a block of tokens [block_q, W]
@@ -56,36 +56,18 @@ def before(p: Problem, a: Arrays, heads: int) -> Arrays:
 
 
 def with_new_keys_rotated(a: Arrays) -> Arrays:
-  """The arrays whose queries, if any, are still to be rotated."""
+  """The arrays with new keys that XLA rotates; queries still are to be."""
   if a.sin is None or a.new_k is None:
     return a
-  return a._replace(new_k=new_keys(a.new_k, table_of(a)))
-
-
-def new_keys(x: jax.Array, table: Table) -> jax.Array:
-  """[B, T, K, H], or [B K, T, 1, H], rotated by XLA."""
-  heads = x.shape[0] // table.sin.shape[0]
-  table = Table(*(jnp.repeat(x, heads, axis=0)[:, :, None] for x in table))
-  return by_table(x.astype(jnp.float32), *table).astype(x.dtype)
+  heads = a.new_k.shape[0] // a.sin.shape[0]  # each is a row, or none
+  phases = jnp.repeat(a.sin, heads, axis=0), jnp.repeat(a.cos, heads, axis=0)
+  return a._replace(new_k=_rope.apply_rope_reference(a.new_k, phases=phases))
 
 
 def table_of(a: Arrays) -> Table:
   """Of all tokens that are to be rotated."""
   sin, cos = (x.astype(jnp.float32) for x in (a.sin, a.cos))
-  if sin.shape[-1] % tpu.LANES:
-    sin = jnp.concatenate([-sin, sin], axis=-1)
-    cos = jnp.concatenate([cos, cos], axis=-1)
-  return Table(sin, cos)
-
-
-def by_table(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-  """x [..., H] in float32, rotated."""
-  half = x.shape[-1] // 2
-  first, second = x[..., :half], x[..., half:]
-  if half % tpu.LANES:
-    return x * cos + jnp.concatenate([second, first], axis=-1) * sin
-  halves = first * cos - second * sin, second * cos + first * sin
-  return jnp.concatenate(halves, axis=-1)
+  return Table(*_sincos.of_both_halves(sin, cos))
 
 
 # --- its operands -------------------------------------------------------------
@@ -175,8 +157,8 @@ def rotate(call: Call, q: Any, of: Table | None, to: Any) -> None:
 
 def _rotated(call: Call, q: Any, sin: Any, cos: Any) -> jax.Array:
   """[tokens N, H], by a table [tokens, W]."""
-  x = q.astype(jnp.float32)
+  shape = q.shape
   if sin.shape[0] > 1:
-    x = x.reshape(-1, call.heads, q.shape[1])
+    q = q.reshape(-1, call.heads, shape[1])
     sin, cos = sin[:, None], cos[:, None]
-  return by_table(x, sin, cos).reshape(q.shape).astype(q.dtype)
+  return _sincos.rotate(q, sin, cos).reshape(shape)
