@@ -366,8 +366,9 @@ def _disk_errors(directory: pathlib.Path) -> Iterator[None]:
   except UserError:
     raise
   except Exception as error:
-    # Orbax passes on TensorStore's errors: a ValueError whose message holds
-    # the error number, where Python's own OSError has an attribute.
+    # Orbax passes on TensorStore's errors, which are of several classes: the
+    # message holds the error number, where Python's own OSError has an
+    # attribute.  What has neither goes on as it is.
     told = _TOLD.search(str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT):
