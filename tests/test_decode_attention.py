@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -73,7 +74,7 @@ def in_pages(caches, page, seed=1):
   return tuple(jnp.zeros_like(x).at[order].set(x) for x in pages), table
 
 
-def agrees(q, caches, lengths, kernel=KERNEL, **kwargs):
+def agrees(q, caches, lengths, kernel: Callable = KERNEL, **kwargs):
   """Against float64, values alone: gradients are those of the reference."""
   leaves, tree = jax.tree.flatten((q, caches, lengths, kwargs.pop("new", None)))
 
