@@ -292,6 +292,19 @@ def test_records_that_are_no_text_are_refused(tmp_path):
       read_corpus([write_records(tmp_path, [b"text", record])])
 
 
+def test_damage_inside_of_a_table_is_said_in_words(tmp_path):
+  whole = write_table(tmp_path, text=["caf\u00e9 " * 40, *TEXTS]).read_bytes()
+  at = whole.index("\u00e9".encode())
+  for start, message in (
+    (at, r"not UTF-8 text \(byte \d+\); give UTF-8"),
+    (4, r"not Parquet \([^\n]+\); get it anew$"),  # the page's own header
+  ):
+    path = tmp_path / "b.parquet"
+    path.write_bytes(whole[:start] + b"\xff" * 2 + whole[start + 2 :])
+    with pytest.raises(UserError, match=message):
+      read_corpus([path])
+
+
 @pytest.mark.parametrize(
   "module, name, extra",
   [

@@ -122,6 +122,8 @@ def _said_in_words() -> Iterator[None]:
     yield
   except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
     raise NotText("damaged archive", f" ({error})", "get it anew") from error
+  except UnicodeDecodeError as error:  # of texts that a library decodes
+    raise NotText(f"not UTF-8 text (byte {error.start})") from error
   except OSError as error:
     if error.errno is None:  # what bz2 raises for damage
       raise NotText("damaged archive", f" ({error})", "get it anew") from error

@@ -40,7 +40,9 @@ def parquet(file: BinaryIO, suffix: str, field: str) -> Iterator[list[str]]:
     for batch in table.iter_batches(_TOGETHER, columns=[field]):
       for text in batch.column(0).to_pylist():
         yield [field_of({field: text}, field, "a row")]
-  except arrow.ArrowException as error:
+  except (arrow.ArrowException, OSError) as error:
+    if getattr(error, "errno", None) is not None:  # of the disk, not of Arrow
+      raise
     # Its message may have more lines, and some are of the library's inside.
     what = str(error).partition("\n")[0]
     raise NotText("not Parquet", f" ({what})", "get it anew") from error
