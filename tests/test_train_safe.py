@@ -869,6 +869,46 @@ def test_a_damaged_record_costs_no_run(copy, damage):
   assert all(isinstance(x, int | float) for x in one.values())
 
 
+@pytest.mark.parametrize("instead", [None, "of an editor"])
+def test_records_that_are_deleted_during_a_run_come_back(tmp_path, instead):
+  metrics, path = room("_train.metrics"), tmp_path / "metrics.jsonl"
+  with metrics.Metrics(tmp_path, step=0) as there:
+    there.write({"step": 1})
+    there.flush()
+    path.unlink()
+    if instead:
+      path.write_text(instead)
+    there.write({"step": 2})
+    there.flush()
+    there.write({"step": 3})
+  assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("end", ["deleted, moved", "taken over by process"])
+def test_a_run_whose_directory_is_gone_writes_nothing_there(
+  end, tmp_path, monkeypatch
+):
+  """`rm -r` of a run that was forgotten, and another one in its place."""
+  locked, loop = room("_lock").locked, room("_train.loop").Loop
+  take_step, directory = loop.take_step, tmp_path / "run"
+  with contextlib.ExitStack() as stack:
+
+    def take(self) -> None:
+      take_step(self)
+      if self.step == 2:
+        shutil.rmtree(directory)
+        if end.startswith("taken"):
+          directory.mkdir()
+          stack.enter_context(locked(directory))
+
+    monkeypatch.setattr(loop, "take_step", take)
+    with pytest.raises(UserError, match=f"it was {end}.* nothing more is"):
+      run(config(directory))
+    left = {path.name for path in tmp_path.rglob("*")} - {"run"}
+    taken = end.startswith("taken")
+    assert left == ({".lock", ".lock.holder"} if taken else set())
+
+
 def test_a_mistake_leaves_no_directory(tmp_path):
   wrong = config(tmp_path / "run", data=(tmp_path / "none.txt",))
   with pytest.raises(UserError, match="no such file"):

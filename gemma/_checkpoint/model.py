@@ -60,9 +60,9 @@ def save_checkpoint(
       "that it was made of, and quantize() what is loaded"
     )
   directory = open_directory(directory)
-  with locked(directory):
+  with locked(directory) as check:
     write_identity(directory, {"model": model.config.to_dict()}, tokenizer)
-    with Checkpoints(directory, keep=None) as checkpoints:
+    with Checkpoints(directory, keep=None, check=check) as checkpoints:
       checkpoints.save(step, params=model_params(model))
 
 

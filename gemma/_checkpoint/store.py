@@ -49,6 +49,8 @@ class Checkpoints(contextlib.AbstractContextManager):
       written it, in each process.
     own: whether each of several processes has a directory of its own, which
       gets its parts alone.
+    check: raises a `UserError` if the directory has become another's; it is
+      called before anything is written or removed there.
 
   Raises:
     UserError: if the directory cannot be one.
@@ -61,12 +63,14 @@ class Checkpoints(contextlib.AbstractContextManager):
     keep: int | None,
     on_complete: Callable[[], None] | None = None,
     own: bool = False,
+    check: Callable[[], None] = lambda: None,
   ):
     self._directory = local_path(directory, "work directory").absolute()
     if keep is not None and not (type(keep) is int and keep >= 1):
       raise UserError(f"keep: wanted 1 or more, or None, got {keep}")
     self._keep = keep
     self._on_complete = on_complete
+    self._check_directory = check
     # Whether this process makes and removes folders.
     self._keeps = own or is_first()
     # The step saved last, which stays whatever its number.
@@ -192,6 +196,7 @@ class Checkpoints(contextlib.AbstractContextManager):
           put_checksums(folder, checksums)
           if loss is not None:
             steps.write_loss(folder, loss)
+          self._check_directory()  # all of that may have taken long
           steps.publish(folder, self._directory, step)
       self._last = step
       with self._all_together():
@@ -258,6 +263,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._write_loss(step, loss)
 
   def _write_loss(self, step: int, loss: float) -> None:
+    self._check_directory()
     folder = steps.complete_folders(self._directory).get(step)
     if folder is not None:
       with _disk_errors(self._directory):
@@ -274,6 +280,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     return restore(self._directory, step, **abstract)
 
   def _check_room(self, items: Any) -> None:
+    self._check_directory()
     self._directory.mkdir(parents=True, exist_ok=True)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     free = shutil.disk_usage(self._directory).free

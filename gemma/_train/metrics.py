@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorboardX.proto.event_pb2
@@ -71,13 +72,20 @@ class Metrics(contextlib.AbstractContextManager):
     directory: of the run.
     step: of the checkpoint from which the run resumes.  Records of later steps
       are removed: these steps were not saved and will be taken again.
+    check: raises a `UserError` if the directory has become another run's.
 
   Raises:
     UserError: here and by `flush`, if the disk is full; `write` does not fail.
   """
 
-  def __init__(self, directory: pathlib.Path, *, step: int):
-    self._path = directory / _FILE
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    *,
+    step: int,
+    check: Callable[[], None] = lambda: None,
+  ):
+    self._path, self._check = directory / _FILE, check
     there = read_metrics(directory)
     kept = [r for r in there if r["step"] <= step]
     self._unwritten = b""
@@ -90,8 +98,7 @@ class Metrics(contextlib.AbstractContextManager):
     self._useful = sum(map(_useful, kept))
     lines = b"".join(map(_line, kept))
     with self._errors():
-      write_atomically(self._path, lines)
-      self._file = open(self._path, "ab", buffering=0)
+      self._file = self._opened(lines)
     self._board = _Board(directory / "tensorboard", step + 1)
 
   def __exit__(self, *_) -> None:
@@ -133,8 +140,28 @@ class Metrics(contextlib.AbstractContextManager):
     """
     with self._errors():
       self._write()
+      self._keep()
       os.fsync(self._file.fileno())
     self._board.flush()
+
+  def _opened(self, content: bytes) -> io.FileIO:
+    write_atomically(self._path, content)
+    return open(self._path, "a+b", buffering=0)
+
+  def _keep(self) -> None:
+    """Puts the file back, if it was deleted or another was put in its place.
+
+    As long as it is open, all of it is there.
+    """
+    with contextlib.suppress(FileNotFoundError):
+      there = os.stat(self._path)
+      if os.path.samestat(there, os.fstat(self._file.fileno())):
+        return
+    self._check()
+    self._file.seek(0)
+    content = self._file.read()
+    self._file.close()
+    self._file = self._opened(content)
 
   def _write(self) -> None:
     """Writes what can be written, and forgets that."""

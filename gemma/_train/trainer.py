@@ -201,8 +201,9 @@ def _train(
       keep=config.keep,
       on_complete=work.push,
       own=work.mirror is not None,
+      check=work.check,
     ) as checkpoints,
-    _metrics(run.directory, run.done - 1 if unwritten else run.done) as metrics,
+    _metrics(work, run.done - 1 if unwritten else run.done) as metrics,
     Progress(run.done, config.steps, console) as progress,
     Profile(config.profile if is_first() else None, run.directory) as profile,
   ):
@@ -234,8 +235,10 @@ def _train(
   return dataclasses.replace(result, interrupted_by=stopped)
 
 
-def _metrics(directory: pathlib.Path, step: int) -> Metrics | Unwritten:
-  return Metrics(directory, step=step) if is_first() else Unwritten()
+def _metrics(work: Work, step: int) -> Metrics | Unwritten:
+  if not is_first():
+    return Unwritten()
+  return Metrics(work.directory, step=step, check=work.check)
 
 
 def _describe(run: Run) -> Iterator[str]:

@@ -28,11 +28,13 @@ class Work:
     directory: of this machine; it exists, can be written, and is locked.
     name: what the user calls it.
     mirror: carries it to another machine; None if it is to be here.
+    check: raises a `UserError` if it has become another's meanwhile.
   """
 
   directory: pathlib.Path
   name: str
   mirror: Mirror | None = None
+  check: Callable[[], None] = lambda: None
 
   def pull(self, say: Callable[[str], None]) -> None:
     """Brings what is on another machine.
@@ -96,9 +98,10 @@ def open_work(config: TrainConfig, stack: contextlib.ExitStack) -> Work:
     if is_first() and not os.path.exists(directory):
       stack.callback(_remove_if_empty, directory.absolute())
     directory = open_directory(directory)
-    if is_first():
-      stack.enter_context(locked(directory))
-  return Work(directory, str(directory))
+    if not is_first():
+      return Work(directory, str(directory))
+    check = stack.enter_context(locked(directory))
+  return Work(directory, str(directory), check=check)
 
 
 def _open_twin(
@@ -113,12 +116,12 @@ def _open_twin(
       f"work directory {place}: its twin on this machine cannot be written: "
       f"{error.__cause__}; give --cache-dir another place"
     ) from error
-  stack.enter_context(locked(home, name=place.url))
+  check = stack.enter_context(locked(home, name=place.url))
   lease = None
   if is_first():
     lease = stack.enter_context(Lease(place, home / "lease"))
   mirror = Mirror(place, home, lease, config.keep)
-  return Work(mirror.directory, place.url, mirror)
+  return Work(mirror.directory, place.url, mirror, check)
 
 
 def _remove_if_empty(directory: pathlib.Path) -> None:
