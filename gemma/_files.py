@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
+from typing import Any
 
 from ._arguments import path_of
 from ._errors import UserError
@@ -63,6 +65,18 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     os.fsync(file.fileno())
   os.replace(temporary, path)
   sync_folder(path.parent)
+
+
+def json_of(content: str | bytes) -> Any:
+  """What a file holds that may be damaged.
+
+  Raises:
+    ValueError: if it is no JSON, or nested more deeply than Python follows.
+  """
+  try:
+    return json.loads(content)
+  except RecursionError as error:
+    raise ValueError(str(error)) from error
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ import uuid
 from typing import Any
 
 from ._errors import UserError
-from ._files import write_atomically
+from ._files import json_of, write_atomically
 from ._remote import Place
 
 LEASE = "lease.json"
@@ -117,7 +117,7 @@ class Lease(contextlib.AbstractContextManager):
   def _read(self) -> dict[str, Any]:
     """What is there; {} if there is nothing, or it is damaged."""
     with contextlib.suppress(ValueError):
-      there = json.loads(self._place.read(LEASE) or b"")
+      there = json_of(self._place.read(LEASE) or b"")
       if isinstance(there, dict):
         return there
     return {}

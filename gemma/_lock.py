@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import filelock
 
 from ._errors import UserError
-from ._files import write_atomically
+from ._files import json_of, write_atomically
 
 _LOCK = ".lock"
 _HOLDER = ".lock.holder"
@@ -126,7 +126,7 @@ def _holder(directory: pathlib.Path) -> str:
   """Who holds the lock, in words."""
   for _ in range(20):  # it may have been taken a moment ago
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-      holder = json.loads((directory / _HOLDER).read_text())
+      holder = json_of((directory / _HOLDER).read_text())
       return (
         f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
       )

@@ -851,11 +851,14 @@ def test_a_picture_that_cannot_be_drawn_costs_no_run(copy):
   assert read_metrics(copy)[-1]["step"] == STEPS
 
 
-@pytest.mark.parametrize("damage", ["tine", "[1]", '"1.0"', "true"])
+@pytest.mark.parametrize(
+  "damage", ["tine", "[1]", '"1.0"', "true", "1" + "0" * 400]
+)
 def test_a_damaged_record_costs_no_run(copy, damage):
   """A flipped bit of "time", and numbers that are none any more."""
   path = copy / "metrics.jsonl"
   first, *rest = path.read_text().splitlines(keepends=True)
+  rest += ['{"step": true}\n', "[" * 100_000 + "\n"]
   if damage == "tine":
     first = first.replace('"time"', '"tine"')
   else:
@@ -866,6 +869,7 @@ def test_a_damaged_record_costs_no_run(copy, damage):
     there.write({"step": STEPS + 1})
   one, *_, last = read_metrics(copy)
   assert one["step"] == 1 and last["step"] == STEPS + 1
+  room("_train.plot").plot_losses(copy)
   assert all(isinstance(x, int | float) for x in one.values())
 
 

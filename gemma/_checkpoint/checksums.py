@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 
 from .._errors import UserError
-from .._files import sync_folder, write_atomically
+from .._files import json_of, sync_folder, write_atomically
 
 CHECKSUMS = "checksums.json"
 
@@ -76,9 +76,9 @@ def checksums_in(content: bytes) -> dict[str, tuple[int, int]]:
     ValueError: if it is damaged.
   """
   try:
-    items = json.loads(content).items()
+    items = json_of(content).items()
     return {str(name): (int(size), int(crc)) for name, (size, crc) in items}
-  except (TypeError, AttributeError) as error:
+  except (TypeError, AttributeError, OverflowError) as error:
     raise ValueError(str(error)) from error
 
 

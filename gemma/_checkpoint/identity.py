@@ -10,7 +10,7 @@ from typing import Any
 
 from .._config import GemmaConfig
 from .._errors import UserError
-from .._files import local_path, write_atomically
+from .._files import json_of, local_path, write_atomically
 from .._tokenizer import Tokenizer
 from .steps import complete_steps
 
@@ -83,7 +83,7 @@ def write_identity(
     there = read_identity(directory)
     check_identity(directory, there, identity)
     identity = {**there, **identity}
-    has_checksum = _CHECKSUM in json.loads((directory / CONFIG).read_text())
+    has_checksum = _CHECKSUM in json_of((directory / CONFIG).read_text())
     if identity != there or not has_checksum:
       _write_config(directory, identity)
     return
@@ -107,7 +107,7 @@ def read_identity(directory: pathlib.Path) -> dict[str, Any]:
   """
   path = directory / CONFIG
   try:
-    identity = json.loads(path.read_text())
+    identity = json_of(path.read_text())
   except OSError as error:
     raise UserError(
       f"checkpoint {directory}: no {CONFIG} ({error.strerror}); give the "

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from .._errors import UserError
-from .._files import sync_folder, write_atomically
+from .._files import json_of, sync_folder, write_atomically
 from .checksums import CHECKSUMS
 
 _Folder = TypeVar("_Folder")
@@ -227,7 +227,7 @@ def loss_in(content: bytes, path: object) -> HeldOutLoss:
     UserError: if it is damaged.
   """
   try:
-    told = json.loads(content)
+    told = json_of(content)
     loss, rows = told["held_out_loss"], told.get("rows")
     if told["crc32"] == _crc32(loss, rows):
       return HeldOutLoss(loss, rows)

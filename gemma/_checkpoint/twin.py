@@ -30,7 +30,7 @@ import zlib
 
 from .._data.cache import default_directory
 from .._errors import UserError
-from .._files import write_atomically
+from .._files import json_of, write_atomically
 from .._remote import Place
 from .checksums import CHECKSUMS, checksums_in
 from .identity import CONFIG, TOKENIZER, read_identity
@@ -92,7 +92,7 @@ class Twin:
         if mark == self.there[newest[0]]:
           return False
     try:
-      noted = json.loads((self._home / "mirrored.json").read_text())
+      noted = json_of((self._home / "mirrored.json").read_text())
     except (OSError, ValueError):
       noted = None
     return noted != (None if newest is None else list(newest))

@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .._errors import UserError
-from .._files import write_atomically
+from .._files import json_of, write_atomically
 
 # Of all that the entries depend on in this package: how text is read, split,
 # searched for copies, encoded and stored.
@@ -75,7 +75,7 @@ class Cache:
   def read_json(self, name: str) -> Any:
     """An entry's content, or None if it is missing or damaged."""
     try:
-      wrapped = json.loads((self.directory / name).read_bytes())
+      wrapped = json_of((self.directory / name).read_bytes())
       content = wrapped["content"]
       return content if wrapped["crc32"] == _checksum(content) else None
     except (OSError, ValueError, KeyError, TypeError):

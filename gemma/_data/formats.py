@@ -33,6 +33,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
+from .._files import json_of
 from . import records
 from .html import visible_text
 from .not_text import NotText, field_of, names_of
@@ -195,8 +196,8 @@ def _jsonl(file: BinaryIO, suffix: str, field: str) -> Iterator[Iterable[str]]:
     if not text:
       continue
     try:
-      record = json.loads(text)
-    except (ValueError, RecursionError) as error:
+      record = json_of(text)
+    except ValueError as error:
       raise NotText(
         "not JSON", f" in line {number} ({error})", "mend the line"
       ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import json
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from .._errors import UserError
+from .._files import json_of
 from .not_text import NotText, field_of
 
 _TOGETHER = 1024  # records that are read at once
@@ -101,8 +101,8 @@ def _text(record: bytes, field: str, where: str) -> str:
     ) from error
   if field and text.lstrip()[:1] == "{":
     try:
-      found = json.loads(text)
-    except (ValueError, RecursionError):
+      found = json_of(text)
+    except ValueError:
       return text
     return field_of(found, field, where)
   return text

@@ -17,7 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.summary import scalar
 
 from .._errors import UserError
-from .._files import write_atomically
+from .._files import json_of, write_atomically
 from .._remote import place_of
 
 _FILE = "metrics.jsonl"
@@ -290,9 +290,10 @@ def read_metrics(directory: str | os.PathLike[str]) -> list[Record]:
   records = []
   for line in lines:
     with contextlib.suppress(ValueError):
-      record = json.loads(line)
-      if isinstance(record, dict) and isinstance(record.get("step"), int):
-        records.append(_numbers(record))
+      record = json_of(line)
+      numbers = _numbers(record) if isinstance(record, dict) else {}
+      if isinstance(numbers.get("step"), int):
+        records.append(numbers)
   return records
 
 
@@ -302,7 +303,8 @@ def _numbers(record: dict[str, Any]) -> Record:
   return {
     name: x
     for name, x in known.items()
-    if isinstance(x, int | float) and not isinstance(x, bool)
+    # No count is as large as 2^63; with enough digits it would be no float.
+    if type(x) is float or (type(x) is int and abs(x) < 1 << 63)
   }
 
 
