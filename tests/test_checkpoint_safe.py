@@ -345,6 +345,33 @@ def test_the_same_step_is_replaced(copy, models, tokenizer):
   assert [p.name for p in (copy / "checkpoints").iterdir()] == ["3"]
 
 
+@pytest.mark.parametrize("when", ["before", "amid", "after"])
+def test_what_a_writer_takes_away_while_it_is_read_is_read_anew(
+  when, copy, models, tokenizer, monkeypatch
+):
+  """A step that is removed or replaced, and what Orbax makes of that."""
+  module = importlib.import_module("pallas_gemma.gemma._checkpoint.model")
+  restore, calls = module.restore, []
+
+  def restoring(directory, step, **abstract):
+    calls.append(step)
+    if len(calls) > 1:
+      return restore(directory, step, **abstract)
+    found = restore(directory, step, **abstract) if when == "after" else None
+    if when == "before":
+      save_checkpoint(copy, models[1], tokenizer, step=4)
+      shutil.rmtree(copy / "checkpoints" / "3")
+    else:
+      save_checkpoint(copy, models[1], tokenizer, step=3)
+    if found is None:
+      raise Exception("Encountered error while reading array index")
+    return found
+
+  monkeypatch.setattr(module, "restore", restoring)
+  assert same(load_checkpoint(copy)[0], models[1])
+  assert calls == ([3, 4] if when == "before" else [3, 3])
+
+
 def test_without_a_step_the_newest_call_is_what_is_loaded(
   models, tokenizer, tmp_path
 ):

@@ -183,6 +183,7 @@ BAD = {
   "tar": ("a.tar.gz", b"x", "a tar archive, .* unpack it"),
   "PDF": ("a.pdf", b"%PDF", "PDF, .* convert it"),
   "UTF-16": ("a.txt", "text".encode("utf-16"), "UTF-16, not UTF-8 text"),
+  "UTF-16 lines": ("a.jsonl", '"text"\n'.encode("utf-16"), "UTF-16, not UTF-8"),
   "cut UTF-8": ("a.txt", b"caf\xc3", r"not UTF-8 text \(byte 3\)"),
   "after a mark": (
     "a.txt",

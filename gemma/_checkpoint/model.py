@@ -15,6 +15,7 @@ from .._model import Gemma
 from .._params import abstract_gemma, model_params, with_params
 from .._remote import place_of
 from .._tokenizer import Tokenizer
+from .checksums import CHECKSUMS
 from .identity import (
   TOKENIZER,
   model_config,
@@ -100,14 +101,25 @@ def load_checkpoint(
   while True:
     wanted = choose_step(directory, step)
     folder = complete_folders(directory).get(wanted)
+    mark = _mark(folder)
     try:
       restored = restore(directory, wanted, params=params)
-    except (OSError, ValueError):
+    except Exception:  # what Orbax raises for a file that is gone is no OSError
       # A trainer that runs may have removed or replaced this step meanwhile.
-      if folder is None or folder.exists():
+      if mark is None or _mark(folder) == mark:
         raise
     else:
-      return with_params(model, restored["params"]), tokenizer
+      # Of what was removed all was read, of what was replaced a part, perhaps.
+      if _mark(folder) in (mark, None):
+        return with_params(model, restored["params"]), tokenizer
+
+
+def _mark(folder: pathlib.Path | None) -> bytes | None:
+  """What tells a step from another of its number; None if it is gone."""
+  try:
+    return None if folder is None else (folder / CHECKSUMS).read_bytes()
+  except FileNotFoundError:
+    return None
 
 
 def load_config(directory: str | os.PathLike[str]) -> GemmaConfig:

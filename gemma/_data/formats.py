@@ -155,8 +155,7 @@ def _pieces(file: BinaryIO) -> Iterator[str]:
   decoder = codecs.getincrementaldecoder("utf-8")()
   position = 0  # of the first byte that is not decoded yet
   block = file.read(_BLOCK)
-  if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-    raise NotText("UTF-16, not UTF-8 text", advice="convert it to UTF-8")
+  _refuse_utf16(block)
   more = bool(block)
   if block.startswith(codecs.BOM_UTF8):
     block, position = block[3:], 3
@@ -177,12 +176,20 @@ def _pieces(file: BinaryIO) -> Iterator[str]:
     more = bool(block)
 
 
+def _refuse_utf16(beginning: bytes) -> None:
+  """As PowerShell writes what is sent to a file."""
+  if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    raise NotText("UTF-16, not UTF-8 text", advice="convert it to UTF-8")
+
+
 # --- records ---
 
 
 def _jsonl(file: BinaryIO, suffix: str, field: str) -> Iterator[Iterable[str]]:
   position = 0
   for number, line in enumerate(file, 1):
+    if number == 1:
+      _refuse_utf16(line)
     if b"\0" in line:
       raise NotText("binary, not text")
     try:
