@@ -44,12 +44,18 @@ class Lease(contextlib.AbstractContextManager):
       what was written last: a lease that a killed process had taken with the
       same file is taken over at once.
 
+  Attributes:
+    was_gone: whether it was found missing since this was last made False: all
+      else that is there may have been deleted with it.
+
   Raises:
     UserError: if another process has it, naming the holder.
   """
 
   def __init__(self, place: Place, own: pathlib.Path):
     self._place = place
+    self.was_gone = False
+    self._alive = time.time()  # when the last sign of life was given
     self._id = uuid.uuid4().hex
     self._since = f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
     self._ended = threading.Event()
@@ -74,6 +80,13 @@ class Lease(contextlib.AbstractContextManager):
     """Raises a `LeaseLostError` if another process has it now."""
     with self._lock:
       there = self._read()
+      if not there and time.time() - self._alive > STALE:
+        raise LeaseLostError(
+          f"{self._place.what} {self._place}: its lease is gone, and as this "
+          f"process gave no sign of life for {STALE / 60:.0f} minutes, another "
+          "may have taken it and given it back; the same command looks"
+        )
+      self.was_gone |= not there
       if there.get("id", self._id) != self._id:
         raise LeaseLostError(
           f"{self._place.what} {self._place}: it was taken over by "
@@ -81,6 +94,7 @@ class Lease(contextlib.AbstractContextManager):
           f"{STALE / 60:.0f} minutes; what is written there is that one's"
         )
       self._place.write(LEASE, self._content())
+      self._alive = time.time()
 
   def _acquire(self) -> None:
     for _ in range(3):  # it may be given back meanwhile
@@ -107,11 +121,17 @@ class Lease(contextlib.AbstractContextManager):
     return there.get("id") in self._former or not _age(there) < STALE
 
   def _refusal(self, there: dict[str, Any]) -> UserError:
-    rest = max(STALE - _age(there), 0.0)
+    age = _age(there)
+    rest = f"its lease ends in {max(STALE - age, 0.0):.0f} seconds"
+    if age < -STALE:
+      rest = (
+        f"delete {self._place}/{LEASE}, which is of {-age:,.0f} seconds from "
+        "now: one of the clocks is wrong"
+      )
     return UserError(
       f"{self._place.what} {self._place}: in use by {_name(there)}; wait for "
-      "it or stop it, or give --work-dir another place (if it was killed, its "
-      f"lease ends in {rest:.0f} seconds)"
+      "it or stop it, or give --work-dir another place (if it was killed, "
+      f"{rest})"
     )
 
   def _read(self) -> dict[str, Any]:

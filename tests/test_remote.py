@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 import zlib
 from typing import Any
 
@@ -365,6 +366,35 @@ def test_a_second_writer_is_refused_until_the_first_one_is_dead(tmp_path):
     second.check()
     assert PLACE.read("lease.json")
   assert PLACE.read("lease.json") is None
+
+
+def test_a_lease_that_is_gone_may_have_been_anothers(tmp_path):
+  with leases.Lease(PLACE, tmp_path / "a") as slept:
+    slept._alive -= leases.STALE + 1
+    slept.check()  # it is there, and its own
+    slept._alive -= leases.STALE + 1
+    PLACE.remove("lease.json")
+    with pytest.raises(leases.LeaseLostError, match="and given it back"):
+      slept.check()
+  ahead = {"id": "x", "time": time.time() + 1e6}
+  PLACE.write("lease.json", json.dumps(ahead).encode())
+  with pytest.raises(UserError, match=f"delete {URL}/lease.json, .* clocks"):
+    leases.Lease(PLACE, tmp_path / "a")
+
+
+@pytest.mark.parametrize("beats", [False, True])
+def test_a_place_that_was_emptied_gets_all_of_it_again(beats, tmp_path):
+  machine = Machine(tmp_path / "a", keep=2)
+  with machine.works() as mirror:
+    machine.save(mirror, 1, loss=1.0)
+    before = files_there()
+    Faulty.store.clear()
+    if beats:
+      mirror._lease.check()
+    machine.save(mirror, 2)
+    assert files_there() > before and there() == [1, 2]
+  with (other := Machine(tmp_path / "b")).works() as mirror:
+    assert other.holds(mirror) == [2]
 
 
 def test_who_has_lost_the_lease_writes_nothing_more(tmp_path):

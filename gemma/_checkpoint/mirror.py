@@ -192,6 +192,9 @@ class Mirror:
     with _channel.together(_SENDING):
       if self._lease is not None:
         self._lease.check()
+        if self._lease.was_gone:
+          self._see_anew()
+          self._lease.was_gone = False
         self._send_files()
         known = dict.fromkeys([*self._twin.there, *folders])
         spare = superfluous(
@@ -209,6 +212,12 @@ class Mirror:
         )
     send, spare = json.loads(_channel.gather(json.dumps(plan))[0])
     return send, spare
+
+  def _see_anew(self) -> None:
+    """What was uploaded may not be there any more."""
+    self._half |= set(self._twin.look())
+    self._sent.clear()
+    self._losses.clear()
 
   def _send_step(self, step: int, folder: pathlib.Path) -> None:
     """Uploads what this process has of it; at last its checksums."""
