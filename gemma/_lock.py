@@ -59,8 +59,9 @@ def locked(
 
   def check() -> None:
     if not (_has_note(directory, note) or _has_file(directory, file)):
+      what = "it" if name == str(directory) else f"here {directory}"  # a twin
       raise UserError(
-        f"work directory {name}: it was {_what_became_of(directory)} while "
+        f"work directory {name}: {what} was {_what_became_of(directory)} while "
         "this process worked in it; nothing more is written there"
       )
 

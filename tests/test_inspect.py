@@ -56,6 +56,12 @@ def test_what_does_not_divide_is_named():
     lines(mesh="fsdp=2", batch_size=3)
 
 
+@pytest.mark.parametrize("size", ["1048577", "9" * 30, "9" * 5000])
+def test_more_devices_than_there_can_be_are_said_so(size):
+  with pytest.raises(UserError, match="wanted 1,048,576 devices or fewer"):
+    lines(mesh=f"fsdp={size}")
+
+
 def test_the_command_prints_it(capsys):
   with pytest.raises(SystemExit) as end:
     CLI.main(["inspect", "--model", "tiny", "--mesh", "fsdp=2"])

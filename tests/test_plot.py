@@ -310,7 +310,7 @@ MISTAKES = {
   "twice": (lambda d, run: [run, run], "given twice"),
   "remote": (
     lambda d, run: ["memory://b/run"],
-    "memory:/b/run: no metrics.jsonl with records in it",
+    "memory://b/run: no metrics.jsonl with records in it",
   ),
   "no such kind": (
     lambda d, run: [run, "--out", d / "a.doc"],

@@ -27,6 +27,8 @@ ROWS = ("pods", "data", "fsdp")
 STORED = ("fsdp", "context")
 """The axes over which weights, moments and gradients are stored in parts."""
 
+_MOST = 1 << 20  # devices
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -40,7 +42,7 @@ class MeshConfig:
     model: devices that share each row: heads and feed-forward columns.
 
   Raises:
-    UserError: if one is not positive.
+    UserError: if one is not positive, or their product is no number of devices.
   """
 
   pods: int = 1
@@ -55,6 +57,8 @@ class MeshConfig:
       value = getattr(self, field.name)
       if type(value) is not int or value < 1:
         raise UserError(f"mesh.{field.name}: wanted 1 or more, got {value}")
+    if self.devices > _MOST:
+      raise UserError(f"mesh: wanted {_MOST:,} devices or fewer, got more")
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -120,7 +124,8 @@ def parse(text: str) -> MeshConfig | None:
         f"mesh {text!r}: wanted auto, {', '.join(PRESETS)}, or sizes of the "
         f"axes {', '.join(AXES)}, such as fsdp=4,model=2"
       )
-    sizes[name] = int(size)
+    # Python reads no number of thousands of digits.
+    sizes[name] = int(size[:20])
   return MeshConfig(**sizes)
 
 

@@ -198,7 +198,8 @@ def labels(paths: Sequence[pathlib.Path]) -> list[str]:
   ]
   for path, parts in zip(paths, whole, strict=True):
     if whole.count(parts) > 1:
-      raise UserError(f"run {path}: given twice; give different runs")
+      named = remote_url(path) or path
+      raise UserError(f"run {named}: given twice; give different runs")
   length = 0
   names = [""] * len(paths)
   while length == 0 or len(set(names)) < len(names):
@@ -207,10 +208,11 @@ def labels(paths: Sequence[pathlib.Path]) -> list[str]:
   return names
 
 
-def _records(run: pathlib.Path, axis: Axis) -> list[Record]:
-  if remote_url(run) is None and not run.is_dir():
+def _records(path: pathlib.Path, axis: Axis) -> list[Record]:
+  run = remote_url(path) or path
+  if run == path and not path.is_dir():
     raise UserError(f"run {run}: no such directory")
-  records = read_metrics(run)
+  records = read_metrics(path)
   if not records:
     raise UserError(
       f"run {run}: no metrics.jsonl with records in it; give the work "
