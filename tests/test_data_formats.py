@@ -293,6 +293,15 @@ def test_records_that_are_no_text_are_refused(tmp_path):
       read_corpus([write_records(tmp_path, [b"text", record])])
 
 
+def test_a_folder_without_files_is_said(tmp_path):
+  (tmp_path / "none" / "inner").mkdir(parents=True)
+  (tmp_path / "a.txt").write_text("text")
+  corpus = read_corpus([tmp_path / "none", tmp_path / "a.txt"])
+  assert corpus.skipped == {"a folder without files": [str(tmp_path / "none")]}
+  with pytest.raises(UserError, match="a folder without files: .*none; give"):
+    read_corpus([tmp_path / "none"])
+
+
 def test_damage_inside_of_a_table_is_said_in_words(tmp_path):
   whole = write_table(tmp_path, text=["caf\u00e9 " * 40, *TEXTS]).read_bytes()
   at = whole.index("\u00e9".encode())

@@ -588,6 +588,19 @@ def test_texts_are_mixed_as_asked_for(tmp_path):
     run(dataclasses.replace(settings, mix=("1", "1"), steps=7))
 
 
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("content", [None, "", "short"])
+def test_a_text_of_a_mixture_without_rows_is_named(content, last, tmp_path):
+  """A folder without files, a file without text, and one that is held out."""
+  empty = tmp_path / "empty"
+  empty.mkdir() if content is None else empty.write_text(content)
+  data = (TEXT, empty) if last else (empty, TEXT)
+  settings = config(tmp_path / "run", data=data, mix=("1", "1"))
+  with pytest.raises(UserError, match=f"mix: {empty} has no row of training"):
+    run(settings)
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_file_that_goes_to_another_text_of_a_mixture_is_noticed(tmp_path):
   """The text stays what it is, and how often each part is drawn does not."""
   data = tmp_path / "1", tmp_path / "2"

@@ -113,13 +113,19 @@ class TextFiles:
     known = self._cache.read_json(name) if files else None
     # (That of an earlier version does not know the parts.)
     if known is not None and (not apart or known.get("parts")):
-      self.summary = Summary(**known)
+      self.summary = self._of_all_paths(Summary(**known))
       return
     begun = time.time()
-    self.summary = self._read(sources, skipped)
+    self.summary = self._of_all_paths(self._read(sources, skipped))
     # Only of files that have not been written to of late: see _CLOCK_STEP.
     if files and _newest(files) < begun - _CLOCK_STEP:
       cache.write_json(name, dataclasses.asdict(self.summary))
+
+  def _of_all_paths(self, summary: Summary) -> Summary:
+    """With the ends of the last paths too, if there was nothing in them."""
+    parts = list(summary.parts)
+    missing = len(self._paths) - len(parts)
+    return dataclasses.replace(summary, parts=[*parts, *parts[-1:] * missing])
 
   def _files_key(
     self, files: Sequence[pathlib.Path | Remote], skipped: Skipped

@@ -213,10 +213,18 @@ def find_sources(
     if not path.exists():
       raise UserError(f"data {path}: no such file or folder; check --data")
     if path.is_dir():
+      before, some = _count(skipped), False
       for source in _folder(path, skipped):
+        some = True
         yield dataclasses.replace(source, part=part)
+      if not some and _count(skipped) == before:
+        skipped.setdefault("a folder without files", []).append(str(path))
     else:
       yield Source(str(path), path, named=True, part=part)
+
+
+def _count(skipped: Skipped) -> int:
+  return sum(map(len, skipped.values()))
 
 
 def _folder(root: pathlib.Path | Remote, skipped: Skipped) -> Iterator[Source]:

@@ -205,7 +205,15 @@ def _rows(config: TrainConfig, data: Prepared) -> tuple[Rows, Rows]:
       f"tokens; give --sequence-length {tokens} or less, or more text"
     )
   pad = data.tokenizer.pad_id
-  return Rows(data.train, length, pad), Rows(data.held_out, length, pad)
+  train = Rows(data.train, length, pad)
+  texts = train.parts() if config.mix else []
+  for path, rows in zip(config.data, texts, strict=False):
+    if not len(rows):
+      raise UserError(
+        f"mix: {path} has no row of training text; give more of it, a shorter "
+        "--sequence-length, or leave it out"
+      )
+  return train, Rows(data.held_out, length, pad)
 
 
 def describe_data(run: Run) -> Iterator[str]:
