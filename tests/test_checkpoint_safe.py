@@ -297,6 +297,24 @@ def test_another_model_of_the_same_shapes_is_refused(copy, before, after):
     load_checkpoint(copy)
 
 
+@pytest.mark.parametrize(
+  "content",
+  [
+    '{"../x": [1, 0]}',
+    '{"a/../../x": [1, 0]}',
+    '{"/x": [1, 0]}',
+    '{"x": [1e999, 0]}',
+    '{"x": 1}',
+    "[" * 100_000,
+  ],
+)
+def test_checksums_are_of_files_of_the_step(content, copy):
+  """A checkpoint from elsewhere is to write nothing but itself."""
+  (copy / "checkpoints" / "3" / "checksums.json").write_text(content)
+  with pytest.raises(UserError, match="checksums.json: damaged; delete"):
+    load_checkpoint(copy)
+
+
 def test_a_flipped_bit_of_the_tokenizer_is_named(copy):
   path = copy / "tokenizer.model"
   content = bytearray(path.read_bytes())

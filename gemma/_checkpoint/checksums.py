@@ -77,9 +77,15 @@ def checksums_in(content: bytes) -> dict[str, tuple[int, int]]:
   """
   try:
     items = json_of(content).items()
-    return {str(name): (int(size), int(crc)) for name, (size, crc) in items}
+    known = {str(name): (int(size), int(crc)) for name, (size, crc) in items}
   except (TypeError, AttributeError, OverflowError) as error:
     raise ValueError(str(error)) from error
+  for name in known:
+    path = pathlib.PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+      # What is fetched by it would be written there.
+      raise ValueError(f"{name!r} is outside of the step")
+  return known
 
 
 def problem_of(path: pathlib.Path, known: tuple[int, int]) -> str:
