@@ -41,12 +41,13 @@ def compiler_options(mesh: Any) -> dict[str, str]:
     # Attention's products stay whole, for other collectives to go on behind
     # them.  In pieces between which their own weights move they wait for these.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    # A gather as an all-reduce of zeros would be twice the bytes, and waited
-    # for.
-    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
   }
   if mesh.size <= _FEW:  # larger slices cannot: the compiler refuses
     options["xla_tpu_enable_async_all_to_all"] = "true"
+  else:
+    # Small parts are gathered as such, not by an all-reduce of zeros around
+    # them: half the bytes, and the core need not wait.
+    options["xla_tpu_prefer_async_allgather_to_allreduce"] = "true"
   return options
 
 
