@@ -33,9 +33,11 @@ class GemmaConfig:
     remat: what is kept for the backward pass, the rest being computed again:
       "none" (keep all), "attention" (all but what is as wide as the
       feed-forward), "names" (keep what the attention kernel saves), "full"
-      (keep each block's input) or "dots" (keep products with weights); or
-      layers of one and the rest of another, such as "none:14,full"; or "auto",
-      the fastest with which training fits the device's memory, and "none" where
+      (keep each block's input) or "dots" (keep products with weights); or, to
+      train over several devices, "unrolled" (keep all, each layer compiled by
+      itself, where a scan over layers would copy what it keeps); or layers of
+      one and the rest of another, such as "none:14,full"; or "auto", the
+      fastest with which training fits the device's memory, and "none" where
       that is unknown.
 
   Raises:

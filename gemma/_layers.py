@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ._config import GemmaConfig
 from ._parts import on_gathered
-from ._remat import AROUND_ATTENTION, Policy
+from ._remat import AROUND_ATTENTION, Policy, keeps_all
 from ._table import embedding_rows, rows_and_copies
 from .ops import FeedForwardConfig, Norm, Ops, QuantizedWeight, layer_einsum
 
@@ -163,7 +163,7 @@ def _feed_forward_config(remat: Policy) -> FeedForwardConfig:
   time before its backward pass, three matmuls, where the backward pass by
   itself recomputes only the two products.
   """
-  return FeedForwardConfig(residuals="gate_up" if remat == "none" else "none")
+  return FeedForwardConfig(residuals="gate_up" if keeps_all(remat) else "none")
 
 
 def _normal(rngs: nnx.Rngs, *shape: int, deviation: float) -> nnx.Param:

@@ -143,18 +143,19 @@ class Gemma(nnx.Module):
       )
       return y, None
 
-    def part(policy: _remat.Policy, layers: int) -> ScanPart:
+    def part(policy: _remat.Policy, layers: int) -> list[ScanPart]:
       def layer(x: jax.Array, block: Block):
         return block(x, attend, policy)
 
-      return ScanPart(layer, layers, _remat.checkpoint(policy))
+      times, each = (layers, 1) if policy == "unrolled" else (1, layers)
+      return [ScanPart(layer, each, _remat.checkpoint(policy))] * times
 
     remat = _remat.parts(self.config.remat, self.config.num_layers)
     x = embedded
     if x is None:
       with jax.named_scope("embed"):
         x = self.embedder.embed(tokens)
-    parts = [part(policy, layers) for policy, layers in remat]
+    parts = [one for policy, layers in remat for one in part(policy, layers)]
     x, _ = scan_layers(parts, x, self.blocks, in_place=self._in_place())
     return self._final_norm(x)
 

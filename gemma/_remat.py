@@ -3,6 +3,7 @@
 A policy is for one layer:
 
     none       keeps all that the backward pass reads; nothing is computed again
+    unrolled   keeps the same, for training over several devices: see below
     attention  keeps all but the feed-forward's products with gate and up
     dots       keeps products of rows with weights
     names      keeps the layer's input, and the attention kernel's result
@@ -10,6 +11,11 @@ A policy is for one layer:
 
 `GemmaConfig.remat` is a policy for all layers, or says how many layers take
 each, in order: "none:14,full" is 14 that keep all, and of the others the input.
+
+A scan over layers keeps what they keep in stacks.  On one device the kernels
+write into these; over several, XLA copies the feed-forward's products into them
+and out again, which takes longer than computing them anew.  Unrolled layers are
+not in a scan, so that there is nothing to copy, but each of them is compiled.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from typing import Any, Literal, cast, get_args
 
 import jax
 
-Policy = Literal["none", "full", "dots", "names", "attention"]
+Policy = Literal["none", "unrolled", "full", "dots", "names", "attention"]
 AUTO = "auto"
 
 # Attention's result and log-normaliser: without them its backward pass would
@@ -64,12 +70,22 @@ def _policy(name: str) -> Policy:
   return cast("Policy", name)
 
 
+def keeps_all(policy: Policy) -> bool:
+  """Whether nothing is computed again."""
+  return policy in ("none", "unrolled")
+
+
 def checkpoint(policy: Policy) -> Callable[[Any], Any] | None:
-  """What wraps a layer, so that it keeps what the policy says; None for all."""
+  """What wraps a layer, so that it keeps what the policy says.
+
+  None for all, in stacks of all layers where that is no copy.
+  """
   policies = jax.checkpoint_policies
   match policy:
     case "none":
       return None
+    case "unrolled":
+      return lambda layer: layer
     case "full":
       kept = policies.nothing_saveable
     case "dots":
@@ -87,21 +103,29 @@ def checkpoint(policy: Policy) -> Callable[[Any], Any] | None:
 # --- what fits ----------------------------------------------------------------
 
 
-def fastest_first(num_layers: int) -> list[str]:
-  """Choices, each of which keeps less than the one before."""
+def fastest_first(num_layers: int, over_devices: bool = False) -> list[str]:
+  """Choices, each of which keeps less than the one before.
+
+  Args:
+    num_layers: of the model.
+    over_devices: whether it is trained over several.
+  """
   some = range(num_layers - 1, 0, -1)
   # What a byte saves in time, it saves most of around attention, and least of
   # the feed-forward's products.
-  policies = "none", "attention", "names", "full"
+  most = "unrolled" if over_devices else "none"
+  policies = most, "attention", "names", "full"
   choices = []
-  for most, less in itertools.pairwise(policies):
-    choices += [most, *(f"{most}:{count},{less}" for count in some)]
+  for more, less in itertools.pairwise(policies):
+    choices += [more, *(f"{more}:{count},{less}" for count in some)]
   return [*choices, "full"]
 
 
-def fastest_that(fits: Callable[[str], bool], num_layers: int) -> str | None:
+def fastest_that(
+  fits: Callable[[str], bool], num_layers: int, over_devices: bool = False
+) -> str | None:
   """The fastest choice that fits, found by halving; None if none does."""
-  choices = fastest_first(num_layers)
+  choices = fastest_first(num_layers, over_devices)
   low, high = 0, len(choices)  # those before `low` do not fit
   while low < high:
     middle = (low + high) // 2

@@ -21,9 +21,12 @@ def settings(**changes):
   return TrainConfig(**{**fields, **changes})
 
 
+@pytest.mark.parametrize("over_devices", [False, True])
 @pytest.mark.parametrize("layers", [1, 2, 18])
-def test_the_fastest_that_fits_is_found(layers):
-  choices = REMAT.fastest_first(layers)
+def test_the_fastest_that_fits_is_found(layers, over_devices):
+  choices = REMAT.fastest_first(layers, over_devices)
+  # Over devices a scan's stacks would be copied.
+  assert choices[0] == ("unrolled" if over_devices else "none")
   for choice in choices:
     assert sum(count for _, count in REMAT.parts(choice, layers)) == layers
   for first, want in enumerate([*choices, None]):
@@ -33,7 +36,7 @@ def test_the_fastest_that_fits_is_found(layers):
       tried.append(choice)
       return choices.index(choice) >= first
 
-    assert REMAT.fastest_that(fits, layers) == want
+    assert REMAT.fastest_that(fits, layers, over_devices) == want
     assert len(tried) <= len(choices).bit_length()
 
 

@@ -149,8 +149,11 @@ def test_every_parameter_is_in_the_table_and_split_where_it_can_be(model):
 
 @v5e.needs_compiler
 @v5e.around_kernels
-@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,model=2"])
-def test_kernels_are_compiled_for_a_slice(mesh):
+@pytest.mark.parametrize(
+  "mesh, remat",
+  [("fsdp=8", "none"), ("fsdp=8", "unrolled"), ("fsdp=4,model=2", "none")],
+)
+def test_kernels_are_compiled_for_a_slice(mesh, remat):
   model = GemmaConfig(
     vocab_size=512,
     num_layers=2,
@@ -160,6 +163,7 @@ def test_kernels_are_compiled_for_a_slice(mesh):
     num_kv_heads=1,
     head_size=128,
     context_length=384,
+    remat=remat,
   )
   settings = TrainConfig(
     model=model, sequence_length=384, mesh=mesh, head="recompute"
@@ -177,6 +181,8 @@ def test_kernels_are_compiled_for_a_slice(mesh):
   for kernel in ("flash_attention", "feed_forward", "linear_cross_entropy"):
     assert f"{kernel}_fwd" in text and f"{kernel}_bwd" in text
   assert unplanned(text, settings, layout) == []
+  if mesh == "fsdp=8":  # a device's products with gate and up, of all layers
+    assert ("bf16[2,384,512]" in text) == (remat == "none")
 
 
 @v5e.needs_compiler

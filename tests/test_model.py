@@ -407,7 +407,7 @@ def test_remat_policies_give_equal_gradients():
   tokens = random_tokens()
   want = gradients(with_remat("none"), tokens)
   policies = "full", "dots", "names", "attention", "none:1,full", "full:1,none"
-  for remat in policies:
+  for remat in (*policies, "unrolled", "unrolled:1,full"):
     assert_equal_gradients(gradients(with_remat(remat), tokens), want)
 
 
@@ -421,12 +421,13 @@ def test_remat_policies_keep_what_they_say():
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(vjp))
 
   rows = TINY.num_layers * tokens.size * 4  # bytes per float32 column
-  full, names, dots, none = map(kept, ("full", "names", "dots", "none"))
+  policies = "full", "names", "dots", "none", "unrolled"
+  full, names, dots, none, unrolled = map(kept, policies)
   assert names - full == rows * TINY.num_heads * TINY.head_size
   # q, k, v (of one head), out, gate and up; no gradient asks for down's.
   widths = TINY.head_size * (TINY.num_heads + 2) + TINY.width
   assert dots - full == rows * (widths + 2 * TINY.hidden_size)
-  assert none > dots
+  assert none > dots and unrolled > dots
 
 
 # --- what runs ----------------------------------------------------------------
@@ -485,9 +486,9 @@ def test_lowered_for_tpu_it_runs_the_kernels_it_says():
     (dict(dtype="float16"), "dtype must be one of bfloat16, float32, got"),
     (
       dict(remat="some"),
-      "remat must be one of none, full, dots, names, attention, auto, or",
+      "remat must be one of none, unrolled, full, dots, names, attention, auto",
     ),
-    (dict(remat="none:2,some"), "remat must be one of none, full, dots"),
+    (dict(remat="none:2,some"), "remat must be one of none, unrolled, full"),
     (dict(remat="none:2,full"), "remat must be fewer than 2 layers"),
     (dict(remat="none:0,full"), "remat must be fewer than 2 layers"),
     (dict(remat="none:x,full"), "remat must be fewer than 2 layers"),

@@ -18,7 +18,11 @@ Compile = Callable[[TrainConfig], Any]
 
 
 def fitting(
-  config: TrainConfig, memory: int | None, head: Head, compile_step: Compile
+  config: TrainConfig,
+  memory: int | None,
+  head: Head,
+  compile_step: Compile,
+  over_devices: bool = False,
 ) -> TrainConfig:
   """The config, with "auto" resolved for what layers and loss keep.
 
@@ -30,6 +34,7 @@ def fitting(
     memory: bytes that the device has for arrays; None if that is not known.
     head: what the loss keeps, if what layers keep is given.
     compile_step: of a config without "auto".
+    over_devices: whether it is for several.
 
   Raises:
     UserError: if nothing fits.
@@ -48,7 +53,7 @@ def fitting(
   def fits(remat: str, head: Head = first) -> bool:
     return _bytes(compile_step, with_choice(remat, head)) <= memory
 
-  remat = _remat.fastest_that(fits, config.model.num_layers)
+  remat = _remat.fastest_that(fits, config.model.num_layers, over_devices)
   if remat is None:
     raise UserError(
       f"remat auto: even with each layer's input alone kept, a step takes more "

@@ -301,7 +301,8 @@ def resolved(
     return train_step.lower(params, state, batch).compile()
 
   head = choose_head(config, memory, layout)
-  return fitting(config, memory, head, compile_step)
+  over_devices = layout is not None
+  return fitting(config, memory, head, compile_step, over_devices)
 
 
 def device_memory() -> int | None:
