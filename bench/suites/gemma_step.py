@@ -87,7 +87,7 @@ class Case:
 
 
 _TOPOLOGIES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"}
-# What 15.25 GiB of a chip's memory hold.  From about 14 on the compiler cuts the
+# What 15.25 GiB of a chip's memory hold.  From about 14 on the compiler cuts a
 # program smaller for the instruction memory, so that loops load their code.
 _REMAT = {
   ("2b", "v5e-8"): "attention",
