@@ -143,19 +143,18 @@ class Gemma(nnx.Module):
       )
       return y, None
 
-    def part(policy: _remat.Policy, layers: int) -> list[ScanPart]:
+    def part(policy: _remat.Policy, layers: int) -> ScanPart:
       def layer(x: jax.Array, block: Block):
         return block(x, attend, policy)
 
-      times, each = (layers, 1) if policy == "unrolled" else (1, layers)
-      return [ScanPart(layer, each, _remat.checkpoint(policy))] * times
+      return ScanPart(layer, layers, _remat.checkpoint(policy))
 
     remat = _remat.parts(self.config.remat, self.config.num_layers)
     x = embedded
     if x is None:
       with jax.named_scope("embed"):
         x = self.embedder.embed(tokens)
-    parts = [one for policy, layers in remat for one in part(policy, layers)]
+    parts = [part(policy, layers) for policy, layers in remat]
     x, _ = scan_layers(parts, x, self.blocks, in_place=self._in_place())
     return self._final_norm(x)
 

@@ -39,7 +39,7 @@ residual stream after it."""
 
 
 def parts(remat: str, num_layers: int) -> tuple[tuple[Policy, int], ...]:
-  """Policies, and how many layers take each; "auto" as "none".
+  """Policies, and how many layers each is for in one scan; "auto" as "none".
 
   Raises:
     ValueError: what it must be, for a sentence that begins with its name.
@@ -58,7 +58,11 @@ def parts(remat: str, num_layers: int) -> tuple[tuple[Policy, int], ...]:
       f"fewer than {num_layers} layers, at least one for each but the last "
       f"policy, such as none:{max(1, num_layers // 2)},full"
     )
-  return tuple(found)
+  return tuple(
+    (policy, 1 if policy == "unrolled" else count)
+    for policy, count in found
+    for _ in range(count if policy == "unrolled" else 1)
+  )
 
 
 def _policy(name: str) -> Policy:

@@ -104,8 +104,10 @@ def load_checkpoint(
     mark = _mark(folder)
     try:
       restored = restore(directory, wanted, params=params)
-    except Exception:  # what Orbax raises for a file that is gone is no OSError
-      # A trainer that runs may have removed or replaced this step meanwhile.
+    except Exception:
+      # Of a file that goes while it is read Orbax raises errors of several
+      # classes.  Whichever it is goes on, unless a trainer that runs has
+      # removed or replaced the step meanwhile: then it is chosen anew.
       if mark is None or _mark(folder) == mark:
         raise
     else:

@@ -124,7 +124,7 @@ def parse(text: str) -> MeshConfig | None:
         f"mesh {text!r}: wanted auto, {', '.join(PRESETS)}, or sizes of the "
         f"axes {', '.join(AXES)}, such as fsdp=4,model=2"
       )
-    # Python reads no number of thousands of digits.
+    # Python reads no number of thousands of digits; 20 are too many devices.
     sizes[name] = int(size[:20])
   return MeshConfig(**sizes)
 
