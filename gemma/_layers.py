@@ -51,7 +51,7 @@ class Embedder(nnx.Module):
       # before this is summed over the devices: a pass over the whole table, of
       # which each device then keeps its part.
       table = jax.lax.optimization_barrier(table)
-    return self._scaled(embedding_rows(table, tokens).astype(self.dtype))
+    return self._scaled(embedding_rows(table, tokens, self.dtype))
 
   def embed_with_copies(
     self, tokens: jax.Array

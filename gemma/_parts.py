@@ -29,13 +29,26 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from .ops import cast_here
+
 # Devices among which an exchange takes no longer than what covers it.
 _FEW = 8
 
 
-def compiler_options(mesh: Any) -> dict[str, str]:
-  """What a TPU's compiler is told of programs of such a model over a mesh."""
-  options = {
+# Near the end of a chip's memory the compiler would share equal code by calls;
+# then it cuts the program smaller, and loops load their code at every turn.
+_ANYWHERE = {"xla_tpu_enable_deduplicated_calls": "false"}
+
+
+def compiler_options(mesh: Any = None) -> dict[str, str]:
+  """What a TPU's compiler is told of training programs.
+
+  Args:
+    mesh: over which parameters are stored in parts; None if they are not.
+  """
+  if mesh is None:
+    return _ANYWHERE
+  options = _ANYWHERE | {
     # Gathers of a loop begin one turn ahead.
     "xla_tpu_enable_ici_ag_pipelining": "true",
     # Attention's products stay whole, for other collectives to go on behind
@@ -66,6 +79,11 @@ class Parts(NamedTuple):
     return *self.rows, *self.length
 
   @property
+  def apart(self) -> tuple[str, ...]:
+    """Those over which parts are stored again."""
+    return tuple(a for a in self.devices if a not in self.stored)
+
+  @property
   def are_few(self) -> bool:
     """Whether each device can reach all others in time."""
     return self.mesh.size <= _FEW
@@ -75,13 +93,16 @@ class Parts(NamedTuple):
     """How an array [B, T, ...] is split."""
     return PartitionSpec(self.rows, self.length)
 
+  def count(self, axes: Sequence[str]) -> int:
+    """How many devices there are along axes."""
+    return math.prod(self.mesh.shape[axis] for axis in axes)
+
   def divide(self, weights: Sequence[Any], dim: int = 0) -> bool:
     """Whether weights are parts of one dimension, and split no more."""
     sizes = dict(self.mesh.shape)
     others = set(sizes) - set(self.devices)
-    count = math.prod(sizes[axis] for axis in self.stored)
     return all(sizes[axis] == 1 for axis in others) and all(
-      w.shape[dim] % count == 0 for w in weights
+      w.shape[dim] % self.count(self.stored) == 0 for w in weights
     )
 
 
@@ -131,11 +152,9 @@ def on_gathered(
   parts = _PARTS.value
   if parts is None:
     return op(x, scale, *weights)
-  # Of all layers at once, before the loop over them, the cast would make a
-  # second copy of the weights.
-  own = [jax.lax.optimization_barrier(jnp.asarray(w)) for w in weights]
+  own = [jnp.asarray(w) for w in weights]
   if not parts.divide(own):
-    return op(x, scale, *(w.astype(x.dtype) for w in own))
+    return op(x, scale, *(cast_here(w, x.dtype) for w in own))
 
   def run(x: jax.Array, scale: jax.Array, *own: jax.Array) -> jax.Array:
     whole = (
@@ -170,7 +189,7 @@ def gathered(
       dimension, are exchanged and summed afterwards, not summed on the way.
   """
   del exchanged
-  return jax.lax.all_gather(own.astype(dtype), axes, axis=dim, tiled=True)
+  return jax.lax.all_gather(cast_here(own, dtype), axes, axis=dim, tiled=True)
 
 
 def _gathered_fwd(

@@ -1,40 +1,49 @@
 """The token table of a model that is stored in parts.
 
-The rows of tokens are looked up by all devices of an axis for all their tokens,
-each in its own columns, and then exchanged.
+A device has some columns of every word.  Rows of tokens are looked up by all
+devices of an axis for all their tokens, each in its own columns, and then
+exchanged; their gradients go back as they came.
 
-Where only tokens are split, each device gathers the table besides, for the
-logits of the loss: a copy [V, D] each, [devices, V, D] in all.  What a device's
-rows and its logits give for the gradient goes into one array, which is summed
-over the devices as a last thing, in the compute dtype as those of the other
-weights are.  On many devices the rows are taken from the copy: to exchange them
-takes longer the more there are.
+The logits of the loss need whole words.  Of fewer tokens than words it is less
+to exchange the tokens: each device takes all tokens' rows, and a part of the
+vocabulary, to which its columns of all words are exchanged (`on_vocabulary`).
+Nobody has the whole table then, nor its gradient.
 
-Where the vocabulary is split too, the gradient of the rows goes back as they
-came.  Left to itself the compiler adds what each device's tokens contribute
-into a whole table, and sums these.
+Of more tokens, each device gathers the table: a copy [V, D] each, [devices, V,
+D] in all.  What a device's rows and its logits give for the gradient goes into
+one array, which is summed over the devices as a last thing, in the compute
+dtype as those of the other weights are.  On many devices the rows are taken
+from the copy: to exchange them takes longer the more there are.
+
+Where the model axis splits the vocabulary, the loss's kernels know.  Left to
+itself the compiler adds what each device's tokens contribute to the gradient of
+their rows into a whole table, and sums these.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._parts import Parts, current, gathered
+from .ops import cast_here, sharding
 
 
-def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
-  """table[tokens]: of [V, D] and [B, T] the rows [B, T, D]."""
+def embedding_rows(
+  table: jax.Array, tokens: jax.Array, dtype: Any
+) -> jax.Array:
+  """table[tokens]: of [V, D] and [B, T] the rows [B, T, D], of a dtype."""
   parts = current()
   if parts is None or tokens.ndim != 2:
-    return table[tokens]
+    return table[tokens].astype(dtype)
   return jax.shard_map(
-    functools.partial(_exchanged_rows, parts),
+    functools.partial(_exchanged_rows, parts, dtype),
     mesh=parts.mesh,
     in_specs=(PartitionSpec(parts.vocabulary, parts.stored), parts.of_tokens),
     out_specs=parts.of_tokens,
@@ -42,24 +51,89 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _exchanged_rows(
-  parts: Parts, own: jax.Array, tokens: jax.Array
+  parts: Parts, dtype: Any, own: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-  """A device's rows, each part of them from the device that has it."""
+  """A device's rows, each part of them from the device that has it.
+
+  They are cast before they are exchanged, and so are their gradients; these are
+  summed in the table's own dtype.
+  """
   length, stored = parts.length, parts.stored
   for axis in stored:
     dim = int(axis in length)
     tokens = jax.lax.all_gather(tokens, axis, axis=dim, tiled=True)
   if parts.vocabulary is None:
-    x = own[tokens]
+    x = own[tokens].astype(dtype)
   else:
     place = tokens - jax.lax.axis_index(parts.vocabulary) * own.shape[0]
     is_here = (place >= 0) & (place < own.shape[0])
     x = jnp.where(is_here[..., None], own[jnp.where(is_here, place, 0)], 0)
-    x = jax.lax.psum(x, parts.vocabulary)
+    x = jax.lax.psum(x.astype(dtype), parts.vocabulary)
   for axis in reversed(stored):  # columns of the last lie together
     dim = int(axis in length)
     x = jax.lax.all_to_all(x, axis, dim, 2, tiled=True)
   return x
+
+
+# --- the vocabulary in parts --------------------------------------------------
+
+
+def _takes_vocabulary(parts: Parts, table: Any, tokens: int) -> bool:
+  """Whether it is less to exchange the tokens than the table.
+
+  Args:
+    parts: of the model.
+    table: [V, D].
+    tokens: of all devices.
+  """
+  count = parts.count(parts.stored)
+  divides = all(size % count == 0 for size in table.shape)
+  if count == 1 or not divides or parts.vocabulary is not None:
+    return False
+  return tokens < table.shape[0] * parts.count(parts.apart)
+
+
+def on_vocabulary(
+  table: Any, dtype: Any, *arrays: jax.Array
+) -> Callable[[Callable[..., jax.Array]], jax.Array]:
+  """What calls an op of the table and the arrays, by words if that pays.
+
+  Then each device has a part of the words, of all tokens; they are exchanged
+  here, for all ops that are called.
+
+  Args:
+    table: [V, D], stored by its columns.
+    dtype: of the table that ops are given.
+    *arrays: [B, T, ...], split over rows, and over tokens of a row.
+
+  Returns:
+    A function of an op, which is called as op(table, *arrays, split=(m, n))
+    where m devices split the tokens and n the words, or without the split.  Its
+    kernels go by `sharding`; what it returns is split as tokens are.
+  """
+  parts = current()
+  tokens = math.prod(arrays[0].shape[:2])
+  if parts is None or not _takes_vocabulary(parts, table, tokens):
+    return lambda op: op(table, *arrays)
+
+  def lies(x: Any, *axes: Any) -> Any:
+    where = NamedSharding(parts.mesh, PartitionSpec(*axes))
+    return jax.lax.with_sharding_constraint(x, where)
+
+  rows = tuple(a for a in parts.rows if a in parts.apart)
+  length = tuple(a for a in parts.length if a in parts.apart)
+  columns = lies(cast_here(table, dtype), None, parts.stored)
+  words = lies(columns, parts.stored, None)
+  everywhere = [lies(x, rows, length) for x in arrays]
+  split = parts.count(parts.apart), parts.count(parts.stored)
+
+  def call(op: Callable[..., jax.Array]) -> jax.Array:
+    rules = {"B": rows, "T": length, "V": parts.stored}
+    with sharding(parts.mesh, rules):
+      of_each = op(words, *everywhere, split=split)
+    return lies(of_each, *parts.of_tokens)
+
+  return call
 
 
 # --- a copy for each device ---------------------------------------------------
@@ -81,14 +155,15 @@ def rows_and_copies(
   parts = current()
   if parts is None or not parts.divide([table], dim=1):
     return None
+  if _takes_vocabulary(parts, table, tokens.size):
+    return None
 
   def look_up(own: jax.Array, tokens: jax.Array) -> Any:
     whole = gathered(own, parts.stored, dtype, dim=1)
     # Each device's own, also where others have parts of the same.
-    alike = tuple(a for a in parts.devices if a not in parts.stored)
-    whole = jax.lax.pcast(whole, alike, to="varying")
+    whole = jax.lax.pcast(whole, parts.apart, to="varying")
     if parts.are_few:
-      rows = _exchanged_rows(parts, own.astype(dtype), tokens)
+      rows = _exchanged_rows(parts, dtype, own, tokens)
     else:
       rows = whole[tokens]
     rows, whole = _joined(jax.lax.stop_gradient(rows), whole, tokens)
@@ -103,14 +178,14 @@ def rows_and_copies(
 
 
 def with_copies(
-  op: Callable[..., jax.Array], copies: jax.Array, *arrays: jax.Array
+  op: Callable[..., jax.Array], copies: jax.Array, arrays: Sequence[jax.Array]
 ) -> jax.Array:
   """op(table, *arrays), each device with its copy of the table.
 
   Args:
     op: of a table and arrays [B, T, ...] to one that is split as they are.
     copies: of `rows_and_copies`.
-    *arrays: split over rows, and over tokens of a row.
+    arrays: split over rows, and over tokens of a row.
   """
   parts = current()
   assert parts is not None

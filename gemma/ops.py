@@ -25,6 +25,7 @@ from pallas_gemma.kernels import layer_einsum as layer_einsum
 from pallas_gemma.kernels import scan_layers as scan_layers
 from pallas_gemma.kernels import sharding as sharding
 from pallas_gemma.kernels._frame.debug import checked as checked
+from pallas_gemma.kernels._layers.weight import cast_here as cast_here
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -150,12 +151,16 @@ def test_every_parameter_is_in_the_table_and_split_where_it_can_be(model):
 @v5e.needs_compiler
 @v5e.around_kernels
 @pytest.mark.parametrize(
-  "mesh, remat",
-  [("fsdp=8", "none"), ("fsdp=8", "unrolled"), ("fsdp=4,model=2", "none")],
+  "mesh, remat, words",
+  [
+    ("fsdp=8", "none", 512),
+    ("fsdp=8", "unrolled", 4096),  # more than tokens: these are exchanged
+    ("fsdp=4,model=2", "none", 512),
+  ],
 )
-def test_kernels_are_compiled_for_a_slice(mesh, remat):
+def test_kernels_are_compiled_for_a_slice(mesh, remat, words):
   model = GemmaConfig(
-    vocab_size=512,
+    vocab_size=words,
     num_layers=2,
     width=256,
     hidden_size=512,
@@ -166,12 +171,16 @@ def test_kernels_are_compiled_for_a_slice(mesh, remat):
     remat=remat,
   )
   settings = TrainConfig(
-    model=model, sequence_length=384, mesh=mesh, head="recompute"
+    model=model,
+    sequence_length=384,
+    mesh=mesh,
+    head="recompute",
+    z_loss=1e-4,
   )
   sizes = MESH.parse(mesh)
   chips = v5e.devices("2x4", (2, 4, 1))
   layout = LAYOUT.Layout(LAYOUT.make_mesh(sizes, chips), sizes)
-  step, _ = STEP.make_steps(settings, 512, layout)
+  step, _ = STEP.make_steps(settings, words, layout)
   ids = jax.ShapeDtypeStruct((8, 384), jnp.int32)
   batch: dict[str, Any] = dict.fromkeys(
     ("tokens", "labels", "segment_ids"), ids
@@ -180,9 +189,17 @@ def test_kernels_are_compiled_for_a_slice(mesh, remat):
   text = step.lower(*STEP.abstract_state(settings), batch).compile().as_text()
   for kernel in ("flash_attention", "feed_forward", "linear_cross_entropy"):
     assert f"{kernel}_fwd" in text and f"{kernel}_bwd" in text
+  # With the z-loss and without it, the logits are computed once.
+  of_logits = re.findall(r"%(linear_cross_entropy_fwd[.\d]*) = ", text)
+  assert len(set(of_logits)) == 1
   assert unplanned(text, settings, layout) == []
   if mesh == "fsdp=8":  # a device's products with gate and up, of all layers
     assert ("bf16[2,384,512]" in text) == (remat == "none")
+    # Nobody has the whole table where a device has a part of the vocabulary.
+    assert (f"bf16[{words},256]" in text) == (words == 512)
+    # Nor are the parts of all layers cast before the loop over them.
+    for part in ("2,32,512", "2,4,32,128", "2,4,128,32"):  # gate, q, out
+      assert f" f32[{part}]" in text and f" bf16[{part}]" not in text
 
 
 @v5e.needs_compiler
@@ -226,7 +243,9 @@ def unplanned(text, settings, layout):
 
   Over fsdp go a layer's weights, in the compute dtype, and their gradients,
   token ids, and rows of the table.  These are exchanged, and gradients of the
-  feed-forward; over model go sums of tokens' rows.
+  feed-forward; over model go sums of tokens' rows.  Where there are fewer
+  tokens than words, all devices' rows and their gradients go to all, and parts
+  of the table from columns to rows and back.
   """
   params, _ = STEP.abstract_state(settings)
   weights = set()
@@ -235,21 +254,32 @@ def unplanned(text, settings, layout):
     stacked = settings.model.num_layers if len(x.shape) > 2 else 1
     weights.add(x.size // stacked // (layout.config.model if split else 1))
   rows = settings.batch_size // layout.config.rows * settings.sequence_length
+  tokens = settings.batch_size * settings.sequence_length
+  width = settings.model.width
+  in_parts = tokens < settings.model.vocab_size
+  of_vocabulary = {
+    ("all-gather", tokens * width, "bf16"),
+    ("all-gather", tokens, "f32"),
+    ("all-reduce", tokens * width, "bf16"),
+    ("all-reduce", tokens, "f32"),
+    ("all-to-all", width * settings.model.vocab_size // 8, "bf16"),
+  }
 
   def is_planned(kind, axes, array, source):
     if axes not in PLAN.get(kind, []):
       return False
-    if array.size <= settings.model.width:  # sums, and scales of norms
+    if array.size <= width:  # sums, and scales of norms
+      return True
+    if in_parts and (kind, array.size, array.dtype) in of_vocabulary:
       return True
     match kind, axes:
       case "all-gather", _:
-        tokens = settings.batch_size * settings.sequence_length
         is_weight = array.size in weights and array.dtype == "bf16"
         return is_weight or (array.size, array.dtype) == (tokens, "s32")
       case "all-to-all", _:
         if "feed_forward" in source:
           return array.size in weights and array.dtype == "bf16"
-        return array.size == rows * settings.model.width and "embed" in source
+        return array.size == rows * width and "embed" in source
       case "reduce-scatter", _:
         return array.size * layout.config.fsdp in weights
       case _, ("model",):

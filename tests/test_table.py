@@ -49,28 +49,35 @@ def test_an_id_that_no_row_has_keeps_its_bits():
 def _loss(table, tokens, factor):
   """Of the rows, and of products of all words with them."""
   both = TABLE.rows_and_copies(table, tokens, jnp.float32)
-  rows, copies = both or (TABLE.embedding_rows(table, tokens), None)
+  rows, copies = both or (
+    TABLE.embedding_rows(table, tokens, jnp.float32),
+    None,
+  )
 
-  def of_all(table, rows, factor):
+  def of_all(table, rows, factor, split=(1, 1)):
+    assert table.shape[0] % split[1] == 0
     return jnp.cos(rows @ table.T).sum(-1) * factor
 
   losses = (
-    of_all(table, rows, factor)
+    TABLE.on_vocabulary(table, jnp.float32, rows, factor)(of_all)
     if copies is None
-    else TABLE.with_copies(of_all, copies, rows, factor)
+    else TABLE.with_copies(of_all, copies, (rows, factor))
   )
   return losses.sum() + (rows**2 * factor[..., None]).sum()
 
 
-@pytest.mark.parametrize("few", [1, 8])
+# Of 12 words there are fewer than of tokens, of 56 more.
+@pytest.mark.parametrize("few, words", [(1, 12), (8, 12), (8, 56)])
 @pytest.mark.parametrize(
   "sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4), (8, 1, 1, 1)]
 )
-def test_loss_and_gradient_are_those_of_one_device(sizes, few, monkeypatch):
+def test_loss_and_gradient_are_those_of_one_device(
+  sizes, few, words, monkeypatch
+):
   monkeypatch.setattr(PARTS, "_FEW", few)
   rng = np.random.default_rng(0)
-  table = jnp.asarray(rng.normal(size=(12, 16)), jnp.float32)
-  tokens = jnp.asarray(rng.integers(0, 12, (8, 6)), jnp.int32)
+  table = jnp.asarray(rng.normal(size=(words, 16)), jnp.float32)
+  tokens = jnp.asarray(rng.integers(0, words, (8, 6)), jnp.int32)
   factor = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
   want = jax.value_and_grad(_loss)(table, tokens, factor)
   mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)

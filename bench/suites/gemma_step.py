@@ -87,14 +87,13 @@ class Case:
 
 
 _TOPOLOGIES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"}
-# What 15.25 GiB of a chip's memory hold.  From about 14 on the compiler cuts a
-# program smaller for the instruction memory, so that loops load their code.
+# What 15.25 GiB of a chip's memory hold.
 _REMAT = {
-  ("2b", "v5e-8"): "attention",
+  ("2b", "v5e-8"): "unrolled:2,attention",
   ("2b", "v5e-16"): "attention",
   ("2b", "v5e-256"): "unrolled:7,attention",
   ("2b", "report-2b"): "unrolled:7,attention",
-  ("7b", "v5e-16"): "names",
+  ("7b", "v5e-16"): "attention",
   ("7b", "v5e-256"): "unrolled:3,attention",
   ("7b", "report-7b"): "attention",
 }
@@ -198,7 +197,7 @@ def step(case: Case, collectives_apart: bool = True) -> Built:
       {name: name == "segment_ids" for name in batch},
     )
   )
-  options = tuple((layout.compiler_options or {}).items())
+  options = tuple(layout.compiler_options.items())
   where = layout.state(state), dict.fromkeys(batch, layout.batch)
   partitions = jax.tree.map(lambda sharding: sharding.spec, where)
   return Built(

@@ -169,9 +169,9 @@ class Layout:
     )
 
   @property
-  def compiler_options(self) -> dict[str, str] | None:
+  def compiler_options(self) -> dict[str, str]:
     """What a TPU's compiler is told of programs over this mesh."""
-    return compiler_options(self.mesh) if self.config.stored else None
+    return compiler_options(self.mesh if self.config.stored else None)
 
   @property
   def batch(self) -> NamedSharding:

@@ -19,8 +19,9 @@ from .._params import (
   num_parameters,
   with_params,
 )
+from .._parts import compiler_options
 from .._seeds import key_of
-from .._table import with_copies
+from .._table import on_vocabulary, with_copies
 from ..ops import (
   KERNELS,
   LinearCrossEntropyConfig,
@@ -79,10 +80,27 @@ def _losses(
     embedded=embedded,
   )
 
+  arrays = hidden, batch["labels"], batch["weights"]
+  table = model.embedder.embedding[...]
+  run = (
+    on_vocabulary(table, hidden.dtype, *arrays)
+    if copies is None
+    else functools.partial(with_copies, copies=copies, arrays=arrays)
+  )
+
   def of(z_loss: float) -> jax.Array:
-    def losses(table: jax.Array, *arrays: jax.Array) -> jax.Array:
+    def losses(
+      table: jax.Array, *arrays: jax.Array, split: tuple[int, int] = (1, 1)
+    ) -> jax.Array:
       hidden, labels, weights = arrays
-      rows = hidden.reshape(-1, hidden.shape[-1])
+      (words, width), (of_tokens, of_words) = table.shape, split
+      rows = labels.size // of_tokens, width
+      part = words // of_words, width
+      config = LinearCrossEntropyConfig.for_problem(
+        jax.ShapeDtypeStruct(rows, hidden.dtype),
+        jax.ShapeDtypeStruct(part, table.dtype),
+        head,
+      )
       return model.ops.linear_cross_entropy(
         hidden,
         table,
@@ -90,13 +108,10 @@ def _losses(
         weights=weights,
         z_loss=z_loss,
         valid_vocab_size=valid_vocab_size,
-        config=LinearCrossEntropyConfig.for_problem(rows, table, head),
+        config=config,
       )
 
-    arrays = hidden, batch["labels"], batch["weights"]
-    if copies is None:
-      return losses(model.embedder.embedding[...], *arrays)
-    return with_copies(losses, copies, *arrays)
+    return run(losses)
 
   return of
 
@@ -253,11 +268,14 @@ def make_steps(
   def evaluate(params, batch):
     return losses(params, batch)(0.0).sum(), batch["weights"].sum()
 
+  device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
+  options = None
+  if device.platform == "tpu":
+    options = layout.compiler_options if layout else compiler_options()
   if layout is None:
-    return jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(evaluate)
+    jit = functools.partial(jax.jit, compiler_options=options)
+    return jit(train_step, donate_argnums=(0, 1)), jit(evaluate)
   params, moments = layout.state(abstract_state(config))
-  is_tpu = layout.mesh.devices.flat[0].platform == "tpu"
-  options = layout.compiler_options if is_tpu else None
   return (
     jax.jit(
       layout.splits(train_step),

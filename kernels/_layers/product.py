@@ -13,9 +13,10 @@ from .._frame.check import as_array
 from .._frame.derivative import linear
 from .._frame.room import current
 from .._frame.rule import is_perturbed, with_rule
+from .._frame.sharding import rules_are_given
 from .._quantized import QuantizedWeight, quantized_einsum
 from .turns import take
-from .weight import LayerOf
+from .weight import LayerOf, cast_here
 
 # What makes x of a layer's part of the store in which it lies, if it does.
 Back = Callable[[Any], Any] | None
@@ -64,7 +65,11 @@ def layer_einsum(
 
 
 def _of(subscripts: str, x: Any, own: Any) -> Any:
-  return jnp.einsum(subscripts, x, own.astype(x.dtype))
+  # On one device the product reads the weight as it is, and casts what it has
+  # read; over several it is cast, and gathered.
+  is_split = rules_are_given() or not jax.sharding.get_abstract_mesh().empty
+  own = cast_here(own, x.dtype) if is_split else own.astype(x.dtype)
+  return jnp.einsum(subscripts, x, own)
 
 
 def _layer(stack: Any, index: Any) -> Any:

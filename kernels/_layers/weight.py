@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .turns import skip, take
 
@@ -95,3 +96,17 @@ class LayerOf:
 
   def __getitem__(self, key: Any) -> Any:
     return self if key is Ellipsis else self.take()[key]
+
+
+def cast_here(weight: jax.Array, dtype: Any) -> jax.Array:
+  """weight.astype(dtype), where it stands, also in a loop over layers.
+
+  XLA takes a conversion out of the loop, through the slice that a layer is of
+  the weights of all.  These it casts before the loop, and holds the second copy
+  until the backward pass has ended.  A rounding it leaves where it is, and what
+  is rounded already, the conversion does not change.
+  """
+  if (weight.dtype, jnp.dtype(dtype)) == (jnp.float32, jnp.bfloat16):
+    bits = jnp.finfo(dtype)
+    weight = jax.lax.reduce_precision(weight, bits.nexp, bits.nmant)
+  return weight.astype(dtype)

@@ -1,0 +1,1 @@
+from kernels._layers.weight import *
