@@ -34,7 +34,6 @@ from .ops import cast_here
 # Devices among which an exchange takes no longer than what covers it.
 _FEW = 8
 
-
 # Near the end of a chip's memory the compiler would share equal code by calls;
 # then it cuts the program smaller, and loops load their code at every turn.
 _ANYWHERE = {"xla_tpu_enable_deduplicated_calls": "false"}
@@ -47,7 +46,7 @@ def compiler_options(mesh: Any = None) -> dict[str, str]:
     mesh: over which parameters are stored in parts; None if they are not.
   """
   if mesh is None:
-    return _ANYWHERE
+    return dict(_ANYWHERE)
   options = _ANYWHERE | {
     # Gathers of a loop begin one turn ahead.
     "xla_tpu_enable_ici_ag_pipelining": "true",
@@ -80,7 +79,7 @@ class Parts(NamedTuple):
 
   @property
   def apart(self) -> tuple[str, ...]:
-    """Those over which parts are stored again."""
+    """Those of them along which weights are stored again, not split."""
     return tuple(a for a in self.devices if a not in self.stored)
 
   @property
