@@ -257,12 +257,13 @@ def unplanned(text, settings, layout):
   tokens = settings.batch_size * settings.sequence_length
   width = settings.model.width
   in_parts = tokens < settings.model.vocab_size
+  part_of_table = width * settings.model.vocab_size // layout.config.fsdp
   of_vocabulary = {
     ("all-gather", tokens * width, "bf16"),
     ("all-gather", tokens, "f32"),
     ("all-reduce", tokens * width, "bf16"),
     ("all-reduce", tokens, "f32"),
-    ("all-to-all", width * settings.model.vocab_size // 8, "bf16"),
+    ("all-to-all", part_of_table, "bf16"),
   }
 
   def is_planned(kind, axes, array, source):

@@ -1,1 +1,1 @@
-from kernels._frame import *
+from kernels._layers import *
