@@ -19,6 +19,7 @@ from ._errors import UserError
 from ._files import remote_url
 
 _OTHERWISE = "copy it to this machine"
+_ONLY_READ = ("http://", "https://")
 
 
 @contextlib.contextmanager
@@ -80,8 +81,20 @@ class Place:
     """The URL."""
     return self.url
 
-  def check(self) -> None:
-    """Raises a `UserError` if a package is missing that reads it."""
+  def check(self, written: bool = False) -> None:
+    """Finds out at the door whether it can be used.
+
+    Args:
+      written: whether it is to be written to as well.
+
+    Raises:
+      UserError: if its scheme only gives, or needs a package that is missing.
+    """
+    if written and self.url.startswith(_ONLY_READ):
+      raise UserError(
+        f"{self.what} {self.url}: cannot be written to; give a path of this "
+        "machine, or a place such as gs://bucket/folder"
+      )
     with self._reached():
       pass
 

@@ -213,6 +213,31 @@ def test_what_is_not_text_is_refused_by_name(
   assert where.startswith(str(path)) and reason in str(error.value)
 
 
+@pytest.mark.parametrize("mark", [True, False])
+@pytest.mark.parametrize("order", ["LE", "BE"])
+@pytest.mark.parametrize("width", ["UTF-16", "UTF-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.jsonl"])
+def test_other_encodings_of_unicode_are_named(
+  name, width, order, mark, tmp_path
+):
+  """Databases export UTF-16 without a mark; its zeros are no binary file."""
+  text = ("\ufeff" if mark else "") + 'text\n"caf\xe9, \u65e5"\r\n' * 400
+  path = tmp_path / name
+  path.write_bytes(text.encode(f"{width}-{order}"))
+  with pytest.raises(UserError, match=f"{width}, not UTF-8 text; convert it"):
+    read_corpus([path])
+
+
+@pytest.mark.parametrize(
+  "content", [b"\1\0\2\0" * 99, b"\0" * 99, b"a\0\0\0\1\2\3\4" * 99]
+)
+def test_numbers_are_no_encoding(content, tmp_path):
+  path = tmp_path / "a.txt"
+  path.write_bytes(content)
+  with pytest.raises(UserError, match="binary, not text"):
+    read_corpus([path])
+
+
 def test_what_text_may_hold(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_text(r'{"text": "\u0000 \ud83d\ude00 \ud800 x"}')

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -400,6 +401,34 @@ def test_a_full_disk_is_said(files, tmp_path, monkeypatch, number):
   ):
     prepare([files], Cache(tmp_path))
   assert not [*tmp_path.glob(".part-*")]
+
+
+def test_a_cache_that_can_only_be_read_is_read(files, tmp_path, monkeypatch):
+  """As on a disk that is shared; what is new goes to the run's own."""
+  shared, own = tmp_path / "shared", tmp_path / "run"
+  first = prepare([files], cache_module.open_cache(shared, own))
+  make = tempfile.mkdtemp
+
+  def refuses(*args, dir, **kwargs):
+    if pathlib.Path(dir) == shared:
+      raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    return make(*args, dir=dir, **kwargs)
+
+  monkeypatch.setattr(tempfile, "mkdtemp", refuses)
+  before = {path: path.stat().st_mtime_ns for path in shared.rglob("*")}
+  with monkeypatch.context() as patch:
+    patch.setattr(encode, "marked", None)  # nothing is encoded again
+    again = prepare([files], cache_module.open_cache(shared, own))
+  assert again.directory == first.directory
+  other = shutil.copytree(files, tmp_path / "other")
+  (other / "more.txt").write_text("More of it.\n")
+  added = prepare([other], cache_module.open_cache(shared, own))
+  assert added.directory.is_relative_to(own / "cache")
+  assert before == {path: path.stat().st_mtime_ns for path in shared.rglob("*")}
+  shutil.rmtree(shared)
+  shared.mkdir()
+  with pytest.raises(UserError, match="cannot write: .*--cache-dir another"):
+    cache_module.open_cache(shared, own)
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):

@@ -240,6 +240,35 @@ def test_a_damaged_step_is_named_and_one_of_this_machine_is_mended(tmp_path):
       pass
 
 
+def test_damaged_checksums_are_named_and_cut_ones_were_on_their_way(tmp_path):
+  machine = Machine(tmp_path / "a", keep=2)
+  with machine.works() as mirror:
+    machine.save(mirror, 1)
+    machine.save(mirror, 2)
+  name = "/bucket/run/checkpoints/2/checksums.json"
+  memory = fsspec.filesystem("faulty")
+  whole = memory.cat_file(name)
+  memory.pipe_file(name, whole.replace(b":", b";", 1))
+  with pytest.raises(UserError, match=f"{URL}/checkpoints/2/checksums.json: d"):
+    with Machine(tmp_path / "b").works():
+      pass
+  assert there() == [1, 2]
+  memory.pipe_file(name, whole[:-2])
+  with Machine(tmp_path / "b").works() as mirror:
+    assert there() == machine.holds(mirror) == [1]
+
+
+def test_a_lost_config_is_named_where_it_was(tmp_path):
+  machine = Machine(tmp_path / "a")
+  with machine.works() as mirror:
+    machine.save(mirror, 1)
+  fsspec.filesystem("faulty").rm_file("/bucket/run/config.json")
+  message = f"work directory {URL}: it has step 1, and no config.json"
+  with pytest.raises(UserError, match=message):
+    with Machine(tmp_path / "b").works():
+      pass
+
+
 # --- several processes, each with its parts ---
 
 
@@ -532,6 +561,14 @@ def test_what_is_missing_is_said_at_the_door(
   monkeypatch.setitem(sys.modules, "fsspec", None)
   assert "pip install 'pallas-gemma[remote]'" in refused("memory://x")
   assert {path.name for path in tmp_path.iterdir()} <= {"cache", "runs"}
+
+
+def test_a_place_that_only_gives_is_no_work_directory(tmp_path, capfd):
+  with pytest.raises(SystemExit) as end:
+    main(["train", "--work-dir", "https://example.com/run"])
+  error = capfd.readouterr().err
+  assert end.value.code == 2 and error.count("\n") == 1
+  assert "https://example.com/run: cannot be written to; give a path" in error
 
 
 @pytest.mark.parametrize("url", ["gs://", "gs:", "file://", "memory:///"])

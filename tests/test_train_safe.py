@@ -527,7 +527,9 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("wrong", ["5", "5:5", "6:5", "a:b", "12:13"])
+@pytest.mark.parametrize(
+  "wrong", ["5", "5:5", "6:5", "a:b", "12:13", "1:" + "9" * 5000]
+)
 def test_what_is_no_window_of_steps_is_refused(wrong):
   with pytest.raises(UserError, match="profile: wanted"):
     config(pathlib.Path(), profile=wrong)

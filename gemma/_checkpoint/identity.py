@@ -59,12 +59,16 @@ def has_identity(directory: pathlib.Path) -> bool:
   if (directory / CONFIG).exists():
     return True
   if steps := complete_steps(directory):
-    raise UserError(
-      f"work directory {directory}: it has step {steps[-1]}, and no {CONFIG} "
-      "that says of which run; restore it from a copy, or give another "
-      "--work-dir"
-    )
+    raise without_config(directory, steps[-1])
   return False
+
+
+def without_config(directory: Any, step: int) -> UserError:
+  """For a directory that has a step, and does not say of which run."""
+  return UserError(
+    f"work directory {directory}: it has step {step}, and no {CONFIG} that "
+    "says of which run; restore it from a copy, or give another --work-dir"
+  )
 
 
 def write_identity(

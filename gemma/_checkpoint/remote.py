@@ -32,19 +32,18 @@ def step_name(step: int) -> str:
 def remote_steps(place: Place) -> tuple[dict[int, bytes], list[int]]:
   """The checksums of each complete step; and the steps that are not complete.
 
-  Checksums that are cut were on their way, too.
+  Checksums that are cut were on their way, too.  If they are damaged, what they
+  say is not known, but that the step was complete; who fetches it is told.
   """
   complete, rest = {}, []
   for name in place.listed(FOLDER):
     if not STEP.fullmatch(name):
       continue
     mark = place.read(f"{FOLDER}/{name}/{CHECKSUMS}")
-    try:
-      checksums_in(mark or b"")
-    except ValueError:
-      rest.append(int(name))
+    if mark is not None and mark.rstrip().endswith(b"}"):
+      complete[int(name)] = mark
     else:
-      complete[int(name)] = mark or b""
+      rest.append(int(name))
   return dict(sorted(complete.items())), sorted(rest)
 
 
@@ -82,17 +81,20 @@ def fetch(
     UserError: if a file is not what its checksum says.
     FileNotFoundError: if one is not there.
   """
-  known = checksums_in(mark)
+  there = step_name(step)
+  fix = f"delete {place}/{there} to use an earlier step"
+  try:
+    known = checksums_in(mark)
+  except ValueError as error:
+    raise UserError(
+      f"checkpoint {place}/{there}/{CHECKSUMS}: damaged; {fix}"
+    ) from error
   wanted = {n: k for n, k in known.items() if n.startswith(only or "")}
   missing = [n for n, k in wanted.items() if problem_of(folder / n, k)]
-  there = step_name(step)
   place.download({f"{there}/{name}": folder / name for name in missing})
   for name in missing:
     if problem := problem_of(folder / name, wanted[name]):
-      raise UserError(
-        f"checkpoint {place}/{there}/{name}: {problem}; delete "
-        f"{place}/{there} to use an earlier step"
-      )
+      raise UserError(f"checkpoint {place}/{there}/{name}: {problem}; {fix}")
   folder.mkdir(parents=True, exist_ok=True)
   if (loss := place.read(f"{there}/{LOSS}")) is not None:
     (folder / LOSS).write_bytes(loss)

@@ -33,7 +33,7 @@ from .._errors import UserError
 from .._files import json_of, write_atomically
 from .._remote import Place
 from .checksums import CHECKSUMS, checksums_in
-from .identity import CONFIG, TOKENIZER, read_identity
+from .identity import CONFIG, TOKENIZER, read_identity, without_config
 from .remote import FOLDER, fetch, remote_steps, step_name
 from .steps import complete_folders
 
@@ -175,6 +175,8 @@ class Twin:
     for name, content in found.items():
       if content is not None:
         write_atomically(self.directory / name, content)
+    if self.there and not (self.directory / CONFIG).exists():
+      raise without_config(self.place, max(self.there))
     if not self.there and found[CONFIG] is not None:
       # The first upload of all may have been cut.
       try:

@@ -59,13 +59,15 @@ class Cache:
 
   Args:
     directory: is made.
+    also: another cache, which is read where this one has nothing.
 
   Raises:
     OSError: if it cannot be made or written.
   """
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: pathlib.Path, also: pathlib.Path | None = None):
     self.directory = directory.absolute()
+    self._read = [self.directory] + ([also.absolute()] if also else [])
     for name in ("files", "tokenizers", "tokens"):
       (self.directory / name).mkdir(parents=True, exist_ok=True)
     with self.scratch():
@@ -74,12 +76,8 @@ class Cache:
 
   def read_json(self, name: str) -> Any:
     """An entry's content, or None if it is missing or damaged."""
-    try:
-      wrapped = json_of((self.directory / name).read_bytes())
-      content = wrapped["content"]
-      return content if wrapped["crc32"] == _checksum(content) else None
-    except (OSError, ValueError, KeyError, TypeError):
-      return None
+    found = (_json_in(directory / name) for directory in self._read)
+    return next((content for content in found if content is not None), None)
 
   def write_json(self, name: str, content: Any) -> None:
     """Writes an entry."""
@@ -88,11 +86,12 @@ class Cache:
 
   def read_model(self, key: str) -> bytes | None:
     """A tokenizer's model, or None if it is missing or damaged."""
-    for path in (self.directory / "tokenizers").glob(f"{key}-*.model"):
-      with contextlib.suppress(OSError):
-        model = path.read_bytes()
-        if path.stem == f"{key}-{digest(model)}":
-          return model
+    for directory in self._read:
+      for path in (directory / "tokenizers").glob(f"{key}-*.model"):
+        with contextlib.suppress(OSError):
+          model = path.read_bytes()
+          if path.stem == f"{key}-{digest(model)}":
+            return model
     return None
 
   def write_model(self, key: str, model: bytes) -> None:
@@ -107,17 +106,14 @@ class Cache:
 
   def read_entry(self, key: str) -> tuple[pathlib.Path, dict[str, Any]] | None:
     """The folder of an entry and its `meta.json`; None if it is not whole."""
-    folder = self.directory / "tokens" / key
-    meta = self.read_json(f"tokens/{key}/{_META}")
-    if meta is None:
-      return None
-    try:
-      whole = all(
-        _is_whole(folder / name, known) for name, known in meta["files"].items()
-      )
-    except (OSError, KeyError, TypeError):
-      return None
-    return (folder, meta) if whole else None
+    for directory in self._read:
+      folder = directory / "tokens" / key
+      meta = _json_in(folder / _META)
+      with contextlib.suppress(OSError, KeyError, TypeError):
+        files = {} if meta is None else meta["files"]
+        if files and all(_is_whole(folder / n, k) for n, k in files.items()):
+          return folder, meta
+    return None
 
   @contextlib.contextmanager
   def making_entry(
@@ -175,17 +171,40 @@ _SCRATCH = ".part-"
 def open_cache(asked: pathlib.Path | None, work_dir: pathlib.Path) -> Cache:
   """The cache the user asked for, else the default, else one in `work_dir`.
 
+  One that others fill, and that can only be read here, is read; what is made
+  goes to the one in `work_dir`.
+
   Raises:
-    UserError: if the one asked for cannot be written.
+    UserError: if the one asked for is none yet, and cannot be made.
   """
+  chosen = asked or default_directory()
   try:
-    return Cache(asked or default_directory())
+    return Cache(chosen)
   except OSError as error:
-    if asked is not None:
+    is_filled = _has_entries(chosen)
+    if asked is not None and not is_filled:
       raise UserError(
         f"cache {asked}: cannot write: {error}; give --cache-dir another place"
       ) from error
-  return Cache(work_dir / "cache")  # where checkpoints can be written
+  # Where checkpoints can be written.
+  return Cache(work_dir / "cache", also=chosen if is_filled else None)
+
+
+def _has_entries(directory: pathlib.Path) -> bool:
+  try:
+    return any((directory / "tokens").iterdir())
+  except OSError:
+    return False
+
+
+def _json_in(path: pathlib.Path) -> Any:
+  """What an entry's file holds, or None if it is missing or damaged."""
+  try:
+    wrapped = json_of(path.read_bytes())
+    content = wrapped["content"]
+    return content if wrapped["crc32"] == _checksum(content) else None
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
 
 
 @contextlib.contextmanager

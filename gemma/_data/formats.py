@@ -36,7 +36,7 @@ from typing import Any, BinaryIO
 from .._files import json_of
 from . import records
 from .html import visible_text
-from .not_text import NotText, field_of, names_of
+from .not_text import NotText, field_of, names_of, refuse_other_unicode
 from .remote import Remote
 
 _BLOCK = 1 << 20  # bytes
@@ -155,7 +155,7 @@ def _pieces(file: BinaryIO) -> Iterator[str]:
   decoder = codecs.getincrementaldecoder("utf-8")()
   position = 0  # of the first byte that is not decoded yet
   block = file.read(_BLOCK)
-  _refuse_utf16(block)
+  refuse_other_unicode(block)
   more = bool(block)
   if block.startswith(codecs.BOM_UTF8):
     block, position = block[3:], 3
@@ -176,12 +176,6 @@ def _pieces(file: BinaryIO) -> Iterator[str]:
     more = bool(block)
 
 
-def _refuse_utf16(beginning: bytes) -> None:
-  """As PowerShell writes what is sent to a file."""
-  if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-    raise NotText("UTF-16, not UTF-8 text", advice="convert it to UTF-8")
-
-
 # --- records ---
 
 
@@ -189,7 +183,7 @@ def _jsonl(file: BinaryIO, suffix: str, field: str) -> Iterator[Iterable[str]]:
   position = 0
   for number, line in enumerate(file, 1):
     if number == 1:
-      _refuse_utf16(line)
+      refuse_other_unicode(line)
     if b"\0" in line:
       raise NotText("binary, not text")
     try:

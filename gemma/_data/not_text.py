@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 from typing import Any
 
 
@@ -53,3 +55,44 @@ def field_of(record: Any, field: str, where: str) -> str:
 def names_of(record: dict[str, Any]) -> str:
   """Its fields, for a message."""
   return ", ".join(record)[:200] or "nothing"
+
+
+# In this order: one of UTF-32 begins with one of UTF-16.
+_OTHER_MARKS = {
+  codecs.BOM_UTF32_LE: "UTF-32",
+  codecs.BOM_UTF32_BE: "UTF-32",
+  codecs.BOM_UTF16_LE: "UTF-16",
+  codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def refuse_other_unicode(beginning: bytes) -> None:
+  """Encodings whose units are 2 or 4 bytes, with a mark or without.
+
+  PowerShell writes UTF-16 into a file that something is sent to, and databases
+  export it without a mark.
+  """
+  marks = (n for mark, n in _OTHER_MARKS.items() if beginning.startswith(mark))
+  found = next(marks, None) or _without_mark(beginning[:_ENOUGH])
+  if found is not None:
+    advice = "convert it to UTF-8"
+    raise NotText(f"{found}, not UTF-8 text", advice=advice)
+
+
+_ENOUGH = 1024  # bytes that tell one encoding from another
+
+
+def _without_mark(beginning: bytes) -> str | None:
+  """The encoding whose zeros lie where Latin letters and blanks have them."""
+  if beginning.count(0) * 4 < max(1, len(beginning)):
+    return None
+  for name in ("UTF-32", "UTF-16"):
+    for encoding in (f"{name}-LE", f"{name}-BE"):
+      with contextlib.suppress(UnicodeDecodeError):
+        # One that may end within a character.
+        text = codecs.getincrementaldecoder(encoding)().decode(beginning)
+        latin = sum(c < "\u0100" for c in text)
+        readable = all(c.isprintable() or c.isspace() for c in text)
+        if readable and 2 * latin > len(text):
+          return name
+  return None

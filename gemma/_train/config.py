@@ -199,7 +199,7 @@ class TrainConfig:
       if name == "cache_dir":
         local_path(path, name)
       elif place := place_of(path, name):
-        place.check()
+        place.check(written=name == "work_dir")
     for path in self.data:
       if url := remote_url(path):
         Remote(url).check()

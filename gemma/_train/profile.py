@@ -13,7 +13,7 @@ import re
 from .._errors import UserError
 
 FOLDER = "profile"
-_WINDOW = re.compile(r"(\d+):(\d+)")
+_WINDOW = re.compile(r"(\d{1,18}):(\d{1,18})")
 
 
 def window_of(text: str) -> tuple[int, int]:
