@@ -9,10 +9,10 @@ kernel afterwards: half the bytes, and half of those of their gradients, which
 are summed in the compute dtype, as those of the other weights are.
 
 The compiler gathers them a layer ahead, if it is asked to
-(`compiler_options`), so that attention covers it, forward and backward.  On few
-devices two of the three gradients are exchanged, and summed afterwards: more
-bytes than a reduce-scatter, but for that the core has to wait.  For a third
-there would be nothing left to cover it.
+(`compiler_options`), so that attention covers it, forward and backward.  Sums
+of gradients, for which the core has to wait, it takes for such cover too.  So
+they come first: attention's backward pass waits for those of the feed-forward,
+and is there for the gathers.
 
 The token table is `_table`'s.
 """
@@ -156,10 +156,9 @@ def on_gathered(
     return op(x, scale, *(cast_here(w, x.dtype) for w in own))
 
   def run(x: jax.Array, scale: jax.Array, *own: jax.Array) -> jax.Array:
-    whole = (
-      gathered(w, parts.stored, x.dtype, exchanged=parts.are_few and i != 1)
-      for i, w in enumerate(own)
-    )
+    # So gradients are summed over the stored axes first, where they shrink.
+    own = jax.lax.pcast(own, parts.apart, to="varying")
+    x, whole = _with_gathered(x, own, parts.stored)
     return op(x, scale, *whole)
 
   in_parts = (PartitionSpec(parts.stored),) * len(own)
@@ -171,10 +170,8 @@ def on_gathered(
   )(x, scale, *own)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def gathered(
-  own: jax.Array, axes: Any, dtype: Any, dim: int = 0, exchanged: bool = False
-) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gathered(own: jax.Array, axes: Any, dtype: Any, dim: int = 0) -> jax.Array:
   """All parts of a weight, cast, inside a `shard_map`.
 
   Its gradient is the sum of all devices' of the own part, in float32.
@@ -184,29 +181,46 @@ def gathered(
     axes: over which the weight is stored.
     dtype: of the result.
     dim: that is split.
-    exchanged: whether gradients, of a weight that is split over its first
-      dimension, are exchanged and summed afterwards, not summed on the way.
   """
-  del exchanged
   return jax.lax.all_gather(cast_here(own, dtype), axes, axis=dim, tiled=True)
 
 
-def _gathered_fwd(
-  own: jax.Array, axes: Any, dtype: Any, dim: int, exchanged: bool
-) -> Any:
-  return gathered(own, axes, dtype, dim, exchanged), ()
+def _gathered_fwd(own: jax.Array, axes: Any, dtype: Any, dim: int) -> Any:
+  return gathered(own, axes, dtype, dim), ()
 
 
-def _gathered_bwd(
-  axes: Any, dtype: Any, dim: int, exchanged: bool, _: Any, d: jax.Array
-) -> Any:
+def _gathered_bwd(axes: Any, dtype: Any, dim: int, _: Any, d: jax.Array) -> Any:
   del dtype
-  if not exchanged:
-    d = jax.lax.psum_scatter(d, axes, scatter_dimension=dim, tiled=True)
-    return (d.astype(jnp.float32),)
-  d = d.reshape(jax.lax.axis_size(axes), -1, *d.shape[1:])
-  d = jax.lax.all_to_all(d, axes, 0, 0)
-  return (d.sum(0, dtype=jnp.float32),)
+  return (_sum_of_own(d, axes, dim).astype(jnp.float32),)
 
 
 gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def _sum_of_own(d: jax.Array, axes: Any, dim: int) -> jax.Array:
+  return jax.lax.psum_scatter(d, axes, scatter_dimension=dim, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _with_gathered(
+  x: jax.Array, own: tuple[jax.Array, ...], axes: Any
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """x, and `gathered` of weights in its dtype.
+
+  Backwards, nothing goes on from x before the weights' gradients are summed.
+  """
+  return x, tuple(gathered(w, axes, x.dtype) for w in own)
+
+
+def _with_gathered_fwd(x: jax.Array, own: Any, axes: Any) -> Any:
+  return _with_gathered(x, own, axes), ()
+
+
+def _with_gathered_bwd(axes: Any, _: Any, d: Any) -> Any:
+  dx, dws = d
+  sums = [_sum_of_own(dw, axes, dim=0) for dw in dws]
+  dx, sums = jax.lax.optimization_barrier((dx, sums))
+  return dx, tuple(dw.astype(jnp.float32) for dw in sums)
+
+
+_with_gathered.defvjp(_with_gathered_fwd, _with_gathered_bwd)

@@ -200,6 +200,45 @@ def test_kernels_are_compiled_for_a_slice(mesh, remat, words):
     # Nor are the parts of all layers cast before the loop over them.
     for part in ("2,32,512", "2,4,32,128", "2,4,128,32"):  # gate, q, out
       assert f" f32[{part}]" in text and f" bf16[{part}]" not in text
+    # A layer's attention, backwards, is there for gathers to go on behind: the
+    # sums of the feed-forward's three gradients come before it.
+    steps = re.findall(
+      r"%(feed_forward_bwd|reduce_scatter|flash_attention_bwd)[.\d]* = .*"
+      r'op_name="([^"]*)"',
+      text,
+    )
+    of_layer = (
+      "feed_forward_bwd",
+      *["reduce_scatter"] * 3,
+      "flash_attention_bwd",
+    )
+    assert [
+      step
+      for step, source in steps
+      if step != "reduce_scatter" or "feed_forward" in source
+    ] == [*of_layer, *of_layer]
+
+
+def test_over_other_axes_parts_of_gradients_are_summed():
+  """Not whole ones: between slices that would be fsdp times the bytes."""
+  settings = config(
+    pathlib.Path("unused"), mesh="data=2,fsdp=4", head="recompute", batch_size=8
+  )
+  step, _ = STEP.make_steps(settings, 400, LAYOUT.layout_of(settings))
+  ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+  batch = dict.fromkeys(("tokens", "labels", "segment_ids"), ids)
+  batch["weights"] = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+  text = step.lower(*STEP.abstract_state(settings), batch).as_text()
+  summed = re.findall(
+    r'"stablehlo.all_reduce"[^{]*<{.*\n(?:.*\n){3}.*\(tensor<([\dx]*)x\w+>',
+    text,
+  )
+  # Of gate, up and down; weights are [128, 512] and [512, 128].
+  assert sorted(dims for dims in summed if dims in ("32x512", "128x128")) == [
+    "128x128",
+    *["32x512"] * 2,
+  ]
+  assert not {"128x512", "512x128"} & set(summed)
 
 
 @v5e.needs_compiler
@@ -242,10 +281,10 @@ def unplanned(text, settings, layout):
   """The collectives of a step that the plan does not know.
 
   Over fsdp go a layer's weights, in the compute dtype, and their gradients,
-  token ids, and rows of the table.  These are exchanged, and gradients of the
-  feed-forward; over model go sums of tokens' rows.  Where there are fewer
-  tokens than words, all devices' rows and their gradients go to all, and parts
-  of the table from columns to rows and back.
+  token ids, and rows of the table, which are exchanged; over model go sums of
+  tokens' rows.  Where there are fewer tokens than words, all devices' rows and
+  their gradients go to all, and parts of the table from columns to rows and
+  back.
   """
   params, _ = STEP.abstract_state(settings)
   weights = set()
@@ -278,8 +317,6 @@ def unplanned(text, settings, layout):
         is_weight = array.size in weights and array.dtype == "bf16"
         return is_weight or (array.size, array.dtype) == (tokens, "s32")
       case "all-to-all", _:
-        if "feed_forward" in source:
-          return array.size in weights and array.dtype == "bf16"
         return array.size == rows * width and "embed" in source
       case "reduce-scatter", _:
         return array.size * layout.config.fsdp in weights

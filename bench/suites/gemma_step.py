@@ -89,12 +89,12 @@ class Case:
 _TOPOLOGIES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"}
 # What 15.25 GiB of a chip's memory hold.
 _REMAT = {
-  ("2b", "v5e-8"): "unrolled:2,attention",
+  ("2b", "v5e-8"): "unrolled:4,attention",
   ("2b", "v5e-16"): "attention",
-  ("2b", "v5e-256"): "unrolled:7,attention",
+  ("2b", "v5e-256"): "unrolled:8,attention",
   ("2b", "report-2b"): "unrolled:7,attention",
   ("7b", "v5e-16"): "attention",
-  ("7b", "v5e-256"): "unrolled:3,attention",
+  ("7b", "v5e-256"): "unrolled:5,attention",
   ("7b", "report-7b"): "attention",
 }
 _LENGTHS = {"2b": 8192, "7b": 4096}
