@@ -96,6 +96,14 @@ class Parts(NamedTuple):
     """How many devices there are along axes."""
     return math.prod(self.mesh.shape[axis] for axis in axes)
 
+  def each(self, own: jax.Array) -> jax.Array:
+    """A part, in a `shard_map`, as each device's own where others have it too.
+
+    So its gradient is summed over the stored axes first, where it shrinks.
+    """
+    varying: Any = jax.lax.pcast(own, self.apart, to="varying")
+    return varying
+
   def divide(self, weights: Sequence[Any], dim: int = 0) -> bool:
     """Whether weights are parts of one dimension, and split no more."""
     sizes = dict(self.mesh.shape)
@@ -156,9 +164,9 @@ def on_gathered(
     return op(x, scale, *(cast_here(w, x.dtype) for w in own))
 
   def run(x: jax.Array, scale: jax.Array, *own: jax.Array) -> jax.Array:
-    # So gradients are summed over the stored axes first, where they shrink.
-    own = jax.lax.pcast(own, parts.apart, to="varying")
-    x, whole = _with_gathered(x, own, parts.stored)
+    each = tuple(map(parts.each, own))
+    both: Any = _with_gathered(x, each, parts.stored)
+    x, whole = both
     return op(x, scale, *whole)
 
   in_parts = (PartitionSpec(parts.stored),) * len(own)

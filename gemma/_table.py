@@ -159,10 +159,8 @@ def rows_and_copies(
     return None
 
   def look_up(own: jax.Array, tokens: jax.Array) -> Any:
-    # Each device's own, also where others have parts of the same; gradients are
-    # summed over the stored axes first, where they shrink.
-    own = jax.lax.pcast(own, parts.apart, to="varying")
-    whole = gathered(own, parts.stored, dtype, dim=1)
+    own = parts.each(own)
+    whole: Any = gathered(own, parts.stored, dtype, dim=1)
     if parts.are_few:
       rows = _exchanged_rows(parts, dtype, own, tokens)
     else:

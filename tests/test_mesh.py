@@ -226,7 +226,9 @@ def test_over_other_axes_parts_of_gradients_are_summed():
   )
   step, _ = STEP.make_steps(settings, 400, LAYOUT.layout_of(settings))
   ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
-  batch = dict.fromkeys(("tokens", "labels", "segment_ids"), ids)
+  batch: dict[str, Any] = dict.fromkeys(
+    ("tokens", "labels", "segment_ids"), ids
+  )
   batch["weights"] = jax.ShapeDtypeStruct((8, 64), jnp.float32)
   text = step.lower(*STEP.abstract_state(settings), batch).as_text()
   summed = re.findall(

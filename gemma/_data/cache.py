@@ -109,9 +109,11 @@ class Cache:
     for directory in self._read:
       folder = directory / "tokens" / key
       meta = _json_in(folder / _META)
+      if meta is None:
+        continue
       with contextlib.suppress(OSError, KeyError, TypeError):
-        files = {} if meta is None else meta["files"]
-        if files and all(_is_whole(folder / n, k) for n, k in files.items()):
+        files = meta["files"]
+        if all(_is_whole(folder / n, k) for n, k in files.items()):
           return folder, meta
     return None
 
