@@ -229,7 +229,8 @@ def test_other_encodings_of_unicode_are_named(
 
 
 @pytest.mark.parametrize(
-  "content", [b"\1\0\2\0" * 99, b"\0" * 99, b"a\0\0\0\1\2\3\4" * 99]
+  "content",
+  [b"\1\0\2\0" * 99, b"\0" * 99, b"a\0\0\0\1\2\3\4" * 99, b"a\0b"],
 )
 def test_numbers_are_no_encoding(content, tmp_path):
   path = tmp_path / "a.txt"

@@ -79,12 +79,14 @@ def refuse_other_unicode(beginning: bytes) -> None:
     raise NotText(f"{found}, not UTF-8 text", advice=advice)
 
 
-_ENOUGH = 1024  # bytes that tell one encoding from another
+# Bytes: of fewer no encoding is told, and more are not looked at.
+_FEW, _ENOUGH = 8, 1024
 
 
 def _without_mark(beginning: bytes) -> str | None:
   """The encoding whose zeros lie where Latin letters and blanks have them."""
-  if beginning.count(0) * 4 < max(1, len(beginning)):
+  size = len(beginning)
+  if size < _FEW or beginning.count(0) * 4 < size:
     return None
   for name in ("UTF-32", "UTF-16"):
     for encoding in (f"{name}-LE", f"{name}-BE"):
