@@ -161,7 +161,7 @@ def test_every_parameter_is_in_the_table_and_split_where_it_can_be(model):
 def test_kernels_are_compiled_for_a_slice(mesh, remat, words):
   model = GemmaConfig(
     vocab_size=words,
-    num_layers=2,
+    num_layers=3,  # of two, the newest compiler makes no loop
     width=256,
     hidden_size=512,
     num_heads=4,
@@ -194,11 +194,11 @@ def test_kernels_are_compiled_for_a_slice(mesh, remat, words):
   assert len(set(of_logits)) == 1
   assert unplanned(text, settings, layout) == []
   if mesh == "fsdp=8":  # a device's products with gate and up, of all layers
-    assert ("bf16[2,384,512]" in text) == (remat == "none")
+    assert ("bf16[3,384,512]" in text) == (remat == "none")
     # Nobody has the whole table where a device has a part of the vocabulary.
     assert (f"bf16[{words},256]" in text) == (words == 512)
     # Nor are the parts of all layers cast before the loop over them.
-    for part in ("2,32,512", "2,4,32,128", "2,4,128,32"):  # gate, q, out
+    for part in ("3,32,512", "3,4,32,128", "3,4,128,32"):  # gate, q, out
       assert f" f32[{part}]" in text and f" bf16[{part}]" not in text
     # A layer's attention, backwards, is there for gathers to go on behind: the
     # sums of the feed-forward's three gradients come before it.
@@ -212,11 +212,12 @@ def test_kernels_are_compiled_for_a_slice(mesh, remat, words):
       *["reduce_scatter"] * 3,
       "flash_attention_bwd",
     )
-    assert [
+    order = [
       step
       for step, source in steps
       if step != "reduce_scatter" or "feed_forward" in source
-    ] == [*of_layer, *of_layer]
+    ]
+    assert order and order == len(order) // len(of_layer) * [*of_layer]
 
 
 def test_over_other_axes_parts_of_gradients_are_summed():

@@ -94,9 +94,9 @@ class TrainConfig:
       .tsv and .parquet, that holds the text.  None: these, .ipynb and .html are
       text as they stand, but for .parquet.
     cache_dir: token ids of the text go here, and another run on the same text
-      finds them (2 to 4 bytes a token; may be deleted).  Default:
-      $PALLAS_GEMMA_CACHE, $XDG_CACHE_HOME/pallas-gemma or
-      ~/.cache/pallas-gemma.
+      finds them (2 to 4 bytes a token; may be deleted).  If it can only be
+      read, what is new goes to work_dir.  Default: $PALLAS_GEMMA_CACHE,
+      $XDG_CACHE_HOME/pallas-gemma or ~/.cache/pallas-gemma.
     work_dir: checkpoints, metrics and loss.png go here, and a run found here
       is continued.  On this machine, or where fsspec writes: gs://bucket/run,
       s3://; then the run works in the cache, and each checkpoint is uploaded.
