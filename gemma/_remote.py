@@ -90,7 +90,7 @@ class Place:
     Raises:
       UserError: if its scheme only gives, or needs a package that is missing.
     """
-    if written and self.url.startswith(_ONLY_READ):
+    if written and self.url.lower().startswith(_ONLY_READ):
       raise UserError(
         f"{self.what} {self.url}: cannot be written to; give a path of this "
         "machine, or a place such as gs://bucket/folder"

@@ -563,12 +563,14 @@ def test_what_is_missing_is_said_at_the_door(
   assert {path.name for path in tmp_path.iterdir()} <= {"cache", "runs"}
 
 
-def test_a_place_that_only_gives_is_no_work_directory(tmp_path, capfd):
+@pytest.mark.parametrize("scheme", ["https", "HTTP"])
+def test_a_place_that_only_gives_is_no_work_directory(scheme, capfd):
   with pytest.raises(SystemExit) as end:
-    main(["train", "--work-dir", "https://example.com/run"])
+    main(["train", "--work-dir", f"{scheme}://example.com/run"])
   error = capfd.readouterr().err
   assert end.value.code == 2 and error.count("\n") == 1
-  assert "https://example.com/run: cannot be written to; give a path" in error
+  message = f"{scheme}://example.com/run: cannot be written to; give a path"
+  assert message in error
 
 
 @pytest.mark.parametrize("url", ["gs://", "gs:", "file://", "memory:///"])
