@@ -90,6 +90,7 @@ atexit.register(
 
 heard.heard()
 compile_once.compile_faster()
+compile_once.lower_faster()
 interpreter.evaluate_op_by_op()
 interpreter.copy_words_too()
 

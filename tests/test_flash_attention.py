@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import v5e
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_gemma import kernels
 from pallas_gemma.kernels import (
@@ -142,6 +143,7 @@ def test_any_problem_meets_the_bar(problem):
 # --- mutants ------------------------------------------------------------------
 
 # Each problem is the smallest that has what its mutants break.
+TWO = jnp.asarray([1, 3])  # distances: positions count from anywhere
 PROBLEMS = {
   "causal": ((1, 256, 256, 1, 1, 64), {"is_causal": True}),
   "grouped": ((1, 40, 40, 4, 2, 64), {"is_causal": True}),
@@ -158,7 +160,15 @@ PROBLEMS = {
     (1, 130, 130, 1, 1, 256),
     {"is_causal": True, "rope": Rope(positions_of(1, 130))},
   ),
+  "shared rope": (
+    (2, 20, 20, 2, 2, 64),
+    {"is_causal": True, "rope": Rope(jnp.outer(TWO, jnp.arange(20)), 100.0)},
+  ),
 }
+
+
+def is_first_of_all(layout):
+  return pl.program_id(0) == 0
 
 
 def one_of_two_twice(low, high, body):
@@ -254,6 +264,10 @@ FORWARD_MUTANTS = {
     "rope",
     (FORWARD, "_rotated_k", lambda i, own, sin, cos: i.k[own, :]),
   ),
+  "sines of the first element of the batch": (
+    "shared rope",
+    (LAYOUT.Layout, "is_first_kv_head", is_first_of_all),
+  ),
   "heads swapped": (
     "grouped",
     (LAYOUT.Layout, "of_queries", heads_swapped),
@@ -286,6 +300,10 @@ BACKWARD_MUTANTS = {
   "dq and dk not rotated back": (
     "rope",
     (BACKWARD, "_rotate_back", lambda x, sin, cos: x),
+  ),
+  "sines of the first element of the batch": (
+    "shared rope",
+    (LAYOUT.Layout, "is_first_kv_head", is_first_of_all),
   ),
 }
 

@@ -128,10 +128,13 @@ def test_any_problem(layout, problem):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("h", [2, 64, 96, 128, 192])
 def test_rotation_inside_for_every_head_size(layout, h):
-  """No kernel of its own for RoPE, and the numbers of the reference."""
-  positions = jnp.arange(140, dtype=jnp.int32)[None] * 2
+  """No kernel of its own for RoPE, and the numbers of the reference.
+
+  Kv heads share their sines, elements of the batch do not.
+  """
+  positions = jnp.outer(jnp.asarray([2, 3]), jnp.arange(140))
   kwargs = {"is_causal": True, "rope": Rope(positions, 100.0)}
-  arrays = draw(layout, 1, 140, 140, 4, 2, h)
+  arrays = draw(layout, 2, 140, 140, 4, 2, h)
   function = functools.partial(
     KERNEL, layout=layout, head_size=head_size_of(layout, h), **kwargs
   )
@@ -155,8 +158,11 @@ PAIRS = {
     {"segment_ids": jnp.repeat(jnp.asarray([[1, 2, 0]]), 50, axis=1)},
   ),
   "rope": (
-    (2, 152, 152, 2, 2, 256),
-    {"is_causal": True, "rope": Rope(jnp.arange(304).reshape(2, 152), 100.0)},
+    (2, 152, 152, 4, 4, 128),
+    {
+      "is_causal": True,
+      "rope": Rope(jnp.outer(jnp.asarray([1, 3]), jnp.arange(152)), 100.0),
+    },
   ),
 }
 

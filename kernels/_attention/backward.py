@@ -34,7 +34,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .._frame import tpu
 from .._frame.kernel import Saved
 from .._frame.manual import varying_like
-from .._sincos import phases, rotate
+from .._sincos import rotate
 from . import (
   alibi,
   bias,
@@ -158,12 +158,8 @@ def _lse_part_of_di(p: Problem, i: Inputs) -> jax.Array:
 def _rotate(block: blocks.Block, i: Inputs, s: State) -> None:
   """q and its own keys; the keys before have been by earlier grid steps."""
   assert i.rope is not None
-  own = block.own_keys
-  s.sin[own, :], s.cos[own, :] = phases(
-    i.rope.positions[...], i.rope.timescale[...]
-  )
-  sin, cos = s.sin[own, :], s.cos[own, :]
-  call = block.call
+  call, own = block.call, block.own_keys
+  sin, cos = i.rope.phases(call, own, s.phases)
   # Without what lies past the end, if there is such an end.
   q = _taken(call, i.q, None if s.dout is None else s.q, pl.ds(0, call.rows))
   s.q[...] = rotate(q, *map(call.layout.by_row, (sin, cos)))
@@ -282,8 +278,8 @@ def _finish_dq(block: blocks.Block, i: Inputs, o: Outputs, s: State) -> None:
   if i.rope is None:
     dq = dq.astype(o.dq.dtype).T
   else:
-    own = block.own_keys
-    sin, cos = (call.layout.by_row(x[own, :]) for x in (s.sin, s.cos))
+    assert s.phases is not None
+    sin, cos = map(call.layout.by_row, s.phases.of(block.own_keys))
     dq = _rotate_back(dq.T, sin, cos)
   call.layout.by_rows(o.dq).store(0, dq)
 
@@ -295,8 +291,8 @@ def _dk_and_dv(
   dk = _scaled(block.call.problem, s.dk[place])
   if block.scale is not None:
     dk *= block.scale
-  if s.sin is not None:
-    dk = _rotate_back(dk, s.sin[place[-2:]], s.cos[place[-2:]])
+  if s.phases is not None:
+    dk = _rotate_back(dk, *(x[place[-2:]] for x in s.phases))
   dv = s.dv[place]
   if block.call.problem.dropout_rate:
     dv *= block.call.problem.kept_scale

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from .._sincos import width
 from . import alibi, departure, dropout, masks, operands, pairs
 from .tiles import Call
 
@@ -51,8 +50,7 @@ class State(NamedTuple):
   dout: Any  # [R, H] finite; None if it is as it comes
   departure: departure.Scratch
   k: Any  # [S, H] rotated as far as the grid has come; or None
-  sin: Any  # [S, W], see `_sincos.width`; or None
-  cos: Any  # [S, W], or None
+  phases: operands.Phases | None  # [S, W]
   pairs: pairs.Scratch | None
   mask: masks.Scratch | None
 
@@ -64,7 +62,6 @@ def state_of(call: Call, i: Inputs, dq_dtype: Any) -> State:
   by_lane = pltpu.VMEM((1, call.rows), jnp.float32)
   of_keys = layout.of_each_head((s, h))
   of_rows = pltpu.VMEM((call.rows, h), i.q.dtype)
-  of_phases = pltpu.VMEM((s, width(h)), jnp.float32)
   return State(
     lse=by_lane,
     di=by_lane,
@@ -75,8 +72,7 @@ def state_of(call: Call, i: Inputs, dq_dtype: Any) -> State:
     dout=of_rows if call.has_ragged_end else None,
     departure=departure.scratch(call, i.k.dtype),
     k=pltpu.VMEM(of_keys, i.k.dtype) if is_rotated else None,
-    sin=of_phases if is_rotated else None,
-    cos=of_phases if is_rotated else None,
+    phases=operands.phases_scratch(call) if is_rotated else None,
     pairs=pairs.scratch(call, 3, i.q.dtype, dq_dtype),
     mask=None if i.mask is None else masks.scratch(call),
   )

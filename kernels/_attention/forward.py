@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
 from .._frame.manual import varying_like
-from .._sincos import phases, rotate
+from .._sincos import rotate
 from . import (
   alibi,
   bias,
@@ -78,6 +78,7 @@ class State(NamedTuple):
   words: Any  # [R, LANES] of dropout, likewise; or None
   q: Any  # [R, H] rotated; or None
   k: Any  # [S, H] rotated as far as the grid has come; or None; of pairs two
+  phases: operands.Phases | None  # [S, W], if several kv heads share them
   pairs: pairs.Scratch | None
 
 
@@ -136,9 +137,9 @@ def _take(block: blocks.Block, i: Inputs, s: State) -> None:
   if i.dropout is not None:
     s.words[...] = tpu.lanes_to_column(i.dropout.rows[...])
   if i.rope is not None:
-    sin, cos = phases(i.rope.positions[...], i.rope.timescale[...])
     # Keys before the queries' own have been rotated by earlier grid steps.
     own = block.own_keys
+    sin, cos = i.rope.phases(block.call, own, s.phases)
     s.q[...] = _rotated_q(block.call, i, sin, cos)
     s.k[own, :] = _rotated_k(i, own, sin, cos)
 
@@ -341,6 +342,7 @@ def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
   by_row = pltpu.VMEM((call.rows, tpu.LANES), jnp.float32)
   ids = pltpu.VMEM((call.rows, tpu.LANES), jnp.int32)
   keys = call.layout.of_each_head((call.padded_keys, h))
+  has_shared = i.rope is not None and call.kv_heads > 1
   return State(
     m=by_row,
     total=by_row,
@@ -349,6 +351,7 @@ def _state(call: Call, i: Inputs, out_dtype: Any) -> State:
     words=None if i.dropout is None else ids,
     q=None if i.rope is None else pltpu.VMEM((call.rows, h), i.q.dtype),
     k=None if i.rope is None else pltpu.VMEM(keys, i.k.dtype),
+    phases=operands.phases_scratch(call) if has_shared else None,
     pairs=pairs.scratch(call, 1, i.q.dtype, out_dtype),
   )
 

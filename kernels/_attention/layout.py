@@ -259,6 +259,12 @@ class Layout:
     """Which batch element the grid's first index stands for."""
     return jax.lax.div(group, self.kv_heads // self.together)
 
+  def is_first_kv_head(self) -> jax.Array:
+    """Whether a grid step is one of its batch element's first kv head."""
+    steps = self.kv_heads // self.together
+    is_first = jax.lax.rem(pl.program_id(0), steps) == 0
+    return is_first & (pl.program_id(2) == 0) if self.together > 1 else is_first
+
   def lane_spec(self, rows: int) -> pl.BlockSpec:
     """A number for each of `rows` rows, of [B K, 1, rows]."""
     if self.kind == "pairs":

@@ -200,8 +200,9 @@ def forward_bytes(config: FlashAttentionConfig, x: Sizes) -> tuple[int, int]:
     fixed, per_key = fixed + rows * tpu.LANES * 4, per_key + 2 * 4
   if x.has_dropout:  # likewise
     fixed, per_key = fixed + rows * tpu.LANES * 4, per_key + 2 * 4
-  if x.is_rotated:  # q and k, rotated
+  if x.is_rotated:  # q and k, rotated; sines and cosines, if heads share them
     fixed, per_key = fixed + q, per_key + x.kv_heads_inside * h * x.itemsize
+    per_key += 2 * tpu.lanes(width(x.head_size)) * 4 * (x.kv_heads > 1)
   of_mask = x.mask_bytes(config.block_q)
   fixed, per_key = fixed + of_mask[0], per_key + of_mask[1]
   if x.has_alibi:  # a slope and a query of each row, in two buffers

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from .._frame import tpu
 from .._rope import rope_timescale
-from .._sincos import timescales
+from .._sincos import phases, timescales, width
 from .spec import Arrays, Segments
 from .tiles import Call
 
@@ -125,6 +126,51 @@ class RopeRefs(NamedTuple):
 
   positions: Any  # [1, block_q]
   timescale: Any  # [1, W], see `_sincos.timescales`
+
+  def phases(self, call: Call, own: Any, kept: Phases | None) -> Phases:
+    """Of the block's own positions: [block_q, W].
+
+    They are those of all kv heads of a batch element, and take longer to
+    compute than to rotate by: where they are kept, the first head's are.
+
+    Args:
+      call: the kernel's.
+      own: the keys of the queries' own indices, as a slice.
+      kept: of every position, or None.
+    """
+
+    def computed() -> Phases:
+      return Phases(*phases(self.positions[...], self.timescale[...]))
+
+    if kept is None:
+      return computed()
+
+    def keep() -> None:
+      kept.sin[own, :], kept.cos[own, :] = computed()
+
+    if call.kv_heads == 1:
+      keep()
+    else:
+      pl.when(call.layout.is_first_kv_head())(keep)
+    return kept.of(own)
+
+
+class Phases(NamedTuple):
+  """Sines and cosines to rotate by; W is `_sincos.width`."""
+
+  sin: Any  # [tokens, W] float32, or a ref of them
+  cos: Any  # likewise
+
+  def of(self, tokens: Any) -> Phases:
+    """Those of a slice of tokens, loaded."""
+    return Phases(self.sin[tokens, :], self.cos[tokens, :])
+
+
+def phases_scratch(call: Call) -> Phases:
+  """What to ask the compiler for, to keep those of every position."""
+  shape = call.padded_keys, width(call.layout.head_size)
+  of_keys = pltpu.VMEM(shape, jnp.float32)
+  return Phases(of_keys, of_keys)
 
 
 def rope_operands(
