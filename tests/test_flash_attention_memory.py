@@ -143,15 +143,17 @@ def test_the_longest_in_pairs_compiles(backward, shape):
   compiles(program(backward, is_causal=True, layout="BTNH"), arrays)
 
 
-@pytest.mark.parametrize("ids", [False, swept(True)])
-def test_the_longest_rotation_inside_compiles(ids):
+@pytest.mark.parametrize(
+  "shape", [{}, swept({"ids": True}), swept(GQA), swept(MHA)]
+)
+def test_the_longest_rotation_inside_compiles(shape):
   """A block more, and q and k are rotated before."""
+  shape = shape | {"rope": True}
 
   def text(length):
-    arrays = of_length(length, ids=ids, rope=True)
-    return compiles(program(True, is_causal=True), arrays)
+    return compiles(program(True, is_causal=True), of_length(length, **shape))
 
-  arrays = of_length(1 << 20, ids=ids, rope=True)
+  arrays = of_length(1 << 20, **shape)
   keys, _ = most_keys(True, arrays, is_causal=True)
   assert "apply_rope" not in text(keys)
 
