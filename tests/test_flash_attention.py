@@ -143,7 +143,7 @@ def test_any_problem_meets_the_bar(problem):
 # --- mutants ------------------------------------------------------------------
 
 # Each problem is the smallest that has what its mutants break.
-TWO = jnp.asarray([1, 3])  # distances: positions count from anywhere
+STEPS = jnp.asarray([1, 3])  # between positions, which count from anywhere
 PROBLEMS = {
   "causal": ((1, 256, 256, 1, 1, 64), {"is_causal": True}),
   "grouped": ((1, 40, 40, 4, 2, 64), {"is_causal": True}),
@@ -162,7 +162,7 @@ PROBLEMS = {
   ),
   "shared rope": (
     (2, 20, 20, 2, 2, 64),
-    {"is_causal": True, "rope": Rope(jnp.outer(TWO, jnp.arange(20)), 100.0)},
+    {"is_causal": True, "rope": Rope(jnp.outer(STEPS, jnp.arange(20)), 100.0)},
   ),
 }
 
