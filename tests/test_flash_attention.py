@@ -156,6 +156,17 @@ PROBLEMS = {
     (1, 300, 300, 1, 1, 64),
     {"segment_ids": ids_of(100, 60, 130, 10), "return_lse": True},
   ),
+  # Blocks of one id after others, and own keys that are another segment's.
+  "whole segments": (
+    (2, 384, 384, 1, 1, 64),
+    {
+      "is_causal": True,
+      "segment_ids": (
+        jnp.concatenate([ids_of(60, 260, 64), ids_of(384, 0)]),
+        jnp.concatenate([ids_of(60, 260, 64), 1 + (ids_of(128, 256, 0) == 1)]),
+      ),
+    },
+  ),
   "rope": (
     (1, 130, 130, 1, 1, 256),
     {"is_causal": True, "rope": Rope(positions_of(1, 130))},
@@ -169,6 +180,18 @@ PROBLEMS = {
 
 def is_first_of_all(layout):
   return pl.program_id(0) == 0
+
+
+def one_id_at_the_start(block):
+  return block.kv_blocks.full_first <= block.q0 // 128
+
+
+def one_id_at_the_end(block):
+  return block.q0 // 128 < block.kv_blocks.full_last
+
+
+def no_ids_for_others(block, attend, take_ids):
+  FOR_OTHER_KEYS(block, attend)
 
 
 def one_of_two_twice(low, high, body):
@@ -212,6 +235,7 @@ def the_last_alone(ref, at, new, *, starts):
   ref[at] = new
 
 
+FOR_OTHER_KEYS = BLOCKS.Block.for_other_keys
 LOOP_IN_PAIRS, FIRST_AND_END = BLOCKS._loop_in_pairs, OPERANDS._first_and_end
 ADD_DECAYED, TO_LANES = FORWARD._add_decayed, TPU.columns_to_lanes
 # A problem, and the step that is wrong.  Where the results show it, the
@@ -259,6 +283,18 @@ FORWARD_MUTANTS = {
   "rows that see nothing": (
     "segments",
     (NOTHING, "is_nothing", lambda m, total: m > jnp.inf),
+  ),
+  "one id, whatever comes before": (
+    "whole segments",
+    (BLOCKS.Block, "_has_one_id", property(one_id_at_the_end)),
+  ),
+  "one id, whatever comes after": (
+    "whole segments",
+    (BLOCKS.Block, "_has_one_id", property(one_id_at_the_start)),
+  ),
+  "ids of the block before": (
+    "whole segments",
+    (BLOCKS.Block, "for_other_keys", no_ids_for_others),
   ),
   "no rotation of k": (
     "rope",

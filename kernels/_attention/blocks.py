@@ -162,6 +162,36 @@ class Block:
     size = self.call.block_q
     return pl.ds(pl.multiple_of(self.q0, size), size)
 
+  def with_ids_if_needed(
+    self, part: Callable[[Any], None], segments: Any
+  ) -> None:
+    """Calls part(segments), or part(None) where it would do the same.
+
+    Args:
+      part: what meets the queries' own keys and no others.
+      segments: refs of ids; None without ids.
+    """
+    one_id = self._has_one_id
+    if segments is None or one_id is None:
+      part(segments)
+      return
+    pl.when(one_id)(lambda: part(None))
+    pl.when(jnp.logical_not(one_id))(lambda: part(segments))
+
+  @property
+  def _has_one_id(self) -> Any:
+    """Whether the queries and the keys of their indices have one id.
+
+    Most blocks have, of long documents and of rows that end in padding.  None
+    where nothing is known of it.
+    """
+    call = self.call
+    if self.kv_blocks is None or not call.has_diagonal:
+      return None
+    shift, own_end = _log2(call.block_kv), self.q0 + call.block_q
+    starts = self.kv_blocks.full_first <= self.q0 >> shift
+    return starts & (own_end >> shift <= self.kv_blocks.full_last)
+
   def start(
     self, on_diagonal: Callable[[], None], otherwise: Callable[[], None]
   ) -> None:
@@ -175,8 +205,16 @@ class Block:
       pl.when(self.q0 < call.s)(on_diagonal)
       pl.when(self.q0 >= call.s)(otherwise)
 
-  def for_other_keys(self, attend: Callable[..., None]) -> None:
-    """Calls attend(first key, masked=...) for every block off the diagonal."""
+  def for_other_keys(
+    self,
+    attend: Callable[..., None],
+    take_ids: Callable[[], None] | None = None,
+  ) -> None:
+    """Calls attend(first key, masked=...) for every block off the diagonal.
+
+    Before blocks with ids to compare comes take_ids(), if the part of
+    `with_ids_if_needed` had none.
+    """
     call, block_kv = self.call, self.call.block_kv
 
     def one(block: Any, masked: bool) -> None:
@@ -213,6 +251,9 @@ class Block:
         one(first + i + skipped, True)
 
       count = before + _max(last - _max(full_last, first), 0)
+      one_id = self._has_one_id
+      if take_ids is not None and one_id is not None:
+        pl.when(one_id & (count > 0))(take_ids)
       jax.lax.fori_loop(0, count, on_sides, None)
       _loop_in_pairs(full_first, full_last, lambda i: one(i, False))
       return

@@ -83,6 +83,12 @@ def clear_keys(k: Any, v: Any, block: int, mark: bool) -> None:
   jax.lax.fori_loop(0, k.shape[0] // block, one, None)
 
 
+def clear_unseen_keys(block: blocks.Block, i: Any) -> None:
+  """Of the forward's inputs, at the first block of queries."""
+  keys = i.k, i.v, block.call.block_kv
+  pl.when(pl.program_id(1) == 0)(lambda: clear_keys(*keys, mark=True))
+
+
 def clear_unseen(block: blocks.Block, i: Any) -> None:
   """Of the backward's inputs, at the start of a grid step.
 

@@ -7,7 +7,8 @@ every key that it sees:
                is inside
   2. diagonal  the keys of the queries' own indices: they start the maximum m,
                the sum and the weighted sum acc of every row; where there is no
-               diagonal, these start as nothing seen
+               diagonal, these start as nothing seen; where all have one id, as
+               if there were no ids
   3. others    the keys before and after, block by block, masked at the ends
   4. finish    out = acc / sum,   lse = m + log2 sum
 """
@@ -92,22 +93,33 @@ def _kernel(
   visit, i, o, s = _of_pair(call, i, o, s)
   if visit is not None:
     visit.begin()
-  _take(block, i, s)
+  if i.segments is not None:
+    finite.clear_unseen_keys(block, i)
 
-  def on_diagonal() -> None:
+  def on_diagonal(i: Inputs) -> None:
     # Each group of rows up to its last query, in whole registers.
     ends = range(call.softmax_rows, call.rows + 1, call.softmax_rows)
     widths = [tpu.lanes(call.layout.last_token(end)) for end in ends]
     key0 = block.own_keys.start
     _attend(block, i, s, Keys(key0, widths, masked=True, starts=True))
 
+  def begin(segments: Any) -> None:
+    own = i._replace(segments=segments)
+    _take(block, own, s)
+    block.start(
+      functools.partial(on_diagonal, own), functools.partial(_start, s)
+    )
+
+  def finish(segments: Any) -> None:
+    _finish(block, i._replace(segments=segments), o, s)
+
   def on_others(key0: Any, masked: bool) -> None:
     widths = [call.block_kv] * (call.rows // call.softmax_rows)
     _attend(block, i, s, Keys(key0, widths, masked))
 
-  block.start(on_diagonal, functools.partial(_start, s))
-  block.for_other_keys(on_others)
-  _finish(block, i, o, s)
+  block.with_ids_if_needed(begin, i.segments)
+  block.for_other_keys(on_others, functools.partial(_take_ids, i, s))
+  block.with_ids_if_needed(finish, i.segments)
   if visit is not None:
     visit.end()
 
@@ -128,12 +140,7 @@ def _of_pair(
 def _take(block: blocks.Block, i: Inputs, s: State) -> None:
   """The ids to where the rows are; q and its own keys rotated."""
   if i.segments is not None:
-    first = pl.program_id(1) == 0
-    clear = functools.partial(
-      finite.clear_keys, i.k, i.v, block.call.block_kv, True
-    )
-    pl.when(first)(clear)
-    s.ids[...] = tpu.lanes_to_column(i.segments.rows[...])
+    _take_ids(i, s)
   if i.dropout is not None:
     s.words[...] = tpu.lanes_to_column(i.dropout.rows[...])
   if i.rope is not None:
@@ -142,6 +149,11 @@ def _take(block: blocks.Block, i: Inputs, s: State) -> None:
     sin, cos = i.rope.phases(block.call, own, s.phases)
     s.q[...] = _rotated_q(block.call, i, sin, cos)
     s.k[own, :] = _rotated_k(i, own, sin, cos)
+
+
+def _take_ids(i: Inputs, s: State) -> None:
+  assert i.segments is not None
+  s.ids[...] = tpu.lanes_to_column(i.segments.rows[...])
 
 
 def _rotated_q(
