@@ -83,10 +83,10 @@ def clear_keys(k: Any, v: Any, block: int, mark: bool) -> None:
   jax.lax.fori_loop(0, k.shape[0] // block, one, None)
 
 
-def clear_unseen_keys(block: blocks.Block, i: Any) -> None:
-  """Of the forward's inputs, at the first block of queries."""
+def clear_unseen_keys(block: blocks.Block, i: Any, mark: bool) -> None:
+  """Of a pass's inputs, at the first block of queries; see `clear_keys`."""
   keys = i.k, i.v, block.call.block_kv
-  pl.when(pl.program_id(1) == 0)(lambda: clear_keys(*keys, mark=True))
+  pl.when(pl.program_id(1) == 0)(lambda: clear_keys(*keys, mark))
 
 
 def clear_unseen(block: blocks.Block, i: Any) -> None:
@@ -94,8 +94,7 @@ def clear_unseen(block: blocks.Block, i: Any) -> None:
 
   Before all else: what stands on two sides of a branch cannot overlap.
   """
-  keys = functools.partial(clear_keys, i.k, i.v, block.call.block_kv)
-  pl.when(pl.program_id(1) == 0)(functools.partial(keys, mark=False))
+  clear_unseen_keys(block, i, mark=False)
   q, dout = (block.call.layout.by_rows(x) for x in (i.q, i.dout))
   pl.when(block.mixed)(functools.partial(clear_rows, q, dout, i.lse))
 

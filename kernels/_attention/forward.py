@@ -94,7 +94,7 @@ def _kernel(
   if visit is not None:
     visit.begin()
   if i.segments is not None:
-    finite.clear_unseen_keys(block, i)
+    finite.clear_unseen_keys(block, i, mark=True)
 
   def on_diagonal(i: Inputs) -> None:
     # Each group of rows up to its last query, in whole registers.
